@@ -1,0 +1,53 @@
+//! Compiles the C++ half of the autograd bridge against the libtorch that torch-sys found.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    #[cfg(feature = "python")]
+    bridge();
+}
+
+#[cfg(feature = "python")]
+fn bridge() {
+    use std::path::PathBuf;
+
+    println!("cargo:rerun-if-changed=src/torch/bridge.cpp");
+    println!("cargo:rerun-if-env-changed=DEP_TCH_LIBTORCH_LIB");
+    let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else {
+        panic!("torch-sys did not say where libtorch is; is torch 2.11 installed in this Python?");
+    };
+    let include = PathBuf::from(lib).join("../include");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .pic(true)
+        // Only torch's own headers warn.
+        .warnings(false)
+        .include(&include)
+        .include(include.join("torch/csrc/api/include"))
+        .file("src/torch/bridge.cpp")
+        .compile("tllib_rs_bridge");
+    let target_os = std::env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
+    if target_os == "macos" {
+        // Python's symbols come from the interpreter that loads us.
+        println!("cargo:rustc-cdylib-link-arg=-undefined");
+        println!("cargo:rustc-cdylib-link-arg=dynamic_lookup");
+    } else {
+        // torch-sys names libtorch_cuda where it exists. Nothing of it is used here, so it must not
+        // become a load-time dependency: one wheel serves CPU and CUDA builds of torch.
+        println!("cargo:rustc-cdylib-link-arg=-Wl,--as-needed");
+    }
+    println!("cargo:rustc-env=TLLIB_RS_TARGET={}", std::env::var("TARGET").unwrap_or_default());
+    println!("cargo:rustc-env=TLLIB_RS_PROFILE={}", std::env::var("PROFILE").unwrap_or_default());
+    println!("cargo:rustc-env=TLLIB_RS_RUSTC={}", rustc_version());
+}
+
+#[cfg(feature = "python")]
+fn rustc_version() -> String {
+    let rustc = std::env::var("RUSTC").unwrap_or_else(|_| "rustc".to_owned());
+    std::process::Command::new(rustc)
+        .arg("--version")
+        .output()
+        .ok()
+        .and_then(|o| String::from_utf8(o.stdout).ok())
+        .map_or_else(|| "unknown".to_owned(), |s| s.trim().to_owned())
+}

@@ -1,0 +1,81 @@
+"""The losses as operators of torch, for ``torch.compile``.
+
+Eager calls go straight to the extension. Under ``torch.compile`` a call into an extension would break
+the graph, so each method registers the same function here as an opaque operator with a fake
+implementation (shapes and dtypes only) and a backward that scales the stored gradients, as the eager
+autograd node does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("tllib_rs", "DEF")
+
+
+def register(
+    name: str,
+    schema: str,
+    call: Callable[..., Any],
+    fake: Callable[..., tuple[torch.Tensor, ...]],
+    differentiable: int = 1,
+    extra: int = 0,
+) -> Callable[..., Any]:
+    """Define the operator ``tllib_rs::name`` and return a function with the outputs of ``call``.
+
+    Args:
+        name: the method's stem.
+        schema: the arguments, as in ``(Tensor logits, float temperature)``. The differentiable tensors
+            come first.
+        call: the extension's function: the loss, or a tuple that begins with it.
+        fake: empty tensors like the outputs of ``call``, from fake inputs; always a tuple.
+        differentiable: how many arguments the loss is differentiable with respect to.
+        extra: how many tensors ``call`` returns after the loss.
+    """
+    count = differentiable
+
+    def compute(*args):
+        # The extension stores gradients only for tensors that require them: ask it with leaves.
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in args[:count]]
+            others = [x.detach() if isinstance(x, torch.Tensor) else x for x in args[count:]]
+            outputs = call(*leaves, *others)
+            loss, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
+            grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+        return (loss.detach(), *grads, *rest)
+
+    def fake_compute(*args):
+        loss, *rest = fake(*args)
+        return (loss, *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:count]), *rest)
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*output[1 : 1 + count])
+        ctx.arguments = len(inputs)
+        ctx.mark_non_differentiable(*output[1:])
+
+    def backward(ctx, incoming, *_):
+        def scaled(grad):
+            # A loss per row scales the rows.
+            rows = incoming.reshape(incoming.shape + (1,) * (grad.dim() - incoming.dim())) if incoming.dim() else incoming
+            return (grad * rows).to(grad.dtype)
+
+        return tuple(map(scaled, ctx.saved_tensors)) + (None,) * (ctx.arguments - count)
+
+    outputs = ", ".join(["Tensor"] * (1 + count + extra))
+    _library.define(f"{name}{schema} -> ({outputs})")
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tllib_rs::{name}", fake_compute, lib=_library)
+    torch.library.register_autograd(f"tllib_rs::{name}", backward, setup_context=setup_context, lib=_library)
+    operator = getattr(torch.ops.tllib_rs, name).default
+
+    def compiled(*args):
+        loss, *rest = operator(*args)
+        return (loss, *rest[count:]) if extra else loss
+
+    return compiled
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """What a float32 tensor promotes ``dtype`` to."""
+    return dtype if dtype == torch.float64 else torch.float32

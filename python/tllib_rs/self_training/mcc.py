@@ -1,0 +1,88 @@
+"""Minimum class confusion: `Minimum Class Confusion for Versatile Domain Adaptation (ECCV 2020)
+<https://arxiv.org/abs/1912.03699>`_."""
+
+import torch
+from torch import nn
+
+from tllib_rs import _core
+from tllib_rs._library import register
+from tllib_rs.modules.classifier import Classifier as ClassifierBase
+
+__all__ = ["ImageClassifier", "MinimumClassConfusionLoss"]
+
+
+_compiled = register(
+    "mcc",
+    "(Tensor logits, float temperature)",
+    _core.mcc,
+    lambda logits, temperature: (logits.new_empty(()),),
+)
+
+
+class MinimumClassConfusionLoss(nn.Module):
+    r"""Minimum class confusion of the predictions on the target domain.
+
+    With :math:`p = \mathrm{softmax}(z / T)`, entropies
+    :math:`H_i = -\sum_c p_{ic} \log(p_{ic} + 10^{-5})` and weights (not differentiated)
+    :math:`w_i = B (1 + e^{-H_i}) / \sum_k (1 + e^{-H_k})`,
+
+    .. math::
+        M_{ab} = \sum_i w_i p_{ia} p_{ib}, \qquad
+        \mathrm{loss} = \frac{1}{C} \sum_b \sum_{a \ne b} \frac{M_{ab}}{\sum_k M_{kb}}
+
+    The columns sum to 1, so only the diagonal is needed: :math:`O(BC)`, and no :math:`C \times C` matrix.
+
+    Args:
+        temperature (float): :math:`T > 0`, divides the logits; 1 is the plain softmax.
+
+    Inputs:
+        - logits (tensor): unnormalized predictions :math:`g^t` on the target domain,
+          (minibatch, C), float32, float64, float16 or bfloat16.
+
+    Returns:
+        A scalar in the dtype of the logits (float32 in an autocast region). NaN for an empty batch.
+
+    Raises:
+        TypeError: logits are not a floating-point tensor.
+        ValueError: logits are not (minibatch, C) with C > 0, or the temperature is not above 0.
+
+    A class that has probability 0 in every row makes tllib's loss NaN; here it contributes its limit.
+
+    Examples::
+
+        >>> loss = MinimumClassConfusionLoss(temperature=2.0)
+        >>> g_t = torch.randn(32, 31, requires_grad=True)
+        >>> loss(g_t).backward()
+    """
+
+    def __init__(self, temperature: float):
+        super().__init__()
+        _core.check_temperature(temperature)
+        self.temperature = temperature
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if torch.compiler.is_compiling():
+            return _compiled(logits, self.temperature)
+        return _core.mcc(logits, self.temperature)
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``repr``."""
+        return f"temperature={self.temperature}"
+
+
+class ImageClassifier(ClassifierBase):
+    """The classifier that the MCC examples train: backbone, pooling, one bottleneck, linear head.
+
+    Args:
+        backbone (torch.nn.Module): has the attribute ``out_features``.
+        num_classes (int): number of classes.
+        bottleneck_dim (int, optional): width of the bottleneck. Default: 256
+        **kwargs: further arguments of :class:`tllib_rs.modules.classifier.Classifier`.
+    """
+
+    def __init__(self, backbone: nn.Module, num_classes: int, bottleneck_dim: int | None = 256, **kwargs):
+        bottleneck = nn.Sequential(
+            nn.Linear(backbone.out_features, bottleneck_dim), nn.BatchNorm1d(bottleneck_dim), nn.ReLU()
+        )
+        super().__init__(backbone, num_classes, bottleneck, bottleneck_dim, **kwargs)

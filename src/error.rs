@@ -1,0 +1,34 @@
+//! The one error type. `src/python/mod.rs` maps it to Python exceptions, variant by variant.
+
+use thiserror::Error;
+
+/// Everything that can go wrong in an operation. Messages name the class, what was expected and
+/// what came.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Not a tensor, or a dtype that is not supported: Python's `TypeError`.
+    #[error("{0}")]
+    Type(String),
+    /// A shape, a value or a hyper-parameter: `ValueError`.
+    #[error("{0}")]
+    Value(String),
+    /// An index or label out of range: `IndexError`.
+    #[error("{0}")]
+    Index(String),
+    /// Devices that differ: `RuntimeError`.
+    #[error("{0}")]
+    Device(String),
+    /// libtorch refused: `RuntimeError`, with its first line.
+    #[error("libtorch: {}", first_line(.0))]
+    Torch(#[from] tch::TchError),
+    /// The C++ bridge refused: `RuntimeError`.
+    #[error("libtorch: {0}")]
+    Bridge(String),
+}
+
+/// The result of an operation.
+pub type Result<T> = std::result::Result<T, Error>;
+
+fn first_line(error: &tch::TchError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
+}

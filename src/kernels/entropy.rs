@@ -1,0 +1,94 @@
+//! Row entropy of probabilities, `H_i = -sum_c p_ic ln(p_ic + 1e-5)`, and its gradient
+//! `dH_i/dp_ic = -ln(p_ic + 1e-5) - p_ic / (p_ic + 1e-5)`.
+
+use super::element::Element;
+use super::isa::{Isa, Kernel, dispatch};
+use super::mcc::ENTROPY_EPSILON;
+use super::parallel::{cut, run, split};
+use super::real::Real;
+use super::reduce;
+use super::rows::{Rows, store_row};
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+/// Writes the entropy of each row into `out`; with `grad` (contiguous, same shape) also the
+/// gradient of each, times `weight`.
+pub fn entropy<E: Element>(
+    p: Rows<'_, E>,
+    out: &mut [f64],
+    grad: Option<&mut [E]>,
+    weight: f64,
+    threads: NonZeroUsize,
+) {
+    let ranges = split(p.rows(), threads);
+    let outs = cut(out, &ranges, 1);
+    let mut grads = match grad {
+        Some(grad) => cut(grad, &ranges, p.cols()).into_iter().map(Some).collect(),
+        None => Vec::new(),
+    }
+    .into_iter();
+    let jobs: Vec<_> = ranges
+        .into_iter()
+        .zip(outs)
+        .map(|(range, out)| {
+            let sweep = Sweep { p, range, out, grad: grads.next().flatten(), weight };
+            move || dispatch(sweep)
+        })
+        .collect();
+    run(jobs);
+}
+
+struct Sweep<'a, E> {
+    p: Rows<'a, E>,
+    range: Range<usize>,
+    out: &'a mut [f64],
+    grad: Option<&'a mut [E]>,
+    weight: f64,
+}
+
+impl<E: Element> Kernel for Sweep<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let cols = self.p.cols();
+        let (epsilon, weight) = (E::Acc::of(ENTROPY_EPSILON), E::Acc::of(-self.weight));
+        let mut scratch = self.p.scratch();
+        let mut logs = vec![E::Acc::ZERO; cols];
+        let mut grad = self.grad;
+        for (k, i) in self.range.enumerate() {
+            let p = self.p.row(i, &mut scratch);
+            for (log, &p) in logs.iter_mut().zip(p) {
+                *log = (p + epsilon).ln::<I>();
+            }
+            self.out[k] = -reduce::sum_of_pairs(p, &logs, |p, log| p * log);
+            if let Some(grad) = grad.as_deref_mut() {
+                for (log, &p) in logs.iter_mut().zip(p) {
+                    *log += p / (p + epsilon);
+                }
+                store_row(&logs, weight, &mut grad[k * cols..(k + 1) * cols]);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_and_gradients() {
+        let p = [0.2f64, 0.8, 1.0, 0.0];
+        for threads in [1, 2] {
+            let (mut out, mut grad) = ([0.0; 2], [0.0; 4]);
+            let view = Rows::contiguous(&p, 2, 2).unwrap();
+            entropy(view, &mut out, Some(&mut grad), 0.5, NonZeroUsize::new(threads).unwrap());
+            assert!((out[0] + 0.2 * 0.20001f64.ln() + 0.8 * 0.80001f64.ln()).abs() < 1e-15);
+            assert!((out[1] + 1.00001f64.ln()).abs() < 1e-15);
+            for k in 0..4 {
+                let exact = -0.5 * ((p[k] + 1e-5).ln() + p[k] / (p[k] + 1e-5));
+                assert!((grad[k] - exact).abs() < 1e-14);
+            }
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Threads, only where they pay.
+//!
+//! Scoped threads, made for one call: nothing lives on, so a forked child (a `DataLoader` worker)
+//! cannot meet a pool whose threads stayed behind in the parent, and several Python threads may
+//! call at once.
+
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+/// How many threads `work` units deserve when one thread should get at least `grain` of them.
+pub fn threads_for(work: usize, grain: usize, limit: usize) -> NonZeroUsize {
+    NonZeroUsize::new((work / grain.max(1)).min(limit)).unwrap_or(NonZeroUsize::MIN)
+}
+
+/// Splits `0..n` into at most `parts` ranges of nearly equal length, none empty (unless `n` is 0).
+pub fn split(n: usize, parts: NonZeroUsize) -> Vec<Range<usize>> {
+    let parts = parts.get().min(n.max(1));
+    (0..parts).map(|k| n * k / parts..n * (k + 1) / parts).collect()
+}
+
+/// Runs all jobs and returns their results in order. This thread takes part, and finishes alone
+/// where the system gives no more threads.
+pub fn run<J, T>(jobs: Vec<J>) -> Vec<T>
+where
+    J: FnOnce() -> T + Send,
+    T: Send,
+{
+    if jobs.len() <= 1 {
+        return jobs.into_iter().map(|job| job()).collect();
+    }
+    let helpers = jobs.len() - 1;
+    let queue = Mutex::new(jobs.into_iter().enumerate());
+    let work = || {
+        let mut done = Vec::new();
+        // A poisoned queue is still a queue: the panic itself is passed on below.
+        while let Some((k, job)) = {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+            next
+        } {
+            done.push((k, job()));
+        }
+        done
+    };
+    let mut results = std::thread::scope(|scope| {
+        let started: Vec<_> = (0..helpers)
+            .map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok())
+            .collect();
+        let mut results = work();
+        for thread in started {
+            match thread.join() {
+                Ok(more) => results.extend(more),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        results
+    });
+    results.sort_unstable_by_key(|&(k, _)| k);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// Cuts `slice` at the row boundaries of `ranges` (which start at 0 and follow each other).
+pub fn cut<'a, T>(slice: &'a mut [T], ranges: &[Range<usize>], width: usize) -> Vec<&'a mut [T]> {
+    let mut rest = slice;
+    ranges
+        .iter()
+        .map(|range| {
+            let (head, tail) = std::mem::take(&mut rest).split_at_mut(range.len() * width);
+            rest = tail;
+            head
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn splits_cover_everything_once() {
+        for n in [0, 1, 2, 7, 100] {
+            for parts in 1..9 {
+                let ranges = split(n, NonZeroUsize::new(parts).unwrap());
+                assert_eq!(ranges.iter().map(Range::len).sum::<usize>(), n);
+                assert!(ranges.windows(2).all(|w| w[0].end == w[1].start));
+                assert!(n == 0 || ranges.iter().all(|r| !r.is_empty()));
+            }
+        }
+    }
+
+    #[test]
+    fn small_work_gets_one_thread() {
+        assert_eq!(threads_for(10, 100, 8).get(), 1);
+        assert_eq!(threads_for(250, 100, 8).get(), 2);
+        assert_eq!(threads_for(10_000, 100, 8).get(), 8);
+    }
+
+    #[test]
+    fn results_come_back_in_order() {
+        let jobs: Vec<_> = (0..5).map(|k| move || k * k).collect();
+        assert_eq!(run(jobs), vec![0, 1, 4, 9, 16]);
+        let mut data = vec![0; 10];
+        let ranges = split(5, NonZeroUsize::new(3).unwrap());
+        let pieces = cut(&mut data, &ranges, 2);
+        let jobs: Vec<_> = pieces.into_iter().map(|p| move || p.fill(p.len())).collect();
+        run(jobs);
+        assert_eq!(data, [2, 2, 4, 4, 4, 4, 4, 4, 4, 4]);
+    }
+}

@@ -1,0 +1,135 @@
+//! A matrix in memory that somebody else owns: any strides, any element type.
+
+use super::element::Element;
+use std::marker::PhantomData;
+
+/// A read-only matrix of `rows` x `cols` elements with arbitrary strides (in elements).
+#[derive(Clone, Copy)]
+pub struct Rows<'a, E> {
+    data: *const E,
+    rows: usize,
+    cols: usize,
+    row_stride: isize,
+    col_stride: isize,
+    owner: PhantomData<&'a [E]>,
+}
+
+// SAFETY: it is a shared borrow of plain numbers, like `&[E]`.
+unsafe impl<E: Element> Send for Rows<'_, E> {}
+// SAFETY: as above.
+unsafe impl<E: Element> Sync for Rows<'_, E> {}
+
+impl<'a, E: Element> Rows<'a, E> {
+    /// A contiguous matrix. `None` where the slice has not `rows * cols` elements.
+    pub fn contiguous(data: &'a [E], rows: usize, cols: usize) -> Option<Self> {
+        (rows.checked_mul(cols) == Some(data.len())).then(|| Self {
+            data: data.as_ptr(),
+            rows,
+            cols,
+            row_stride: cols as isize,
+            col_stride: 1,
+            owner: PhantomData,
+        })
+    }
+
+    /// A matrix with strides.
+    ///
+    /// # Safety
+    /// For all `i < rows`, `j < cols` the address `data + i * strides.0 + j * strides.1` must be
+    /// inside one live allocation, aligned, initialised, and not written during `'a`.
+    pub unsafe fn strided(data: *const E, shape: (usize, usize), strides: (isize, isize)) -> Self {
+        Self {
+            data,
+            rows: shape.0,
+            cols: shape.1,
+            row_stride: strides.0,
+            col_stride: strides.1,
+            owner: PhantomData,
+        }
+    }
+
+    /// The number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Whether both are the same memory, read the same way.
+    pub fn same(&self, other: &Self) -> bool {
+        std::ptr::eq(self.data, other.data)
+            && (self.rows, self.cols) == (other.rows, other.cols)
+            && (self.row_stride, self.col_stride) == (other.row_stride, other.col_stride)
+    }
+
+    /// Room for one converted row. Empty where [`Rows::row`] never converts.
+    pub fn scratch(&self) -> Vec<E::Acc> {
+        use super::real::Real;
+        let direct = E::exact(&[]).is_some() && self.col_stride == 1;
+        vec![E::Acc::ZERO; if direct { 0 } else { self.cols }]
+    }
+
+    /// Row `i` in the computing type: the memory itself where that is possible, else a copy in
+    /// `scratch`, which comes from [`Rows::scratch`].
+    #[inline(always)]
+    pub fn row<'s>(&'s self, i: usize, scratch: &'s mut [E::Acc]) -> &'s [E::Acc] {
+        assert!(i < self.rows, "row index");
+        let start = self.data.wrapping_offset(i as isize * self.row_stride);
+        if self.col_stride == 1 {
+            // SAFETY: the constructor's contract covers every element of row `i < rows`, and at
+            // stride 1 they are adjacent.
+            let row = unsafe { std::slice::from_raw_parts(start, self.cols) };
+            if let Some(direct) = E::exact(row) {
+                return direct;
+            }
+            for (s, &value) in scratch.iter_mut().zip(row) {
+                *s = value.load();
+            }
+        } else {
+            for (j, s) in scratch.iter_mut().enumerate() {
+                // SAFETY: `j < cols`, since scratch has `cols` places; the contract covers it.
+                *s = unsafe { *start.wrapping_offset(j as isize * self.col_stride) }.load();
+            }
+        }
+        &scratch[..self.cols]
+    }
+}
+
+/// Stores `values`, times `scale`, into `out`.
+#[inline(always)]
+pub fn store_row<E: Element>(values: &[E::Acc], scale: E::Acc, out: &mut [E]) {
+    for (o, &v) in out.iter_mut().zip(values) {
+        *o = E::store(v * scale);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::element::Bf16;
+    use super::*;
+
+    #[test]
+    fn strides_and_conversion() {
+        let data: Vec<f32> = (0..24).map(|x| x as f32).collect();
+        let plain = Rows::contiguous(&data, 4, 6).unwrap();
+        assert!(plain.scratch().is_empty());
+        assert_eq!(plain.row(2, &mut []), &data[12..18]);
+        // SAFETY: the transpose of a 4 x 6 matrix addresses the same 24 elements.
+        let transposed = unsafe { Rows::strided(data.as_ptr(), (6, 4), (1, 6)) };
+        let mut scratch = transposed.scratch();
+        assert_eq!(transposed.row(1, &mut scratch), &[1.0, 7.0, 13.0, 19.0]);
+        assert!(!plain.same(&transposed) && plain.same(&plain));
+        assert!(Rows::contiguous(&data, 5, 5).is_none());
+
+        let half: Vec<Bf16> = data.iter().map(|&x| Bf16::store(x)).collect();
+        let rows = Rows::contiguous(&half, 4, 6).unwrap();
+        let mut scratch = rows.scratch();
+        assert_eq!(rows.row(3, &mut scratch), &data[18..24]);
+        let mut out = [Bf16(0); 2];
+        store_row(&[1.0, 2.0], 4.0, &mut out);
+        assert_eq!(out.map(Element::load), [4.0, 8.0]);
+    }
+}

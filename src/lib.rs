@@ -1,0 +1,25 @@
+//! `tllib_rs`: the self-training methods of the Transfer Learning Library as fused kernels.
+//!
+//! The layers, each knowing only those above it in this list:
+//!
+//! | layer | holds | may not use |
+//! |---|---|---|
+//! | [`kernels`] | the mathematics on slices: a loss and its gradient in one sweep | torch, Python |
+//! | `torch` | what tch lacks: tensor facts, the autograd node | Python |
+//! | `ops` | a method on tensors: checks, then CPU kernel or libtorch composite | Python |
+//! | `python` | `PyO3`: extract, release the GIL, call, wrap; errors mapped in one place | |
+//!
+//! A method has one stem in all of them: `kernels/mcc.rs`, `ops/mcc.rs`, `python/mcc.rs`,
+//! `python/tllib_rs/self_training/mcc.py`, `tests/test_mcc.py`.
+//! `cargo test --no-default-features` builds and tests the kernels alone.
+
+pub mod kernels;
+
+#[cfg(feature = "python")]
+mod error;
+#[cfg(feature = "python")]
+mod ops;
+#[cfg(feature = "python")]
+mod python;
+#[cfg(feature = "python")]
+mod torch;

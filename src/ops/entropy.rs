@@ -1,0 +1,76 @@
+//! Entropy of probabilities on tensors. The mathematics is in [`crate::kernels::entropy`].
+
+use super::threads;
+use crate::error::{Error, Result};
+use crate::kernels::element::Element;
+use crate::kernels::entropy::entropy as kernel;
+use crate::kernels::mcc::ENTROPY_EPSILON;
+use crate::kernels::real::Real;
+use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::input::Input;
+use crate::torch::{Dtype, Owned, by_dtype, scalar};
+use tch::{Kind, Tensor};
+
+const CLASS: &str = "entropy";
+
+/// The entropy of each row of `predictions`, over dimension 1; their mean where `mean`.
+pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
+    let input = Input::new(CLASS, "predictions", predictions)?;
+    let dtype = input.floating()?;
+    if input.shape().len() < 2 {
+        return Err(input.wrong("have shape (minibatch, C, ...)"));
+    }
+    if !input.on_cpu() || input.shape().len() != 2 {
+        return composite(predictions, mean);
+    }
+    let (out, grad) = fused(&input, dtype, mean)?;
+    if let Some(grad) = grad {
+        let formula = Box::new(move |t: &[Tensor]| composite(&t[0], mean));
+        attach(c"EntropyBackward", &out, &[predictions], vec![Some(grad)], formula)?;
+    }
+    Ok(out)
+}
+
+fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<StoredGrad>)> {
+    by_dtype!(dtype, E => {
+        let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+        let batch = rows.rows();
+        let mut each = vec![0.0; batch];
+        let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;
+        let weight = if mean { 1.0 / batch as f64 } else { 1.0 };
+        // At most 12 in magnitude for probabilities: the scale that float16 needs only if averaged.
+        let scale = if mean { crate::kernels::element::stored_scale::<E>(16.0 * weight) } else { 1.0 };
+        let slice = grad.as_mut().map(Owned::slice);
+        kernel(rows, &mut each, slice, weight * scale, threads(input.numel()));
+        let out = if mean {
+            scalar(each.iter().sum::<f64>() / batch as f64, dtype)?
+        } else {
+            let mut out = Owned::<E>::new(&[batch as i64])?;
+            for (o, &h) in out.slice().iter_mut().zip(&each) {
+                *o = E::store(<E as Element>::Acc::of(h));
+            }
+            out.into_tensor()
+        };
+        Ok((out, grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale })))
+    })
+}
+
+/// The same in libtorch operations.
+fn composite(predictions: &Tensor, mean: bool) -> Result<Tensor> {
+    let p = predictions;
+    let plogp = p.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(p)?;
+    let each = plogp.f_sum_dim_intlist(1, false, None::<Kind>)?.f_neg()?;
+    Ok(if mean { each.f_mean(None::<Kind>)? } else { each })
+}
+
+/// tllib averages for exactly `"mean"` and returns rows for everything else; a name that is neither
+/// is a mistake here.
+pub fn parse_reduction(reduction: &str) -> Result<bool> {
+    match reduction {
+        "mean" => Ok(true),
+        "none" | "sum" => Ok(false),
+        other => Err(Error::Value(format!(
+            "{CLASS}: reduction must be 'none' or 'mean' ('sum' returns rows, as in tllib), got {other:?}"
+        ))),
+    }
+}

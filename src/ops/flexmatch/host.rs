@@ -1,0 +1,131 @@
+//! FlexMatch's steps where `net_outputs` is in host memory: `O(B)` a step.
+
+use super::CLASS;
+use crate::error::{Error, Result};
+use crate::kernels::element::Element;
+use crate::kernels::flexmatch::Counts;
+use crate::torch::input::Input;
+use crate::torch::{Owned, by_dtype};
+use tch::{Kind, Tensor};
+
+/// The labels of `net_outputs`, which FlexMatch keeps contiguous, int64 and of one dimension.
+fn labels_of(net_outputs: &Tensor) -> (*mut i64, usize) {
+    (net_outputs.data_ptr().cast(), net_outputs.size().iter().product::<i64>() as usize)
+}
+
+/// Counts all samples. `IndexError` for a label that is no class and not -1.
+pub fn count(net_outputs: &Tensor, classes: usize) -> Result<Counts> {
+    let (data, len) = labels_of(net_outputs);
+    // SAFETY: `len` live elements. A user thread that writes them meanwhile races with torch's own
+    // readers in the same way.
+    let labels = unsafe { std::slice::from_raw_parts(data, len) };
+    Counts::of(labels, classes).map_err(|stray| {
+        Error::Index(format!(
+            "{CLASS}: net_outputs must hold -1 or classes below {classes}, got {} at position {}",
+            stray.value, stray.position
+        ))
+    })
+}
+
+/// The status of each label's class. Negative labels count from the end, as torch's indices do.
+pub fn status(counts: &Counts, labels: &Input<'_>, classes: usize, warmup: bool) -> Result<Tensor> {
+    let values = integers(labels)?;
+    let largest = counts.largest(warmup);
+    let mut out = Owned::<f32>::new(labels.shape())?;
+    for (o, &label) in out.slice().iter_mut().zip(&values) {
+        let class = wrap(label, classes).ok_or_else(|| {
+            out_of_range("pseudo_labels", label, -(classes as i64), classes)
+        })?;
+        *o = counts.status(class, largest);
+    }
+    Ok(out.into_tensor())
+}
+
+/// The selected samples of a step, checked.
+pub struct Batch(Vec<(usize, i64)>);
+
+impl Batch {
+    /// Reads the selected (index, label) pairs. `IndexError` where one is out of range; indices may
+    /// be negative as torch's may, labels may be -1.
+    pub fn read(
+        idxes: &Input<'_>,
+        mask: &Input<'_>,
+        labels: &Input<'_>,
+        samples: usize,
+        classes: usize,
+    ) -> Result<Self> {
+        let (idxes, labels) = (integers(idxes)?, integers(labels)?);
+        let mut pairs = Vec::with_capacity(idxes.len());
+        for ((index, label), selected) in idxes.into_iter().zip(labels).zip(selected(mask)?) {
+            if !selected {
+                continue;
+            }
+            let at = wrap(index, samples)
+                .ok_or_else(|| out_of_range("idxes", index, -(samples as i64), samples))?;
+            if label < -1 || label >= classes as i64 {
+                return Err(out_of_range("pseudo_labels", label, -1, classes));
+            }
+            pairs.push((at, label));
+        }
+        Ok(Self(pairs))
+    }
+
+    /// Writes the labels and keeps `counts` true. Whether anything was written.
+    pub fn apply(self, counts: &mut Counts, net_outputs: &Tensor) -> Result<bool> {
+        let (data, len) = labels_of(net_outputs);
+        // SAFETY: `len` live elements, and the state's lock keeps our own threads apart. A user
+        // thread that writes an alias meanwhile races with torch's own writers in the same way.
+        let outputs = unsafe { std::slice::from_raw_parts_mut(data, len) };
+        for &(index, label) in &self.0 {
+            counts.relabel(outputs, index, label);
+        }
+        Ok(!self.0.is_empty())
+    }
+}
+
+fn wrap(index: i64, len: usize) -> Option<usize> {
+    let index = if index < 0 { index.checked_add(len as i64)? } else { index };
+    usize::try_from(index).ok().filter(|&i| i < len)
+}
+
+fn out_of_range(name: &str, value: i64, low: i64, above: usize) -> Error {
+    Error::Index(format!(
+        "{CLASS}: {name} must be in [{low}, {}], got {value}",
+        above as i64 - 1
+    ))
+}
+
+/// The values of an int64 or int32 tensor, in order.
+fn integers(input: &Input<'_>) -> Result<Vec<i64>> {
+    let contiguous = input.tensor.f_to_kind(Kind::Int64)?.f_contiguous()?;
+    let len = input.numel();
+    if len == 0 {
+        return Ok(Vec::new());
+    }
+    // SAFETY: contiguous int64 with `len` elements, alive until the copy is made.
+    Ok(unsafe { std::slice::from_raw_parts(contiguous.data_ptr().cast(), len) }.to_vec())
+}
+
+/// `mask == 1`, for masks of any numeric dtype.
+fn selected(mask: &Input<'_>) -> Result<Vec<bool>> {
+    let contiguous = mask.tensor.f_contiguous()?;
+    let len = mask.numel();
+    if len == 0 {
+        return Ok(Vec::new());
+    }
+    let data = contiguous.data_ptr();
+    if let Some(dtype) = mask.dtype() {
+        return by_dtype!(dtype, E => {
+            // SAFETY: contiguous, of type `E` with `len` elements, alive during the loop.
+            let values = unsafe { std::slice::from_raw_parts(data.cast::<E>().cast_const(), len) };
+            #[allow(clippy::float_cmp, reason = "tllib compares with 1")]
+            Ok(values.iter().map(|v| v.load() == 1.0).collect())
+        });
+    }
+    if mask.tensor.f_kind()? == Kind::Bool {
+        // SAFETY: torch stores a bool as one byte.
+        let values = unsafe { std::slice::from_raw_parts(data.cast::<u8>().cast_const(), len) };
+        return Ok(values.iter().map(|&v| v != 0).collect());
+    }
+    integers(mask).map(|values| values.into_iter().map(|v| v == 1).collect())
+}

@@ -1,0 +1,176 @@
+//! FlexMatch's state on tensors. The mathematics is in [`crate::kernels::flexmatch`].
+//!
+//! `net_outputs` belongs to the user as well, who may read and write it at any time. Counts are
+//! therefore trusted only while nobody else can have written: the tensor's version is the one they
+//! were made at, it was not handed out since, and no alias of its memory is alive. Otherwise they
+//! are counted again, once.
+
+mod device;
+mod host;
+
+use crate::error::{Error, Result};
+use crate::kernels::flexmatch::Counts;
+use crate::torch::input::Input;
+use crate::torch::{aliased, bump_version, version};
+use tch::{Device, Kind, Tensor};
+
+const CLASS: &str = "DynamicThresholdingModule";
+
+/// How often each value occurs, where `net_outputs` lives.
+enum Tally {
+    Host(Counts),
+    /// `counts[c + 1]`, int64, on the device; `counts[0]` is of -1.
+    Device(Tensor),
+}
+
+/// The labels of all samples, and what they count up to.
+pub struct FlexMatch {
+    net_outputs: Tensor,
+    classes: usize,
+    samples: usize,
+    warmup: bool,
+    tally: Option<Tally>,
+    /// The version of `net_outputs` that the tally belongs to.
+    version: i64,
+    /// Whether somebody else got hold of `net_outputs`.
+    exposed: bool,
+}
+
+impl FlexMatch {
+    /// No sample has a label yet.
+    pub fn new(classes: i64, samples: i64, warmup: bool, device: Device) -> Result<Self> {
+        let count = |name: &str, n: i64| {
+            usize::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| {
+                Error::Value(format!("{CLASS}: {name} must be an integer above 0, got {n}"))
+            })
+        };
+        let (classes, samples) = (count("num_classes", classes)?, count("n_unlabeled_samples", samples)?);
+        let net_outputs = Tensor::f_full([samples as i64], -1, (Kind::Int64, device))?;
+        let tally = (device == Device::Cpu).then(|| Tally::Host(Counts::unlabelled(samples, classes)));
+        let version = version(&net_outputs);
+        Ok(Self { net_outputs, classes, samples, warmup, tally, version, exposed: false })
+    }
+
+    /// The labels, to be read or written by the caller.
+    pub fn net_outputs(&mut self) -> Tensor {
+        self.exposed = true;
+        self.net_outputs.shallow_clone()
+    }
+
+    /// Takes `labels` as the new `net_outputs`. On the same device it is adopted, not copied.
+    pub fn set_net_outputs(&mut self, labels: &Tensor) -> Result<()> {
+        let input = Input::new(CLASS, "net_outputs", labels)?;
+        input.int64()?;
+        if input.shape() != [self.samples as i64] {
+            return Err(input.wrong(&format!("have shape (n_unlabeled_samples,) = [{}]", self.samples)));
+        }
+        let moved = labels.f_detach()?.f_to_device(self.net_outputs.device())?.f_contiguous()?;
+        if moved.device() == Device::Cpu {
+            host::count(&moved, self.classes)?;
+        }
+        self.net_outputs = moved;
+        (self.tally, self.exposed) = (None, true);
+        Ok(())
+    }
+
+    /// Whether warm-up counts the samples without a label.
+    pub fn set_warmup(&mut self, warmup: bool) {
+        self.warmup = warmup;
+    }
+
+    /// The status of the class of each label, float32, in the shape of `labels`.
+    pub fn status(&mut self, labels: &Tensor) -> Result<Tensor> {
+        let input = Input::new(CLASS, "pseudo_labels", labels)?;
+        integer(&input)?;
+        input.same_device(&Input::new(CLASS, "net_outputs", &self.net_outputs)?)?;
+        let (classes, warmup, samples) = (self.classes, self.warmup, self.samples);
+        match self.tally()? {
+            Tally::Host(counts) => host::status(counts, &input, classes, warmup),
+            Tally::Device(counts) => device::status(counts, labels, samples, warmup),
+        }
+    }
+
+    /// `net_outputs[idxes[mask == 1]] = labels[mask == 1]`; of equal indices the last one wins.
+    pub fn update(&mut self, idxes: &Tensor, mask: &Tensor, labels: &Tensor) -> Result<()> {
+        let index = Input::new(CLASS, "idxes", idxes)?;
+        let selected = Input::new(CLASS, "selected_mask", mask)?;
+        let label = Input::new(CLASS, "pseudo_labels", labels)?;
+        integer(&index)?;
+        integer(&label)?;
+        index.vector()?;
+        for other in [&selected, &label] {
+            if other.shape() != index.shape() {
+                return Err(other.wrong(&format!("have the shape of idxes, {:?}", index.shape())));
+            }
+            other.same_device(&index)?;
+        }
+        index.same_device(&Input::new(CLASS, "net_outputs", &self.net_outputs)?)?;
+        let (samples, classes) = (self.samples, self.classes);
+        let outputs = self.net_outputs.shallow_clone();
+        let changed = match self.tally()? {
+            Tally::Host(counts) => {
+                let batch = host::Batch::read(&index, &selected, &label, samples, classes)?;
+                batch.apply(counts, &outputs)?
+            }
+            Tally::Device(counts) => {
+                *counts = device::update(counts, &outputs, idxes, mask, labels)?;
+                true
+            }
+        };
+        if changed {
+            bump_version(&self.net_outputs);
+        }
+        self.version = version(&self.net_outputs);
+        Ok(())
+    }
+
+    /// Counts per class, and of -1 in front, int64.
+    pub fn counts(&mut self) -> Result<Tensor> {
+        match self.tally()? {
+            Tally::Host(counts) => Ok(Tensor::f_from_slice(counts.raw())?),
+            Tally::Device(counts) => Ok(counts.f_clone_detached()?),
+        }
+    }
+
+    /// Whether the next step has to count all samples again.
+    pub fn is_stale(&self) -> bool {
+        self.tally.is_none() || self.exposed || version(&self.net_outputs) != self.version
+    }
+
+    fn tally(&mut self) -> Result<&mut Tally> {
+        if self.is_stale() {
+            // Invalid until the count succeeds.
+            self.tally = None;
+            let fresh = if self.net_outputs.device() == Device::Cpu {
+                Tally::Host(host::count(&self.net_outputs, self.classes)?)
+            } else {
+                Tally::Device(device::count(&self.net_outputs, self.classes)?)
+            };
+            self.tally = Some(fresh);
+            self.version = version(&self.net_outputs);
+            // While an alias is alive its holder may write in ways that leave no trace.
+            self.exposed = aliased(&self.net_outputs, 1);
+        }
+        self.tally.as_mut().ok_or_else(|| Error::Value(format!("{CLASS}: no counts")))
+    }
+}
+
+/// Labels and indices: int64 or int32.
+fn integer(input: &Input<'_>) -> Result<()> {
+    match input.tensor.f_kind()? {
+        Kind::Int64 | Kind::Int => Ok(()),
+        _ => input.int64(),
+    }
+}
+
+trait CloneDetached: Sized {
+    fn f_clone_detached(&self) -> Result<Self>;
+}
+
+impl CloneDetached for Tensor {
+    fn f_clone_detached(&self) -> Result<Self> {
+        let mut copy = self.f_empty_like()?;
+        copy.f_copy_(self)?;
+        Ok(copy)
+    }
+}

@@ -1,0 +1,33 @@
+//! The methods on tensors: checks first, then the CPU kernel or the libtorch composite.
+//!
+//! A fused loss is four things: checks, a kernel call that yields loss and gradient, an autograd
+//! node over both ([`crate::torch::autograd::attach`]), and a composite in libtorch operations for
+//! everything else: other devices, `torch.func`, second derivatives.
+
+pub mod entropy;
+pub mod flexmatch;
+pub mod mcc;
+pub mod mean_teacher;
+pub mod pseudo_label;
+
+use crate::error::{Error, Result};
+use crate::kernels::parallel::threads_for;
+use crate::torch::max_threads;
+use std::num::NonZeroUsize;
+
+/// Elements of exponential and logarithm that one thread computes in the time that makes another
+/// thread worth starting.
+const GRAIN: usize = 1 << 16;
+
+/// Threads for a row loss over `elements` logits.
+fn threads(elements: usize) -> NonZeroUsize {
+    threads_for(elements, GRAIN, max_threads())
+}
+
+/// `ValueError` unless `value` is a finite number above 0.
+pub fn positive(class: &str, name: &str, value: f64) -> Result<()> {
+    if value.is_finite() && value > 0.0 {
+        return Ok(());
+    }
+    Err(Error::Value(format!("{class}: {name} must be a finite number above 0, got {value}")))
+}

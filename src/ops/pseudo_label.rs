@@ -1,0 +1,108 @@
+//! Pseudo labels on tensors. The mathematics is in [`crate::kernels::pseudo_label`].
+
+use super::threads;
+use crate::error::{Error, Result};
+use crate::kernels::pseudo_label::{Outputs, pseudo_label as kernel};
+use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::input::Input;
+use crate::torch::{Dtype, Owned, by_dtype, scalar};
+use tch::{Kind, Reduction, Tensor};
+
+const CLASS: &str = "ConfidenceBasedSelfTrainingLoss";
+
+/// What the method returns.
+pub struct Output {
+    /// Scalar, differentiable with respect to the logits.
+    pub loss: Tensor,
+    /// (minibatch), float32: 1 where the row is selected.
+    pub mask: Tensor,
+    /// (minibatch), int64.
+    pub labels: Tensor,
+}
+
+/// `ValueError` for a threshold that is NaN.
+pub fn check_threshold(threshold: f64) -> Result<()> {
+    if threshold.is_nan() {
+        return Err(Error::Value(format!("{CLASS}: threshold must be a number, got {threshold}")));
+    }
+    Ok(())
+}
+
+/// The loss of the logits `y` with pseudo labels from `y_target`, both (minibatch, C).
+pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Output> {
+    let (input, target) = (Input::new(CLASS, "y", y)?, Input::new(CLASS, "y_target", y_target)?);
+    check_threshold(threshold)?;
+    let dtype = input.floating()?;
+    let target_dtype = target.floating()?;
+    input.matrix()?;
+    target.matrix()?;
+    target.same_device(&input)?;
+    if input.shape() != target.shape() {
+        return Err(target.wrong(&format!("have the shape of y, {:?}", input.shape())));
+    }
+    if !input.on_cpu() || !target.on_cpu() || dtype != target_dtype {
+        return composite(y, y_target, threshold, dtype);
+    }
+    let (output, grad) = fused(&input, &target, dtype, threshold)?;
+    if let Some(grad) = grad {
+        let (labels, mask) = (output.labels.shallow_clone(), output.mask.shallow_clone());
+        let held = Held(labels, mask);
+        let formula = Box::new(move |t: &[Tensor]| held.loss(&t[0], dtype));
+        attach(c"PseudoLabelBackward", &output.loss, &[y], vec![Some(grad)], formula)?;
+    }
+    Ok(output)
+}
+
+fn fused(
+    input: &Input<'_>,
+    target: &Input<'_>,
+    dtype: Dtype,
+    threshold: f64,
+) -> Result<(Output, Option<StoredGrad>)> {
+    by_dtype!(dtype, E => {
+        let logits = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+        let targets = target.rows::<E>().ok_or_else(|| target.wrong("be a dense matrix"))?;
+        let batch = [logits.rows() as i64];
+        let (mut mask, mut labels) = (Owned::<f32>::new(&batch)?, Owned::<i64>::new(&batch)?);
+        let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;
+        let out = Outputs {
+            mask: mask.slice(),
+            labels: labels.slice(),
+            grad: grad.as_mut().map(Owned::slice),
+        };
+        let loss = kernel(logits, targets, threshold, out, threads(2 * input.numel()));
+        // The mask is float32, and so promotes a half cross entropy, in tllib too.
+        let output = Output {
+            loss: scalar(loss.value, dtype.at_least_f32())?,
+            mask: mask.into_tensor(),
+            labels: labels.into_tensor(),
+        };
+        Ok((output, grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale: loss.scale })))
+    })
+}
+
+/// Pseudo labels and mask, held fixed.
+struct Held(Tensor, Tensor);
+
+// SAFETY: at::Tensor's reference count is atomic, and nothing writes these two tensors' metadata.
+unsafe impl Sync for Held {}
+
+impl Held {
+    fn loss(&self, y: &Tensor, dtype: Dtype) -> Result<Tensor> {
+        let Held(labels, mask) = self;
+        let y = y.f_to_kind(dtype.at_least_f32().kind())?;
+        let each = y.f_cross_entropy_loss(labels, None::<Tensor>, Reduction::None, -100, 0.0)?;
+        Ok(each.f_mul(mask)?.f_mean(dtype.at_least_f32().kind())?)
+    }
+}
+
+/// The same in libtorch operations.
+fn composite(y: &Tensor, y_target: &Tensor, threshold: f64, dtype: Dtype) -> Result<Output> {
+    let q = y_target.f_detach()?.f_softmax(1, None::<Kind>)?;
+    let (confidence, labels) = q.f_max_dim(1, false)?;
+    let mask = confidence.f_gt(threshold)?.f_to_kind(Kind::Float)?;
+    let held = Held(labels, mask);
+    let loss = held.loss(y, dtype)?;
+    let Held(labels, mask) = held;
+    Ok(Output { loss, mask, labels })
+}

@@ -1,0 +1,16 @@
+use crate::kernels::isa;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+/// What this extension was built with and runs with.
+#[pyfunction]
+pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("torch", "2.11.0")?;
+    info.set_item("rustc", env!("TLLIB_RS_RUSTC"))?;
+    info.set_item("target", env!("TLLIB_RS_TARGET"))?;
+    info.set_item("profile", env!("TLLIB_RS_PROFILE"))?;
+    info.set_item("isa", isa::level().name())?;
+    Ok(info)
+}

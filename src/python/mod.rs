@@ -1,0 +1,76 @@
+//! The Python module `tllib_rs._core`: extract, release the GIL, call, wrap. No logic lives here.
+
+mod entropy;
+mod flexmatch;
+mod info;
+mod mcc;
+mod mean_teacher;
+mod pseudo_label;
+
+use crate::error::{Error, Result};
+use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3_tch::PyTensor;
+use tch::Tensor;
+
+/// Elements below which a kernel is done before another thread could use the GIL.
+const GIL_WORTH: usize = 1 << 14;
+
+impl From<Error> for PyErr {
+    fn from(error: Error) -> Self {
+        let text = error.to_string();
+        match error {
+            Error::Type(_) => PyTypeError::new_err(text),
+            Error::Value(_) => PyValueError::new_err(text),
+            Error::Index(_) => PyIndexError::new_err(text),
+            Error::Device(_) | Error::Torch(_) | Error::Bridge(_) => PyRuntimeError::new_err(text),
+        }
+    }
+}
+
+/// The tensor behind `object`, or a `TypeError` that names the argument.
+fn tensor(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<Tensor> {
+    match object.extract::<PyTensor>() {
+        Ok(tensor) => Ok(tensor.0),
+        Err(_) => Err(PyTypeError::new_err(format!(
+            "{class}: {name} must be a torch.Tensor, got {}",
+            object.get_type().name()?
+        ))),
+    }
+}
+
+/// The number behind `object`, or a `TypeError` that names the argument.
+fn number(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<f64> {
+    object.extract().map_err(|_| {
+        let kind = object.get_type().name().map_or_else(|_| "?".to_owned(), |n| n.to_string());
+        PyTypeError::new_err(format!("{class}: {name} must be a number, got {kind}"))
+    })
+}
+
+/// Runs `body` without the GIL where it touches enough `elements` to be worth it.
+fn without_gil<T: Send>(
+    py: Python<'_>,
+    elements: usize,
+    body: impl FnOnce() -> Result<T> + Send,
+) -> PyResult<T> {
+    Ok(if elements >= GIL_WORTH { py.allow_threads(body)? } else { body()? })
+}
+
+/// The number of elements, without a call that could fail.
+fn elements(tensor: &Tensor) -> usize {
+    tensor.size().iter().map(|&n| n.unsigned_abs() as usize).product()
+}
+
+#[pymodule]
+fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<flexmatch::FlexMatch>()?;
+    m.add_function(wrap_pyfunction!(entropy::entropy, m)?)?;
+    m.add_function(wrap_pyfunction!(mcc::check_temperature, m)?)?;
+    m.add_function(wrap_pyfunction!(pseudo_label::check_threshold, m)?)?;
+    m.add_function(wrap_pyfunction!(mean_teacher::check_alpha, m)?)?;
+    m.add_function(wrap_pyfunction!(info::build_info, m)?)?;
+    m.add_function(wrap_pyfunction!(mcc::mcc, m)?)?;
+    m.add_function(wrap_pyfunction!(mean_teacher::ema_update, m)?)?;
+    m.add_function(wrap_pyfunction!(pseudo_label::pseudo_label, m)?)?;
+    Ok(())
+}

@@ -1,0 +1,229 @@
+//! The autograd node that all fused losses share.
+//!
+//! Forward stores the gradient with respect to each input; backward multiplies it by the incoming
+//! one. Under `create_graph` the stored gradient would be a constant, so the bridge evaluates the
+//! composite instead and lets autograd derive it.
+
+use super::input::Input;
+use super::{Owned, by_dtype, check, max_threads};
+use crate::error::Result;
+use crate::kernels::element::Element;
+use crate::kernels::parallel::threads_for;
+use crate::kernels::real::Real;
+use std::ffi::{CStr, CString, c_char, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use tch::{Kind, Tensor};
+use torch_sys::C_tensor;
+
+/// Elements that one thread scales in the time it takes to start another.
+const GRAIN: usize = 1 << 18;
+
+/// A loss in differentiable operations, as a function of the node's inputs.
+pub type Composite = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
+
+/// A gradient as forward stored it: contiguous, and times `scale`.
+pub struct StoredGrad {
+    /// The gradient times `scale`.
+    pub tensor: Tensor,
+    /// A power of two.
+    pub scale: f64,
+}
+
+struct State {
+    grads: Vec<Option<StoredGrad>>,
+    composite: Option<Composite>,
+}
+
+/// Mirror of `tllib_vtable` in bridge.cpp.
+#[repr(C)]
+struct Vtable {
+    backward: unsafe extern "C" fn(*mut c_void, *const C_tensor, bool, *mut *mut C_tensor) -> *mut c_char,
+    composite: unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, *mut *mut C_tensor) -> *mut c_char,
+    release: unsafe extern "C" fn(*mut c_void),
+    drop: unsafe extern "C" fn(*mut c_void),
+}
+
+static VTABLE: Vtable = Vtable { backward, composite, release, drop: drop_state };
+
+unsafe extern "C" {
+    fn tllib_attach(
+        loss: *const C_tensor,
+        inputs: *const *const C_tensor,
+        count: usize,
+        state: *mut c_void,
+        vtable: *const Vtable,
+        label: *const c_char,
+    ) -> *mut c_char;
+}
+
+/// Makes `loss` differentiable with respect to `inputs`, with one stored gradient each (`None` for
+/// an input that wants none). `label` is the node's name, as in `MccBackward`.
+pub fn attach(
+    label: &'static CStr,
+    loss: &Tensor,
+    inputs: &[&Tensor],
+    grads: Vec<Option<StoredGrad>>,
+    composite: Composite,
+) -> Result<()> {
+    debug_assert_eq!(inputs.len(), grads.len());
+    let pointers: Vec<_> = inputs.iter().map(|t| t.as_ptr()).collect();
+    let state = Box::into_raw(Box::new(State { grads, composite: Some(composite) }));
+    // SAFETY: all tensors are live; the bridge takes the state over and gives it back to `VTABLE`'s
+    // functions only, `drop` last and once.
+    check(unsafe {
+        tllib_attach(
+            loss.as_ptr(),
+            pointers.as_ptr(),
+            pointers.len(),
+            state.cast(),
+            &raw const VTABLE,
+            label.as_ptr(),
+        )
+    })
+}
+
+/// Runs `body`; an error or a panic becomes a message that the bridge throws and frees.
+fn guarded(body: impl FnOnce() -> Result<()>) -> *mut c_char {
+    let text = match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => return std::ptr::null_mut(),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "tllib_rs: internal error in backward".to_owned(),
+    };
+    let text = CString::new(text.replace('\0', " ")).unwrap_or_default();
+    // SAFETY: strdup copies a valid NUL-terminated string into memory that free() takes back.
+    unsafe { strdup(text.as_ptr()) }
+}
+
+unsafe extern "C" {
+    fn strdup(text: *const c_char) -> *mut c_char;
+}
+
+/// # Safety
+/// `state` comes from `attach`; `incoming` is a live tensor; `out` has a place for each input.
+unsafe extern "C" fn backward(
+    state: *mut c_void,
+    incoming: *const C_tensor,
+    last: bool,
+    out: *mut *mut C_tensor,
+) -> *mut c_char {
+    guarded(|| {
+        // SAFETY: per contract; the bridge holds the node's mutex, so the borrow is exclusive.
+        let state = unsafe { &mut *state.cast::<State>() };
+        // SAFETY: per contract; this adds a reference, so dropping it is balanced.
+        let incoming = unsafe { Tensor::clone_from_ptr(incoming.cast_mut()) };
+        let incoming = Input::new("backward", "grad_output", &incoming)?;
+        let mut found = Vec::with_capacity(state.grads.len());
+        for slot in &mut state.grads {
+            found.push(match slot {
+                Some(_) if last => slot.take().map(|g| times(g.tensor, g.scale, &incoming, true)),
+                Some(g) => Some(times(g.tensor.shallow_clone(), g.scale, &incoming, false)),
+                None => None,
+            });
+        }
+        for (k, grad) in found.into_iter().enumerate() {
+            if let Some(grad) = grad {
+                let leaked = std::mem::ManuallyDrop::new(grad?);
+                // SAFETY: `out` has a place for each input, and the bridge deletes the tensor.
+                unsafe { *out.add(k) = leaked.as_ptr().cast_mut() };
+            }
+        }
+        Ok(())
+    })
+}
+
+/// `grad * incoming / scale`. `own` says that the memory of `grad` may be reused.
+fn times(mut grad: Tensor, scale: f64, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
+    let on_cpu = Input::new("backward", "gradient", &grad)?;
+    if let (Some(dtype), Some(value), true) = (on_cpu.dtype(), number(incoming), on_cpu.on_cpu()) {
+        let (data, len, shape) = (on_cpu.data(), on_cpu.numel(), on_cpu.shape().to_vec());
+        let factor = value / scale;
+        return by_dtype!(dtype, E => {
+            let threads = threads_for(len, GRAIN, max_threads());
+            if own {
+                #[allow(clippy::float_cmp, reason = "exactly one changes nothing")]
+                if factor != 1.0 && len > 0 {
+                    // SAFETY: a stored gradient is contiguous with `len` elements of `E`, and
+                    // `own` says that the node, which gave it up, was its only holder.
+                    let slice = unsafe { std::slice::from_raw_parts_mut(data.cast::<E>(), len) };
+                    crate::kernels::scale::scale(None, factor, slice, threads);
+                }
+                Ok(grad)
+            } else {
+                let mut out = Owned::<E>::new(&shape)?;
+                // SAFETY: as above, and only read.
+                let values = unsafe { if len == 0 { &[][..] } else { std::slice::from_raw_parts(data.cast::<E>(), len) } };
+                crate::kernels::scale::scale(Some(values), factor, out.slice(), threads);
+                Ok(out.into_tensor())
+            }
+        });
+    }
+    let kind = grad.f_kind()?;
+    let mut incoming = incoming.tensor.shallow_clone();
+    // A loss per row scales the rows.
+    for _ in incoming.dim()..grad.dim() {
+        if incoming.dim() == 0 {
+            break;
+        }
+        incoming = incoming.f_unsqueeze(-1)?;
+    }
+    if matches!(kind, Kind::Half | Kind::BFloat16) {
+        grad = grad.f_to_kind(Kind::Float)?;
+    }
+    let mut out = grad.f_mul(&incoming)?;
+    #[allow(clippy::float_cmp, reason = "exactly one changes nothing")]
+    if scale != 1.0 {
+        out = out.f_mul_scalar(1.0 / scale)?;
+    }
+    Ok(out.f_to_kind(kind)?)
+}
+
+/// The value of an ordinary CPU tensor of no dimensions.
+fn number(input: &Input<'_>) -> Option<f64> {
+    if !input.on_cpu() || !input.shape().is_empty() {
+        return None;
+    }
+    let dtype = input.dtype()?;
+    by_dtype!(dtype, E => {
+        // SAFETY: an ordinary tensor of one element of type `E`.
+        Some(unsafe { *input.data().cast::<E>() }.load().to_f64())
+    })
+}
+
+/// # Safety
+/// `state` comes from `attach`; `inputs` holds as many live tensors as `attach` was given; `out` is
+/// writable.
+unsafe extern "C" fn composite(
+    state: *mut c_void,
+    inputs: *const *mut C_tensor,
+    out: *mut *mut C_tensor,
+) -> *mut c_char {
+    guarded(|| {
+        // SAFETY: per contract; the bridge holds the node's mutex.
+        let state = unsafe { &*state.cast::<State>() };
+        let inputs: Vec<_> = (0..state.grads.len())
+            // SAFETY: per contract; each clone adds a reference.
+            .map(|k| unsafe { Tensor::clone_from_ptr(*inputs.add(k)) })
+            .collect();
+        let Some(formula) = &state.composite else { return Ok(()) };
+        let loss = std::mem::ManuallyDrop::new(formula(&inputs)?);
+        // SAFETY: per contract; the bridge deletes the tensor.
+        unsafe { *out = loss.as_ptr().cast_mut() };
+        Ok(())
+    })
+}
+
+/// # Safety
+/// `state` comes from `attach` and was not dropped.
+unsafe extern "C" fn release(state: *mut c_void) {
+    // SAFETY: per contract; the bridge holds the node's mutex.
+    let state = unsafe { &mut *state.cast::<State>() };
+    state.grads.iter_mut().for_each(|g| *g = None);
+    state.composite = None;
+}
+
+/// # Safety
+/// `state` comes from `attach` and is not used afterwards.
+unsafe extern "C" fn drop_state(state: *mut c_void) {
+    // SAFETY: per contract.
+    drop(unsafe { Box::from_raw(state.cast::<State>()) });
+}

@@ -1,0 +1,232 @@
+// The C++ half of src/torch/: what tch does not offer. Three things:
+//   describe   everything the checks and kernels ask of a tensor, in one call;
+//   attach     one autograd node for all fused losses, whose backward is a Rust object;
+//   bump/alias version counters and reference counts, for tensors that users may write.
+// No exception leaves an extern "C" function: a failure is returned as a malloc'ed message.
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <vector>
+
+using at::Tensor;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+namespace {
+
+char* message(const char* what) {
+  char* copy = static_cast<char*>(std::malloc(std::strlen(what) + 1));
+  if (copy) std::strcpy(copy, what);
+  return copy;
+}
+
+template <typename F>
+char* guarded(F&& body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const c10::Error& e) {
+    return message(e.what_without_backtrace());
+  } catch (const std::exception& e) {
+    return message(e.what());
+  }
+}
+
+// Keys of an ordinary dense tensor on a device that has fused kernels. Any other key (functorch
+// wrapper, Python subclass, conjugate or negative view, sparse, ...) sends the call to the composite.
+c10::DispatchKeySet ordinary_keys() {
+  static const c10::DispatchKeySet keys =
+      c10::DispatchKeySet(c10::DispatchKey::CPU) |
+      c10::DispatchKeySet(c10::DispatchKey::CUDA) |
+      c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) |
+      c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) |
+      c10::DispatchKeySet(c10::DispatchKey::AutogradCUDA) |
+      c10::DispatchKeySet(c10::DispatchKey::AutocastCPU) |
+      c10::DispatchKeySet(c10::DispatchKey::AutocastCUDA);
+  return keys;
+}
+
+bool ordinary(const Tensor& t) {
+  const auto keys = t.key_set();
+  return (keys | ordinary_keys()) == ordinary_keys() && t.has_storage() &&
+      !t._fw_grad(/*level=*/0).defined() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
+
+}  // namespace
+
+extern "C" {
+
+// Mirrored by `Facts` in src/torch/tensor.rs.
+struct tllib_facts {
+  void* data;  // null where the tensor is not ordinary
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t ndim;
+  int32_t kind;
+  int32_t device_type;
+  int32_t device_index;
+  bool ordinary;
+  bool requires_grad;   // of the tensor
+  bool wants_grad;      // grad mode is on and the tensor requires it
+  bool autocast;        // an autocast region is active for the tensor's device
+};
+
+// The pointers borrow from the tensor: they hold as long as it lives and is not resized.
+char* tllib_describe(const Tensor* t, tllib_facts* out) {
+  return guarded([&] {
+    TORCH_CHECK(t->defined(), "an undefined tensor");
+    TORCH_CHECK(!t->unsafeGetTensorImpl()->has_symbolic_sizes_strides(),
+                "tensors with symbolic shapes are served under torch.compile only");
+    out->ordinary = ordinary(*t);
+    out->sizes = t->sizes().data();
+    out->strides = out->ordinary ? t->strides().data() : nullptr;
+    out->ndim = t->dim();
+    out->data = out->ordinary ? t->data_ptr() : nullptr;
+    out->kind = static_cast<int32_t>(t->scalar_type());
+    out->device_type = static_cast<int32_t>(t->device().type());
+    out->device_index = t->device().index();
+    out->requires_grad = t->requires_grad();
+    out->wants_grad = out->requires_grad && at::GradMode::is_enabled();
+    out->autocast = at::autocast::is_autocast_enabled(t->device().type());
+  });
+}
+
+// Mirrored by `Vtable` in src/torch/autograd.rs. `state` is a Rust object owned by the node.
+struct tllib_vtable {
+  // Gradients with respect to the inputs into grads[0..n], null for an input without one.
+  // `last` says that the node's tensors are released after this call and may be given away.
+  char* (*backward)(void* state, const Tensor* grad, bool last, Tensor** grads);
+  // The loss again from `inputs`, in operations that autograd can differentiate.
+  char* (*composite)(void* state, Tensor* const* inputs, Tensor** loss);
+  void (*release)(void* state);
+  void (*drop)(void* state);
+};
+
+}  // extern "C"
+
+namespace {
+
+void check(char* failure) {
+  if (!failure) return;
+  std::string text(failure);
+  std::free(failure);
+  TORCH_CHECK(false, text);
+}
+
+struct FusedLoss : Node {
+  FusedLoss(void* state, const tllib_vtable* vtable, const char* label)
+      : state_(state), vtable_(vtable), label_(label) {}
+  FusedLoss(const FusedLoss&) = delete;
+  FusedLoss& operator=(const FusedLoss&) = delete;
+  ~FusedLoss() override { vtable_->drop(state_); }
+
+  std::string name() const override { return label_; }
+  void will_release_variables() override { last_ = true; }
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    released_ = true;
+    inputs.clear();
+    vtable_->release(state_);
+  }
+
+  variable_list apply(variable_list&& incoming) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+    if (!incoming[0].defined()) return variable_list(inputs.size());
+    return at::GradMode::is_enabled() ? differentiable(incoming[0]) : fused(incoming[0]);
+  }
+
+  std::vector<SavedVariable> inputs;
+
+ private:
+  variable_list fused(const Tensor& incoming) {
+    std::vector<Tensor*> raw(inputs.size(), nullptr);
+    check(vtable_->backward(state_, &incoming, last_, raw.data()));
+    variable_list grads(inputs.size());
+    for (size_t i = 0; i < raw.size(); ++i) {
+      if (!raw[i]) continue;
+      grads[i] = std::move(*raw[i]);
+      delete raw[i];
+    }
+    return grads;
+  }
+
+  // create_graph: the stored gradient is a constant to autograd, so the loss is computed again in
+  // differentiable operations and autograd derives the gradient, with its own graph.
+  variable_list differentiable(const Tensor& incoming) {
+    variable_list unpacked;
+    std::vector<Tensor*> raw;
+    unpacked.reserve(inputs.size());
+    for (auto& saved : inputs) unpacked.push_back(saved.unpack());
+    for (auto& t : unpacked) raw.push_back(&t);
+    Tensor* loss = nullptr;
+    check(vtable_->composite(state_, raw.data(), &loss));
+    Tensor owned = std::move(*loss);
+    delete loss;
+    variable_list wanted;
+    std::vector<size_t> slots;
+    for (size_t i = 0; i < unpacked.size(); ++i) {
+      if (!task_should_compute_output(i)) continue;
+      wanted.push_back(unpacked[i]);
+      slots.push_back(i);
+    }
+    variable_list grads(inputs.size());
+    if (wanted.empty()) return grads;
+    auto found = torch::autograd::grad({owned}, wanted, {incoming.to(owned.scalar_type())},
+                                       /*retain_graph=*/true, /*create_graph=*/true,
+                                       /*allow_unused=*/true);
+    for (size_t i = 0; i < slots.size(); ++i) grads[slots[i]] = found[i];
+    return grads;
+  }
+
+  void* state_;
+  const tllib_vtable* vtable_;
+  std::string label_;
+  bool last_ = false;
+  bool released_ = false;
+};
+
+}  // namespace
+
+extern "C" {
+
+// Makes `loss` the output of a node over `inputs`. Takes `state` over, whatever happens.
+char* tllib_attach(const Tensor* loss, Tensor* const* inputs, size_t count, void* state,
+                   const tllib_vtable* vtable, const char* label) {
+  std::shared_ptr<FusedLoss> node(new FusedLoss(state, vtable, label), torch::autograd::deleteNode);
+  return guarded([&] {
+    for (size_t i = 0; i < count; ++i) {
+      node->add_next_edge(torch::autograd::impl::gradient_edge(*inputs[i]));
+      node->inputs.emplace_back(*inputs[i], /*is_output=*/false);
+    }
+    torch::autograd::set_history(*loss, node);
+  });
+}
+
+// A write that autograd cannot see must still be noticed by graphs that saved the tensor.
+void tllib_bump_version(const Tensor* t) {
+  if (!t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+}
+
+int64_t tllib_version(const Tensor* t) { return t->is_inference() ? 0 : t->_version(); }
+
+// Whether something besides `owned` references of ours can reach the tensor's memory.
+bool tllib_aliased(const Tensor* t, size_t owned) {
+  return t->use_count() > owned || t->storage().use_count() > 1;
+}
+
+void tllib_free(char* text) { std::free(text); }
+
+}  // extern "C"

@@ -1,0 +1,220 @@
+//! A tensor argument and everything the checks ask of it, read once.
+
+use super::{Dtype, check};
+use crate::error::{Error, Result};
+use crate::kernels::element::Element;
+use crate::kernels::rows::Rows;
+use std::ffi::c_char;
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+const CPU: i32 = 0;
+
+/// Mirror of `tllib_facts` in bridge.cpp.
+#[repr(C)]
+struct Facts {
+    data: *mut std::ffi::c_void,
+    sizes: *const i64,
+    strides: *const i64,
+    ndim: i64,
+    kind: i32,
+    device_type: i32,
+    device_index: i32,
+    ordinary: bool,
+    requires_grad: bool,
+    wants_grad: bool,
+    autocast: bool,
+}
+
+unsafe extern "C" {
+    fn tllib_describe(tensor: *const C_tensor, out: *mut Facts) -> *mut c_char;
+}
+
+/// An argument of the class `class`, called `name` there. Every check raises with both.
+pub struct Input<'a> {
+    /// The tensor itself.
+    pub tensor: &'a Tensor,
+    class: &'static str,
+    name: &'static str,
+    facts: Facts,
+}
+
+impl<'a> Input<'a> {
+    /// Reads the facts. They hold as long as nobody resizes the tensor.
+    pub fn new(class: &'static str, name: &'static str, tensor: &'a Tensor) -> Result<Self> {
+        let mut facts = std::mem::MaybeUninit::uninit();
+        // SAFETY: the tensor is live, and the bridge fills all of `facts` unless it reports failure.
+        check(unsafe { tllib_describe(tensor.as_ptr(), facts.as_mut_ptr()) })?;
+        // SAFETY: no failure was reported.
+        Ok(Self { tensor, class, name, facts: unsafe { facts.assume_init() } })
+    }
+
+    /// The sizes.
+    pub fn shape(&self) -> &[i64] {
+        // SAFETY: the bridge returned the address of `ndim` sizes that live as long as the tensor,
+        // which `self` borrows; for no dimensions it need not be valid.
+        if self.facts.ndim == 0 { &[] } else { unsafe { std::slice::from_raw_parts(self.facts.sizes, self.facts.ndim as usize) } }
+    }
+
+    /// The strides, in elements; empty where the tensor is not ordinary.
+    pub fn strides(&self) -> &[i64] {
+        if self.facts.ndim == 0 || self.facts.strides.is_null() {
+            return &[];
+        }
+        // SAFETY: as for the sizes.
+        unsafe { std::slice::from_raw_parts(self.facts.strides, self.facts.ndim as usize) }
+    }
+
+    /// The number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape().iter().map(|&n| n as usize).product()
+    }
+
+    /// The dtype, where it has kernels.
+    pub fn dtype(&self) -> Option<Dtype> {
+        Dtype::of(self.facts.kind)
+    }
+
+    /// The memory of an ordinary tensor, null otherwise.
+    pub fn data(&self) -> *mut std::ffi::c_void {
+        self.facts.data
+    }
+
+    /// Whether it is an ordinary dense CPU tensor, which kernels may read directly.
+    pub fn on_cpu(&self) -> bool {
+        self.facts.ordinary && self.facts.device_type == CPU
+    }
+
+    /// Whether a gradient with respect to it is wanted: grad mode is on and it requires one.
+    pub fn wants_grad(&self) -> bool {
+        self.facts.wants_grad
+    }
+
+    /// Whether it requires a gradient, whatever the grad mode.
+    pub fn requires_grad(&self) -> bool {
+        self.facts.requires_grad
+    }
+
+    /// Whether an autocast region is active for its device.
+    pub fn autocast(&self) -> bool {
+        self.facts.autocast
+    }
+
+    /// A [`Error::Value`] about this argument.
+    pub fn wrong(&self, expected: &str) -> Error {
+        Error::Value(format!(
+            "{}: {} must {expected}, got shape {:?}",
+            self.class,
+            self.name,
+            self.shape()
+        ))
+    }
+
+    /// The dtype, or a `TypeError` that lists the supported ones.
+    pub fn floating(&self) -> Result<Dtype> {
+        self.dtype().ok_or_else(|| {
+            Error::Type(format!(
+                "{}: {} must be float32, float64, float16 or bfloat16, got {}",
+                self.class,
+                self.name,
+                scalar_type_name(self.facts.kind)
+            ))
+        })
+    }
+
+    /// `TypeError` unless the tensor holds integers of 64 bits.
+    pub fn int64(&self) -> Result<()> {
+        if self.facts.kind == 4 {
+            return Ok(());
+        }
+        Err(Error::Type(format!(
+            "{}: {} must be int64, got {}",
+            self.class,
+            self.name,
+            scalar_type_name(self.facts.kind)
+        )))
+    }
+
+    /// (minibatch, C) with at least one class.
+    pub fn matrix(&self) -> Result<(usize, usize)> {
+        match *self.shape() {
+            [rows, cols] if cols > 0 => Ok((rows as usize, cols as usize)),
+            _ => Err(self.wrong("have shape (minibatch, C) with C > 0")),
+        }
+    }
+
+    /// One dimension.
+    pub fn vector(&self) -> Result<usize> {
+        match *self.shape() {
+            [n] => Ok(n as usize),
+            _ => Err(self.wrong("have one dimension")),
+        }
+    }
+
+    /// The same shape, dtype and device as `other`.
+    pub fn like(&self, other: &Input<'_>) -> Result<()> {
+        self.same_device(other)?;
+        if self.shape() != other.shape() {
+            return Err(self.wrong(&format!("have the shape of {}, {:?}", other.name, other.shape())));
+        }
+        if self.facts.kind != other.facts.kind {
+            return Err(Error::Type(format!(
+                "{}: {} must have the dtype of {}, {}, got {}",
+                self.class,
+                self.name,
+                other.name,
+                scalar_type_name(other.facts.kind),
+                scalar_type_name(self.facts.kind)
+            )));
+        }
+        Ok(())
+    }
+
+    /// `RuntimeError` unless both are on one device.
+    pub fn same_device(&self, other: &Input<'_>) -> Result<()> {
+        let of = |i: &Input<'_>| (i.facts.device_type, i.facts.device_index);
+        if of(self) == of(other) {
+            return Ok(());
+        }
+        Err(Error::Device(format!(
+            "{}: {} must be on the device of {}, {:?}, got {:?}",
+            self.class,
+            self.name,
+            other.name,
+            other.tensor.device(),
+            self.tensor.device()
+        )))
+    }
+
+    /// A view of a two-dimensional CPU tensor. `None` unless [`Input::on_cpu`], of type `E`, and of
+    /// two dimensions.
+    pub fn rows<E: Element + super::Stored>(&self) -> Option<Rows<'_, E>> {
+        let ([rows, cols], [row, col]) = (self.shape(), self.strides()) else { return None };
+        if !self.on_cpu() || self.dtype().map(Dtype::kind) != Some(E::KIND) {
+            return None;
+        }
+        let (shape, strides) = ((*rows as usize, *cols as usize), (*row as isize, *col as isize));
+        // SAFETY: an ordinary tensor addresses live, aligned storage at all its indices; it is
+        // borrowed for the lifetime of the view. Writing to an argument from another thread during
+        // the call is a race in torch itself and excluded there too.
+        Some(unsafe { Rows::strided(self.facts.data.cast_const().cast(), shape, strides) })
+    }
+}
+
+fn scalar_type_name(kind: i32) -> &'static str {
+    match kind {
+        0 => "uint8",
+        1 => "int8",
+        2 => "int16",
+        3 => "int32",
+        4 => "int64",
+        5 => "float16",
+        6 => "float32",
+        7 => "float64",
+        8..=10 => "a complex dtype",
+        11 => "bool",
+        12..=14 | 16 | 17 => "a quantized dtype",
+        15 => "bfloat16",
+        _ => "an unsupported dtype",
+    }
+}

@@ -1,0 +1,170 @@
+//! What tch does not offer: tensor facts in one call, the autograd node of the fused losses, and
+//! version counters. The C++ half is `bridge.cpp`.
+
+pub mod autograd;
+pub mod input;
+
+use crate::error::{Error, Result};
+use crate::kernels::element::{Bf16, Element, F16};
+use std::ffi::{CStr, c_char};
+use tch::{Device, Kind, Tensor};
+use torch_sys::C_tensor;
+
+unsafe extern "C" {
+    fn tllib_bump_version(tensor: *const C_tensor);
+    fn tllib_version(tensor: *const C_tensor) -> i64;
+    fn tllib_aliased(tensor: *const C_tensor, owned: usize) -> bool;
+    fn tllib_free(text: *mut c_char);
+}
+
+/// A failure reported by the bridge: null, or a message that is ours to free.
+fn check(failure: *mut c_char) -> Result<()> {
+    if failure.is_null() {
+        return Ok(());
+    }
+    // SAFETY: the bridge returns null or a NUL-terminated string from malloc, owned by us.
+    let text = unsafe { CStr::from_ptr(failure).to_string_lossy().into_owned() };
+    // SAFETY: as above; it is not used after this.
+    unsafe { tllib_free(failure) };
+    Err(Error::Bridge(text))
+}
+
+/// Tells autograd that `tensor` was written.
+pub fn bump_version(tensor: &Tensor) {
+    // SAFETY: a `Tensor` always points to a live `at::Tensor`.
+    unsafe { tllib_bump_version(tensor.as_ptr()) }
+}
+
+/// How often `tensor` was written, as far as torch knows.
+pub fn version(tensor: &Tensor) -> i64 {
+    // SAFETY: as above.
+    unsafe { tllib_version(tensor.as_ptr()) }
+}
+
+/// Whether anything but the `owned` references counted by the caller can reach the memory.
+pub fn aliased(tensor: &Tensor, owned: usize) -> bool {
+    // SAFETY: as above.
+    unsafe { tllib_aliased(tensor.as_ptr(), owned) }
+}
+
+/// The element types that have kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// torch.float32
+    F32,
+    /// torch.float64
+    F64,
+    /// torch.float16
+    F16,
+    /// torch.bfloat16
+    Bf16,
+}
+
+impl Dtype {
+    /// From a `c10::ScalarType`.
+    pub fn of(scalar_type: i32) -> Option<Self> {
+        match scalar_type {
+            5 => Some(Self::F16),
+            6 => Some(Self::F32),
+            7 => Some(Self::F64),
+            15 => Some(Self::Bf16),
+            _ => None,
+        }
+    }
+
+    /// tch's name for it.
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::F32 => Kind::Float,
+            Self::F64 => Kind::Double,
+            Self::F16 => Kind::Half,
+            Self::Bf16 => Kind::BFloat16,
+        }
+    }
+
+    /// What a float32 tensor promotes it to.
+    pub fn at_least_f32(self) -> Self {
+        if self == Self::F64 { self } else { Self::F32 }
+    }
+}
+
+/// Names the [`Element`] of a [`Dtype`]: `by_dtype!(dtype, E => body)`.
+macro_rules! by_dtype {
+    ($dtype:expr, $e:ident => $body:expr) => {
+        match $dtype {
+            $crate::torch::Dtype::F32 => { type $e = f32; $body }
+            $crate::torch::Dtype::F64 => { type $e = f64; $body }
+            $crate::torch::Dtype::F16 => { type $e = $crate::kernels::element::F16; $body }
+            $crate::torch::Dtype::Bf16 => { type $e = $crate::kernels::element::Bf16; $body }
+        }
+    };
+}
+pub(crate) use by_dtype;
+
+/// Types that an [`Owned`] tensor can hold.
+pub trait Stored: Copy {
+    /// tch's name for the type.
+    const KIND: Kind;
+}
+impl Stored for f32 {
+    const KIND: Kind = Kind::Float;
+}
+impl Stored for f64 {
+    const KIND: Kind = Kind::Double;
+}
+impl Stored for F16 {
+    const KIND: Kind = Kind::Half;
+}
+impl Stored for Bf16 {
+    const KIND: Kind = Kind::BFloat16;
+}
+impl Stored for i64 {
+    const KIND: Kind = Kind::Int64;
+}
+
+/// A contiguous CPU tensor that was just allocated and that nobody else has seen, so that its
+/// memory may be written through a slice.
+pub struct Owned<T> {
+    tensor: Tensor,
+    len: usize,
+    element: std::marker::PhantomData<T>,
+}
+
+impl<T: Stored> Owned<T> {
+    /// Allocates. The contents are arbitrary until written.
+    pub fn new(shape: &[i64]) -> Result<Self> {
+        let tensor = Tensor::f_empty(shape, (T::KIND, Device::Cpu))?;
+        let len = shape.iter().map(|&n| n as usize).product();
+        Ok(Self { tensor, len, element: std::marker::PhantomData })
+    }
+
+    /// The elements.
+    pub fn slice(&mut self) -> &mut [T] {
+        if self.len == 0 {
+            return &mut [];
+        }
+        // SAFETY: the tensor is contiguous, has `len` elements of `T` (any bits are a valid T), and
+        // is not shared: `self` is its only owner until `into_tensor`.
+        unsafe { std::slice::from_raw_parts_mut(self.tensor.data_ptr().cast(), self.len) }
+    }
+
+    /// The tensor, to be given away.
+    pub fn into_tensor(self) -> Tensor {
+        self.tensor
+    }
+}
+
+/// A CPU tensor of no dimensions.
+pub fn scalar(value: f64, dtype: Dtype) -> Result<Tensor> {
+    by_dtype!(dtype, E => {
+        use crate::kernels::real::Real;
+        let mut out = Owned::<E>::new(&[])?;
+        out.slice()[0] = E::store(<E as Element>::Acc::of(value));
+        Ok(out.into_tensor())
+    })
+}
+
+/// `torch.get_num_threads()`, at most which a kernel may use.
+pub fn max_threads() -> usize {
+    usize::try_from(tch::get_num_threads()).unwrap_or(1)
+}

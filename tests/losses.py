@@ -1,0 +1,75 @@
+"""Every loss with a call, inputs and its plain formulation: what the tests of properties that all
+losses share (types, transforms, strides, gradients) are parametrised over. A new method adds one line.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tests.plain.entropy import entropy as plain_entropy
+from tests.plain.mcc import mcc as plain_mcc
+from tests.plain.pseudo_label import pseudo_label as plain_pseudo_label
+from tllib_rs.modules.entropy import entropy
+from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss under one setting."""
+
+    name: str
+    #: The callable that users call: a module or function of tensors.
+    ours: Callable[..., Any]
+    #: The same in plain PyTorch.
+    plain: Callable[..., Any]
+    #: Makes the inputs from (generator, rows, classes), float64. All are differentiated unless listed.
+    inputs: Callable[..., tuple[torch.Tensor, ...]]
+    #: Positions of inputs that get no gradient.
+    constant: tuple[int, ...] = ()
+    #: False where part of the formula is held constant, so that finite differences do not apply.
+    gradcheck: bool = True
+
+    def first(self, outputs):
+        """The loss among the outputs."""
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    def __repr__(self):
+        return self.name
+
+
+def logits(count=1):
+    """``count`` matrices of logits."""
+
+    def make(generator, rows=7, classes=5):
+        return tuple(
+            2 * torch.randn(rows, classes, generator=generator, dtype=torch.float64) for _ in range(count)
+        )
+
+    return make
+
+
+def probabilities(count=1):
+    """``count`` matrices whose rows sum to 1."""
+
+    def make(generator, rows=7, classes=5):
+        return tuple(z.softmax(dim=1) for z in logits(count)(generator, rows, classes))
+
+    return make
+
+
+LOSSES = [
+    # The entropy weights are held constant, so finite differences of the whole do not match.
+    Loss("mcc", MinimumClassConfusionLoss(2.5), lambda z: plain_mcc(z, 2.5), logits(), gradcheck=False),
+    Loss(
+        "pseudo_label",
+        ConfidenceBasedSelfTrainingLoss(0.5),
+        lambda y, t: plain_pseudo_label(y, t, 0.5),
+        logits(2),
+        constant=(1,),
+    ),
+    Loss("entropy", entropy, plain_entropy, probabilities()),
+    Loss("entropy_mean", lambda p: entropy(p, "mean"), lambda p: plain_entropy(p, "mean"), probabilities()),
+]
