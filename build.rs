@@ -36,8 +36,14 @@ fn bridge() {
         // become a load-time dependency: one wheel serves CPU and CUDA builds of torch.
         println!("cargo:rustc-cdylib-link-arg=-Wl,--as-needed");
     }
-    println!("cargo:rustc-env=TLLIB_RS_TARGET={}", std::env::var("TARGET").unwrap_or_default());
-    println!("cargo:rustc-env=TLLIB_RS_PROFILE={}", std::env::var("PROFILE").unwrap_or_default());
+    println!(
+        "cargo:rustc-env=TLLIB_RS_TARGET={}",
+        std::env::var("TARGET").unwrap_or_default()
+    );
+    println!(
+        "cargo:rustc-env=TLLIB_RS_PROFILE={}",
+        std::env::var("PROFILE").unwrap_or_default()
+    );
     println!("cargo:rustc-env=TLLIB_RS_RUSTC={}", rustc_version());
 }
 

@@ -30,5 +30,10 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 fn first_line(error: &tch::TchError) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+    error
+        .to_string()
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }

@@ -13,6 +13,9 @@
 //! `python/tllib_rs/self_training/mcc.py`, `tests/test_mcc.py`.
 //! `cargo test --no-default-features` builds and tests the kernels alone.
 
+// Tests compare exact values on purpose.
+#![cfg_attr(test, allow(clippy::float_cmp))]
+
 pub mod kernels;
 
 #[cfg(feature = "python")]

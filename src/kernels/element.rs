@@ -71,7 +71,11 @@ impl Element for F16 {
         const REBIAS: f32 = f32::from_bits(0x7780_0000);
         let bits = u32::from(self.0);
         let magnitude = f32::from_bits((bits & 0x7fff) << 13) * REBIAS;
-        let special = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+        let special = if bits & 0x7c00 == 0x7c00 {
+            0x7f80_0000
+        } else {
+            0
+        };
         f32::from_bits(magnitude.to_bits() | special | (bits & 0x8000) << 16)
     }
 
@@ -80,13 +84,29 @@ impl Element for F16 {
         let bits = value.to_bits();
         let (sign, magnitude) = ((bits >> 16) & 0x8000, bits & 0x7fff_ffff);
         // Rebias the exponent (112 << 23 less) and round the 13 dropped bits to even.
-        let normal =
-            magnitude.wrapping_sub(0x3800_0000).wrapping_add(0xfff + ((magnitude >> 13) & 1)) >> 13;
+        let normal = magnitude
+            .wrapping_sub(0x3800_0000)
+            .wrapping_add(0xfff + ((magnitude >> 13) & 1))
+            >> 13;
         // The spacing of f32 at 0.5 is that of f16's subnormals: the addition rounds.
-        let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
-        let half = if magnitude < 0x3880_0000 { subnormal } else { normal };
-        let half = if magnitude >= 0x4780_0000 { 0x7c00 } else { half };
-        let half = if magnitude > 0x7f80_0000 { 0x7e00 } else { half };
+        let subnormal = (f32::from_bits(magnitude) + 0.5)
+            .to_bits()
+            .wrapping_sub(0.5f32.to_bits());
+        let half = if magnitude < 0x3880_0000 {
+            subnormal
+        } else {
+            normal
+        };
+        let half = if magnitude >= 0x4780_0000 {
+            0x7c00
+        } else {
+            half
+        };
+        let half = if magnitude > 0x7f80_0000 {
+            0x7e00
+        } else {
+            half
+        };
         Self((half | sign) as u16)
     }
 
@@ -136,7 +156,9 @@ pub fn round_to<E: Element>(value: E::Acc) -> E::Acc {
 /// float16. Backward divides it out again in f32.
 pub fn stored_scale<E: Element>(bound: f64) -> f64 {
     match E::HEADROOM {
-        Some(headroom) if bound > 0.0 && bound.is_finite() => (headroom / bound).log2().floor().exp2(),
+        Some(headroom) if bound > 0.0 && bound.is_finite() => {
+            (headroom / bound).log2().floor().exp2()
+        }
         _ => 1.0,
     }
 }
@@ -154,20 +176,27 @@ mod tests {
             31 => f64::NAN,
             _ => (1024.0 + fraction) * f64::from(exponent - 25).exp2(),
         };
-        if bits & 0x8000 == 0 { magnitude } else { -magnitude }
+        if bits & 0x8000 == 0 {
+            magnitude
+        } else {
+            -magnitude
+        }
     }
 
     #[test]
     fn f16_round_trips_and_rounds_to_even() {
         for bits in 0..=u16::MAX {
             let (value, loaded) = (f16_value(bits), F16(bits).load());
-            assert!(f64::from(loaded) == value || (loaded.is_nan() && value.is_nan()), "{bits:#x}");
+            assert!(
+                f64::from(loaded) == value || (loaded.is_nan() && value.is_nan()),
+                "{bits:#x}"
+            );
             if !value.is_nan() {
                 assert_eq!(F16::store(loaded).0, bits);
             }
             let next = f16_value(bits.wrapping_add(1));
             if value.is_finite() && next.is_finite() && bits != 0x7fff && bits != 0xffff {
-                let tie = ((value + next) / 2.0) as f32;
+                let tie = f64::midpoint(value, next) as f32;
                 let even = if bits & 1 == 0 { bits } else { bits + 1 };
                 assert_eq!(F16::store(tie).0, even, "tie after {bits:#x}");
             }

@@ -31,7 +31,13 @@ pub fn entropy<E: Element>(
         .into_iter()
         .zip(outs)
         .map(|(range, out)| {
-            let sweep = Sweep { p, range, out, grad: grads.next().flatten(), weight };
+            let sweep = Sweep {
+                p,
+                range,
+                out,
+                grad: grads.next().flatten(),
+                weight,
+            };
             move || dispatch(sweep)
         })
         .collect();
@@ -82,7 +88,13 @@ mod tests {
         for threads in [1, 2] {
             let (mut out, mut grad) = ([0.0; 2], [0.0; 4]);
             let view = Rows::contiguous(&p, 2, 2).unwrap();
-            entropy(view, &mut out, Some(&mut grad), 0.5, NonZeroUsize::new(threads).unwrap());
+            entropy(
+                view,
+                &mut out,
+                Some(&mut grad),
+                0.5,
+                NonZeroUsize::new(threads).unwrap(),
+            );
             assert!((out[0] + 0.2 * 0.20001f64.ln() + 0.8 * 0.80001f64.ln()).abs() < 1e-15);
             assert!((out[1] + 1.00001f64.ln()).abs() < 1e-15);
             for k in 0..4 {

@@ -1,4 +1,4 @@
-//! FlexMatch's learning status from counts that the updates themselves keep, so that a step costs
+//! `FlexMatch`'s learning status from counts that the updates themselves keep, so that a step costs
 //! `O(B)` whatever the number of samples.
 //!
 //! With `n_c` the samples whose latest confident pseudo label is `c`, and `n_-1` those without one,
@@ -32,19 +32,28 @@ impl Counts {
     pub fn of(outputs: &[i64], classes: usize) -> Result<Self, OutOfRange> {
         let mut counts = vec![0; classes + 1];
         for (position, &value) in outputs.iter().enumerate() {
-            match usize::try_from(value.wrapping_add(1)).ok().and_then(|k| counts.get_mut(k)) {
+            match usize::try_from(value.wrapping_add(1))
+                .ok()
+                .and_then(|k| counts.get_mut(k))
+            {
                 Some(count) => *count += 1,
                 None => return Err(OutOfRange { position, value }),
             }
         }
-        Ok(Self { counts, samples: outputs.len() as i64 })
+        Ok(Self {
+            counts,
+            samples: outputs.len() as i64,
+        })
     }
 
     /// Counts of `samples` samples that have no label yet.
     pub fn unlabelled(samples: usize, classes: usize) -> Self {
         let mut counts = vec![0; classes + 1];
         counts[0] = samples as i64;
-        Self { counts, samples: samples as i64 }
+        Self {
+            counts,
+            samples: samples as i64,
+        }
     }
 
     /// Counts per class, and of -1 in front.
@@ -66,7 +75,11 @@ impl Counts {
         if all == self.samples {
             return None;
         }
-        let among = if warmup { &self.counts[..] } else { &self.counts[1..] };
+        let among = if warmup {
+            &self.counts[..]
+        } else {
+            &self.counts[1..]
+        };
         among.iter().copied().max()
     }
 
@@ -74,7 +87,9 @@ impl Counts {
     /// f64 and then rounded.
     #[inline]
     pub fn status(&self, label: usize, largest: Option<i64>) -> f32 {
-        largest.map_or(0.0, |max| (self.counts[label + 1] as f64 / max as f64) as f32)
+        largest.map_or(0.0, |max| {
+            (self.counts[label + 1] as f64 / max as f64) as f32
+        })
     }
 }
 
@@ -89,7 +104,9 @@ mod tests {
         let mut counts = Counts::unlabelled(samples, classes);
         let mut seed = 1u64;
         let mut next = |n: usize| {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (seed >> 33) as usize % n
         };
         for _ in 0..5000 {
@@ -107,13 +124,19 @@ mod tests {
             [0, 1, 2].map(|c| counts.status(c, largest))
         };
         assert_eq!(statuses(false), [0.5, 1.0, 0.0]);
-        assert_eq!(statuses(true), [(1.0f64 / 3.0) as f32, (2.0f64 / 3.0) as f32, 0.0]);
+        assert_eq!(
+            statuses(true),
+            [(1.0f64 / 3.0) as f32, (2.0f64 / 3.0) as f32, 0.0]
+        );
         for filled in [-1, 2] {
             let counts = Counts::of(&[filled; 4], 3).unwrap();
             assert_eq!(counts.largest(false), None);
             assert_eq!(counts.status(2, None), 0.0);
         }
-        let stray = OutOfRange { position: 1, value: 3 };
+        let stray = OutOfRange {
+            position: 1,
+            value: 3,
+        };
         assert_eq!(Counts::of(&[0, 3], 3), Err(stray));
         assert_eq!(Counts::of(&[0, -2], 3).unwrap_err().value, -2);
         assert!(Counts::of(&[i64::MAX], 3).is_err());

@@ -55,7 +55,10 @@ pub fn mcc<E: Element>(
     // |dL/dz| <= 4 / T, from s_c >= w_i p_ic.
     let scale = stored_scale::<E>(4.0 / temperature);
     if rows == 0 {
-        return Loss { value: f64::NAN, scale };
+        return Loss {
+            value: f64::NAN,
+            scale,
+        };
     }
     let ranges = split(rows, threads);
     let mut probabilities = pieces(grad.as_deref_mut(), &ranges, cols);
@@ -63,12 +66,20 @@ pub fn mcc<E: Element>(
         .iter()
         .zip(&mut probabilities)
         .map(|(range, out)| {
-            let sweep = Sweep { logits, temperature, range: range.clone(), out: out.as_deref_mut() };
+            let sweep = Sweep {
+                logits,
+                temperature,
+                range: range.clone(),
+                out: out.as_deref_mut(),
+            };
             move || dispatch(sweep)
         })
         .collect();
     let mut kept = Vec::with_capacity(ranges.len());
-    let mut sums = Sums { s: vec![0.0; cols], d: vec![0.0; cols] };
+    let mut sums = Sums {
+        s: vec![0.0; cols],
+        d: vec![0.0; cols],
+    };
     for (rows, part) in run(sweeps) {
         kept.push(rows);
         for c in 0..cols {
@@ -80,15 +91,25 @@ pub fn mcc<E: Element>(
     let tiny = E::Acc::TINY.to_f64();
     // NaN is not below TINY: it stays in the loss.
     let present = |c: usize| !(sums.s[c] < tiny);
-    let trace: f64 = (0..cols).filter(|&c| present(c)).map(|c| sums.d[c] / sums.s[c]).sum();
+    let trace: f64 = (0..cols)
+        .filter(|&c| present(c))
+        .map(|c| sums.d[c] / sums.s[c])
+        .sum();
     let value = 1.0 - trace / cols as f64;
 
     if grad.is_some() {
         let ratio: Vec<E::Acc> = (0..cols)
-            .map(|c| E::Acc::of(if present(c) { sums.d[c] / sums.s[c] } else { 0.0 }))
+            .map(|c| {
+                E::Acc::of(if present(c) {
+                    sums.d[c] / sums.s[c]
+                } else {
+                    0.0
+                })
+            })
             .collect();
-        let inverse: Vec<E::Acc> =
-            (0..cols).map(|c| E::Acc::of(if present(c) { 1.0 / sums.s[c] } else { 0.0 })).collect();
+        let inverse: Vec<E::Acc> = (0..cols)
+            .map(|c| E::Acc::of(if present(c) { 1.0 / sums.s[c] } else { 0.0 }))
+            .collect();
         let (ratio, inverse) = (&ratio, &inverse);
         let jobs: Vec<_> = ranges
             .into_iter()
@@ -96,7 +117,16 @@ pub fn mcc<E: Element>(
             .zip(pieces(grad, &split(rows, threads), cols))
             .filter_map(|((range, kept), out)| {
                 let out = out?;
-                let job = Gradient { logits, temperature, range, kept, ratio, inverse, scale, out };
+                let job = Gradient {
+                    logits,
+                    temperature,
+                    range,
+                    kept,
+                    ratio,
+                    inverse,
+                    scale,
+                    out,
+                };
                 Some(move || dispatch(job))
             })
             .collect();
@@ -136,7 +166,10 @@ impl<E: Element> Kernel for Sweep<'_, E> {
         let mut spare = vec![E::Acc::ZERO; cols];
         let mut out = self.out.and_then(E::exact_mut);
         let mut kept = Vec::with_capacity(self.range.len());
-        let mut sums = Sums { s: vec![0.0; cols], d: vec![0.0; cols] };
+        let mut sums = Sums {
+            s: vec![0.0; cols],
+            d: vec![0.0; cols],
+        };
         let mut partial_s = vec![E::Acc::ZERO; cols];
         let mut partial_d = vec![E::Acc::ZERO; cols];
         for (k, i) in self.range.enumerate() {
@@ -162,7 +195,11 @@ impl<E: Element> Kernel for Sweep<'_, E> {
                 flush(&mut partial_s, &mut sums.s);
                 flush(&mut partial_d, &mut sums.d);
             }
-            kept.push(Row { weight, max, reciprocal });
+            kept.push(Row {
+                weight,
+                max,
+                reciprocal,
+            });
         }
         flush(&mut partial_s, &mut sums.s);
         flush(&mut partial_d, &mut sums.d);
@@ -218,7 +255,10 @@ impl<E: Element> Kernel for Gradient<'_, E> {
         }
         let mut scratch = self.logits.scratch();
         let mut p = vec![E::Acc::ZERO; cols];
-        let rows = self.range.zip(&self.kept).zip(self.out.chunks_exact_mut(cols));
+        let rows = self
+            .range
+            .zip(&self.kept)
+            .zip(self.out.chunks_exact_mut(cols));
         for ((i, kept), out) in rows {
             let z = self.logits.row(i, &mut scratch);
             for (p, &z) in p.iter_mut().zip(z) {
@@ -271,18 +311,29 @@ mod tests {
             w[i] = 1.0 + (-h).exp();
         }
         let total: f64 = w.iter().sum();
-        w.iter_mut().for_each(|w| *w *= rows as f64 / total);
-        let m = |a: usize, b: usize| (0..rows).map(|i| w[i] * p[i * cols + a] * p[i * cols + b]).sum::<f64>();
+        for w in &mut w {
+            *w *= rows as f64 / total;
+        }
+        let m = |a: usize, b: usize| {
+            (0..rows)
+                .map(|i| w[i] * p[i * cols + a] * p[i * cols + b])
+                .sum::<f64>()
+        };
         let mut off = 0.0;
         for b in 0..cols {
             let column: f64 = (0..cols).map(|a| m(a, b)).sum();
-            off += (0..cols).filter(|&a| a != b).map(|a| m(a, b) / column).sum::<f64>();
+            off += (0..cols)
+                .filter(|&a| a != b)
+                .map(|a| m(a, b) / column)
+                .sum::<f64>();
         }
         off / cols as f64
     }
 
     fn logits(rows: usize, cols: usize) -> Vec<f64> {
-        (0..rows * cols).map(|k| ((k * 7919 + 13) % 101) as f64 / 25.0 - 2.0).collect()
+        (0..rows * cols)
+            .map(|k| ((k * 7919 + 13) % 101) as f64 / 25.0 - 2.0)
+            .collect()
     }
 
     #[test]
@@ -297,13 +348,25 @@ mod tests {
                 assert!((loss.value - reference(&z, rows, cols, t)).abs() < 1e-12);
                 assert_eq!(mcc(view, t, None, threads).value, loss.value);
                 // The weights are constants to the gradient: difference with them held.
-                let held = |z: &[f64]| frozen(z, rows, cols, t, &loss_weights(&self::logits(rows, cols), rows, cols, t));
+                let held = |z: &[f64]| {
+                    frozen(
+                        z,
+                        rows,
+                        cols,
+                        t,
+                        &loss_weights(&self::logits(rows, cols), rows, cols, t),
+                    )
+                };
                 for k in (0..z.len()).step_by(3) {
                     let (mut up, mut down) = (z.clone(), z.clone());
                     up[k] += 1e-6;
                     down[k] -= 1e-6;
                     let difference = (held(&up) - held(&down)) / 2e-6;
-                    assert!((grad[k] - difference).abs() < 1e-8, "{k}: {} {difference}", grad[k]);
+                    assert!(
+                        (grad[k] - difference).abs() < 1e-8,
+                        "{k}: {} {difference}",
+                        grad[k]
+                    );
                 }
             }
         }
@@ -339,13 +402,26 @@ mod tests {
     fn lower_precisions_agree_with_f64() {
         fn check<E: Element>(tolerance: f64) {
             let (rows, cols, t) = (33, 17, 2.0);
-            let stored: Vec<E> = logits(rows, cols).iter().map(|&z| E::store(E::Acc::of(z))).collect();
+            let stored: Vec<E> = logits(rows, cols)
+                .iter()
+                .map(|&z| E::store(E::Acc::of(z)))
+                .collect();
             let exact: Vec<f64> = stored.iter().map(|z| z.load().to_f64()).collect();
             let one = NonZeroUsize::MIN;
             let mut expected = vec![0.0; exact.len()];
-            let reference = mcc(Rows::contiguous(&exact, rows, cols).unwrap(), t, Some(&mut expected), one);
+            let reference = mcc(
+                Rows::contiguous(&exact, rows, cols).unwrap(),
+                t,
+                Some(&mut expected),
+                one,
+            );
             let mut grad = vec![E::store(E::Acc::ZERO); exact.len()];
-            let loss = mcc(Rows::contiguous(&stored, rows, cols).unwrap(), t, Some(&mut grad), one);
+            let loss = mcc(
+                Rows::contiguous(&stored, rows, cols).unwrap(),
+                t,
+                Some(&mut grad),
+                one,
+            );
             assert!((loss.value - reference.value).abs() < 1e-6);
             let largest = expected.iter().fold(0.0f64, |a, g| a.max(g.abs()));
             for (g, e) in grad.iter().zip(&expected) {
@@ -366,7 +442,12 @@ mod tests {
         assert!((loss.value - 1.0 / 3.0).abs() < 1e-6, "{}", loss.value);
         assert!(grad.iter().all(|g| *g == 0.0), "{grad:?}");
         let z = [0.0f32, f32::NAN, 1.0, 2.0];
-        let loss = mcc(Rows::contiguous(&z, 2, 2).unwrap(), 1.0, Some(&mut grad[..4]), NonZeroUsize::MIN);
+        let loss = mcc(
+            Rows::contiguous(&z, 2, 2).unwrap(),
+            1.0,
+            Some(&mut grad[..4]),
+            NonZeroUsize::MIN,
+        );
         assert!(loss.value.is_nan() && grad[..4].iter().all(|g| g.is_nan()));
         let empty = Rows::<f32>::contiguous(&[], 0, 3).unwrap();
         assert!(mcc(empty, 1.0, None, NonZeroUsize::MIN).value.is_nan());

@@ -38,7 +38,11 @@ impl<T: Element, S: Element<Acc = A>, A: Real> RawPair<T, S> {
     /// elements that nothing else writes, and `student` for reads of `len` elements. They may be
     /// the same memory, but may not overlap partly.
     pub unsafe fn new(teacher: *mut T, student: *const S, len: usize) -> Self {
-        Self { teacher, student, len }
+        Self {
+            teacher,
+            student,
+            len,
+        }
     }
 }
 
@@ -127,7 +131,11 @@ mod tests {
             let sizes = [1, 100, 0, 7, 33, 1000];
             let mut teachers: Vec<Vec<f32>> = sizes.iter().map(|&n| vec![2.0; n]).collect();
             let students: Vec<Vec<f32>> = sizes.iter().map(|&n| vec![4.0; n]).collect();
-            let pairs = teachers.iter_mut().zip(&students).map(|(t, s)| pair(t, s)).collect();
+            let pairs = teachers
+                .iter_mut()
+                .zip(&students)
+                .map(|(t, s)| pair(t, s))
+                .collect();
             blend_all(pairs, 0.75, NonZeroUsize::new(threads).unwrap());
             assert!(teachers.iter().flatten().all(|&t| t == 2.5));
         }

@@ -16,7 +16,9 @@ pub fn threads_for(work: usize, grain: usize, limit: usize) -> NonZeroUsize {
 /// Splits `0..n` into at most `parts` ranges of nearly equal length, none empty (unless `n` is 0).
 pub fn split(n: usize, parts: NonZeroUsize) -> Vec<Range<usize>> {
     let parts = parts.get().min(n.max(1));
-    (0..parts).map(|k| n * k / parts..n * (k + 1) / parts).collect()
+    (0..parts)
+        .map(|k| n * k / parts..n * (k + 1) / parts)
+        .collect()
 }
 
 /// Runs all jobs and returns their results in order. This thread takes part, and finishes alone
@@ -31,13 +33,11 @@ where
     }
     let helpers = jobs.len() - 1;
     let queue = Mutex::new(jobs.into_iter().enumerate());
+    // A poisoned queue is still a queue: the panic itself is passed on below.
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     let work = || {
         let mut done = Vec::new();
-        // A poisoned queue is still a queue: the panic itself is passed on below.
-        while let Some((k, job)) = {
-            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).next();
-            next
-        } {
+        while let Some((k, job)) = next() {
             done.push((k, job()));
         }
         done
@@ -102,7 +102,10 @@ mod tests {
         let mut data = vec![0; 10];
         let ranges = split(5, NonZeroUsize::new(3).unwrap());
         let pieces = cut(&mut data, &ranges, 2);
-        let jobs: Vec<_> = pieces.into_iter().map(|p| move || p.fill(p.len())).collect();
+        let jobs: Vec<_> = pieces
+            .into_iter()
+            .map(|p| move || p.fill(p.len()))
+            .collect();
         run(jobs);
         assert_eq!(data, [2, 2, 4, 4, 4, 4, 4, 4, 4, 4]);
     }

@@ -57,13 +57,23 @@ pub fn pseudo_label<E: Element>(
         .map(|(range, (mask, labels))| {
             let grad = grads.next().flatten();
             let out = Outputs { mask, labels, grad };
-            let sweep = Sweep { logits, targets, threshold, range, weight: weight * scale, out };
+            let sweep = Sweep {
+                logits,
+                targets,
+                threshold,
+                range,
+                weight: weight * scale,
+                out,
+            };
             move || dispatch(sweep)
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();
     // Over no rows the mean is 0/0, as in tllib.
-    Loss { value: total * weight + if rows == 0 { f64::NAN } else { 0.0 }, scale }
+    Loss {
+        value: total * weight + if rows == 0 { f64::NAN } else { 0.0 },
+        scale,
+    }
 }
 
 struct Sweep<'a, E> {
@@ -90,18 +100,29 @@ impl<E: Element> Kernel for Sweep<'_, E> {
         let mut total = 0.0;
         for (k, i) in self.range.enumerate() {
             let t = self.targets.row(i, &mut target_scratch);
-            let target = Target::of::<I, E>(t);
+            let target = Target::of::<I>(t);
             let label = target.label::<I, E>(t);
             let selected = target.confidence::<E>() > threshold;
             out.labels[k] = label as i64;
             out.mask[k] = if selected { 1.0 } else { 0.0 };
 
             let z = self.logits.row(i, &mut scratch);
-            let grad = out.grad.as_deref_mut().map(|grad| &mut grad[k * cols..(k + 1) * cols]);
+            let grad = out
+                .grad
+                .as_deref_mut()
+                .map(|grad| &mut grad[k * cols..(k + 1) * cols]);
             if selected {
-                let mut norm = if same { target } else { Target { max: reduce::max(z), total: 0.0 } };
+                let mut norm = if same {
+                    target
+                } else {
+                    Target {
+                        max: reduce::max(z),
+                        total: 0.0,
+                    }
+                };
                 if let Some(grad) = grad {
-                    norm.total = selected_row::<I, E>(z, norm.max, label, self.weight, &mut spare, grad);
+                    norm.total =
+                        selected_row::<I, E>(z, norm.max, label, self.weight, &mut spare, grad);
                 } else if !same {
                     norm.total = reduce::sum_exp_shifted::<I, _>(z, norm.max);
                 }
@@ -109,7 +130,11 @@ impl<E: Element> Kernel for Sweep<'_, E> {
             } else {
                 let max = if same { target.max } else { reduce::max(z) };
                 // 0 times the cross entropy: 0, or NaN where that is not finite.
-                let row = if max.finite() { E::Acc::ZERO } else { E::Acc::NAN };
+                let row = if max.finite() {
+                    E::Acc::ZERO
+                } else {
+                    E::Acc::NAN
+                };
                 total += row.to_f64() + 0.0 * z[label].to_f64();
                 if let Some(grad) = grad {
                     grad.fill(E::store(row));
@@ -130,9 +155,12 @@ struct Target<F> {
 
 impl<F: Real> Target<F> {
     #[inline(always)]
-    fn of<I: Isa, E: Element<Acc = F>>(row: &[F]) -> Self {
+    fn of<I: Isa>(row: &[F]) -> Self {
         let max = reduce::max(row);
-        Self { max, total: reduce::sum_exp_shifted::<I, _>(row, max) }
+        Self {
+            max,
+            total: reduce::sum_exp_shifted::<I, _>(row, max),
+        }
     }
 
     /// The largest probability, as the storage type holds it.
@@ -144,16 +172,15 @@ impl<F: Real> Target<F> {
     /// The first class whose rounded probability is the largest one; the first NaN, if any.
     #[inline(always)]
     fn label<I: Isa, E: Element<Acc = F>>(self, row: &[F]) -> usize {
-        if self.max != self.max || self.total != self.total {
+        if self.max.nan() || self.total.is_nan() {
             // All probabilities are NaN: the first of them.
             return 0;
         }
         // Only logits this close to the maximum can round to its probability.
         let near = self.max - F::of(2.0 * E::EPSILON);
         let (total, confidence) = (F::of(self.total), self.confidence::<E>());
-        let ties = |z: F| {
-            z == self.max || round_to::<E>((z - self.max).exp::<I>() / total) == confidence
-        };
+        let ties =
+            |z: F| z == self.max || round_to::<E>((z - self.max).exp::<I>() / total) == confidence;
         row.iter().position(|&z| z >= near && ties(z)).unwrap_or(0)
     }
 }
@@ -200,10 +227,20 @@ mod tests {
         grad: Vec<E>,
     }
 
-    fn call<E: Element>(z: &[E], t: &[E], shape: (usize, usize), threshold: f64, threads: usize) -> Result_<E> {
+    fn call<E: Element>(
+        z: &[E],
+        t: &[E],
+        shape: (usize, usize),
+        threshold: f64,
+        threads: usize,
+    ) -> Result_<E> {
         let (mut mask, mut labels) = (vec![9.0; shape.0], vec![-9; shape.0]);
         let mut grad = vec![E::store(E::Acc::ONE); z.len()];
-        let out = Outputs { mask: &mut mask, labels: &mut labels, grad: Some(&mut grad) };
+        let out = Outputs {
+            mask: &mut mask,
+            labels: &mut labels,
+            grad: Some(&mut grad),
+        };
         let loss = pseudo_label(
             Rows::contiguous(z, shape.0, shape.1).unwrap(),
             Rows::contiguous(t, shape.0, shape.1).unwrap(),
@@ -211,7 +248,12 @@ mod tests {
             out,
             NonZeroUsize::new(threads).unwrap(),
         );
-        Result_ { loss, mask, labels, grad }
+        Result_ {
+            loss,
+            mask,
+            labels,
+            grad,
+        }
     }
 
     #[test]
@@ -224,9 +266,19 @@ mod tests {
             let total = 1f64.exp() + 2f64.exp() + 3f64.exp();
             assert!((got.loss.value - (total.ln() - 1.0) / 2.0).abs() < 1e-15);
             let expected = [
-                (1f64.exp() / total - 1.0) / 2.0, 2f64.exp() / total / 2.0, 3f64.exp() / total / 2.0, 0.0, 0.0, 0.0,
+                (1f64.exp() / total - 1.0) / 2.0,
+                2f64.exp() / total / 2.0,
+                3f64.exp() / total / 2.0,
+                0.0,
+                0.0,
+                0.0,
             ];
-            assert!(got.grad.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-15));
+            assert!(
+                got.grad
+                    .iter()
+                    .zip(expected)
+                    .all(|(a, b)| (a - b).abs() < 1e-15)
+            );
         }
     }
 
@@ -238,11 +290,18 @@ mod tests {
         assert_eq!(call(&t, &t, (1, 4), 0.0, 1).labels, [0]);
         let wide: Vec<f64> = t.iter().map(|&x| f64::from(x)).collect();
         assert_eq!(call(&wide, &wide, (1, 4), 0.0, 1).labels, [1]);
-        let half: Vec<Bf16> = [2.0, 2.015_625, 0.0].iter().map(|&x| Bf16::store(x)).collect();
+        let half: Vec<Bf16> = [2.0, 2.015_625, 0.0]
+            .iter()
+            .map(|&x| Bf16::store(x))
+            .collect();
         let p = |z: f32| f64::from(z).exp();
         let total = p(2.0) + p(2.015_625) + 1.0;
-        let equal = Bf16::store((p(2.0) / total) as f32) == Bf16::store((p(2.015_625) / total) as f32);
-        assert_eq!(call(&half, &half, (1, 3), 0.0, 1).labels[0], i64::from(!equal));
+        let equal =
+            Bf16::store((p(2.0) / total) as f32) == Bf16::store((p(2.015_625) / total) as f32);
+        assert_eq!(
+            call(&half, &half, (1, 3), 0.0, 1).labels[0],
+            i64::from(!equal)
+        );
     }
 
     #[test]

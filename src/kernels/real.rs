@@ -44,12 +44,19 @@ pub trait Real:
     /// Exact.
     fn to_f64(self) -> f64;
     /// Neither infinite nor NaN.
+    #[must_use]
     fn finite(self) -> bool;
+    /// Not a number.
+    #[must_use]
+    fn nan(self) -> bool;
     /// `self * b + c`, fused where the instruction set has it.
+    #[must_use]
     fn mul_add<I: Isa>(self, b: Self, c: Self) -> Self;
     /// `e^self`.
+    #[must_use]
     fn exp<I: Isa>(self) -> Self;
     /// The natural logarithm.
+    #[must_use]
     fn ln<I: Isa>(self) -> Self;
 }
 
@@ -91,6 +98,11 @@ macro_rules! real {
             }
 
             #[inline(always)]
+            fn nan(self) -> bool {
+                self.is_nan()
+            }
+
+            #[inline(always)]
             fn mul_add<I: Isa>(self, b: Self, c: Self) -> Self {
                 if I::FMA { $f::mul_add(self, b, c) } else { self * b + c }
             }
@@ -116,17 +128,16 @@ macro_rules! real {
 
             #[inline(always)]
             fn ln<I: Isa>(self) -> Self {
-                const LIFT: $f = (1u64 << $mantissa) as $f;
+                                const SHIFT: $int = 1 << ($mantissa - 1);
+                const UNIT: $f = (1u64 << $mantissa) as $f;
                 let subnormal = self < $f::MIN_POSITIVE;
-                let x = if subnormal { self * LIFT } else { self };
-                let offset = if subnormal { $mantissa as $f } else { 0.0 };
+                let x = if subnormal { self * UNIT } else { self };
+                let offset: $f = if subnormal { ($mantissa as i16).into() } else { 0.0 };
                 let bits = x.to_bits();
                 let exponent = (bits.wrapping_sub($root) as $int) >> $mantissa;
                 let f = $f::from_bits(bits.wrapping_sub((exponent << $mantissa) as $bits)) - 1.0;
-                // An integer to a float without a conversion, which AVX2 lacks for 64 bits: as the
-                // low bits of a number whose spacing is 1.
-                const SHIFT: $int = 1 << ($mantissa - 1);
-                const UNIT: $f = (1u64 << $mantissa) as $f;
+                // An integer to a float without a conversion, which AVX2 lacks for 64 bits: as the low
+                // bits of a number whose spacing is 1.
                 let biased = (exponent + SHIFT) as $bits | UNIT.to_bits();
                 let e = ($f::from_bits(biased) - (UNIT + SHIFT as $f)) - offset;
                 let s = f / (2.0 + f);
@@ -139,7 +150,7 @@ macro_rules! real {
                 let value = if self == $f::INFINITY { self } else { value };
                 let value = if self == 0.0 { $f::NEG_INFINITY } else { value };
                 let value = if self < 0.0 { $f::NAN } else { value };
-                if self != self { self } else { value }
+                if self.is_nan() { self } else { value }
             }
         }
     };
@@ -152,7 +163,7 @@ real!(f32, u32, i32, 23, 127, 1e-30,
     },
     ln: { root: 0x3f35_04f3, terms: [2.0 / 9.0, 2.0 / 7.0, 2.0 / 5.0, 2.0 / 3.0] },
     // The first part has 10 bits: times an exponent it is exact.
-    ln2: (0.693_359_375_f32, -2.121_944_4e-4_f32));
+    ln2: (f32::from_bits(0x3f31_8000), -2.121_944_4e-4_f32));
 
 real!(f64, u64, i64, 52, 1023, 1e-290,
     exp: {
@@ -192,8 +203,18 @@ mod tests {
 
     /// Every 97th float of both signs: a prime stride visits all exponents and mantissa patterns.
     fn sweep(check: impl Fn(f32)) {
-        (0..=u32::MAX).step_by(97).for_each(|bits| check(f32::from_bits(bits)));
-        for x in [0.0, -0.0, 1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MIN_POSITIVE] {
+        (0..=u32::MAX)
+            .step_by(97)
+            .for_each(|bits| check(f32::from_bits(bits)));
+        for x in [
+            0.0,
+            -0.0,
+            1.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            f32::MIN_POSITIVE,
+        ] {
             check(x);
         }
     }
@@ -203,7 +224,10 @@ mod tests {
         sweep(|x| {
             let exact = f64::from(x).exp();
             assert!(ulps(Real::exp::<Baseline>(x), exact) <= 2.0, "exp({x:e})");
-            assert!(ulps(Real::exp::<Avx2>(x), exact) <= 2.0, "exp({x:e}) with FMA");
+            assert!(
+                ulps(Real::exp::<Avx2>(x), exact) <= 2.0,
+                "exp({x:e}) with FMA"
+            );
         });
     }
 
@@ -212,22 +236,40 @@ mod tests {
         sweep(|x| {
             let exact = f64::from(x).ln();
             assert!(ulps(Real::ln::<Baseline>(x), exact) <= 2.0, "ln({x:e})");
-            assert!(ulps(Real::ln::<Avx2>(x), exact) <= 2.0, "ln({x:e}) with FMA");
+            assert!(
+                ulps(Real::ln::<Avx2>(x), exact) <= 2.0,
+                "ln({x:e}) with FMA"
+            );
         });
     }
 
     #[test]
     fn f64_agrees_with_libm() {
-        let close = |a: f64, b: f64| a == b || (a.is_nan() && b.is_nan()) || ((a - b) / b).abs() < 5e-16;
+        let close =
+            |a: f64, b: f64| a == b || (a.is_nan() && b.is_nan()) || ((a - b) / b).abs() < 5e-16;
         for i in -76_000..76_000 {
             let x = f64::from(i) * 0.01;
             let (ours, libm) = (Real::exp::<Baseline>(x), x.exp());
             // A subnormal has fewer bits than the bound asks for.
-            assert!(close(ours, libm) || (ours - libm).abs() <= 1e-323, "exp({x})");
+            assert!(
+                close(ours, libm) || (ours - libm).abs() <= 1e-323,
+                "exp({x})"
+            );
             let y = libm * 1.234_567;
-            assert!(close(Real::ln::<Baseline>(y), y.ln()) || y.ln().abs() < 1e-3, "ln({y:e})");
+            assert!(
+                close(Real::ln::<Baseline>(y), y.ln()) || y.ln().abs() < 1e-3,
+                "ln({y:e})"
+            );
         }
-        for x in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.0, -1.0, 5e-324, f64::MAX] {
+        for x in [
+            f64::NAN,
+            f64::INFINITY,
+            f64::NEG_INFINITY,
+            0.0,
+            -1.0,
+            5e-324,
+            f64::MAX,
+        ] {
             assert!(close(Real::exp::<Baseline>(x), x.exp()), "exp({x:e})");
             assert!(close(Real::ln::<Baseline>(x), x.ln()), "ln({x:e})");
         }

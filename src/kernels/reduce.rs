@@ -14,7 +14,7 @@ const BLOCK: usize = 256;
 #[inline(always)]
 pub fn max<F: Real>(row: &[F]) -> F {
     // NaN replaces every number, and no number compares greater than NaN.
-    let larger = |a: F, b: F| if b > a || b != b { b } else { a };
+    let larger = |a: F, b: F| if b > a || b.nan() { b } else { a };
     let mut acc = [F::NEG_INFINITY; LANES];
     let chunks = row.chunks_exact(LANES);
     let rest = chunks.remainder();
@@ -23,7 +23,9 @@ pub fn max<F: Real>(row: &[F]) -> F {
             *a = larger(*a, b);
         }
     }
-    acc.into_iter().chain(rest.iter().copied()).fold(F::NEG_INFINITY, larger)
+    acc.into_iter()
+        .chain(rest.iter().copied())
+        .fold(F::NEG_INFINITY, larger)
 }
 
 /// The sum of at most [`BLOCK`] values.
@@ -37,11 +39,11 @@ fn add_up<F: Real>(block: &[F]) -> f64 {
             *a += b;
         }
     }
-    let mut total = F::ZERO;
-    for &x in acc.iter().chain(rest) {
-        total += x;
+    let mut total = 0.0;
+    for x in acc.iter().chain(rest) {
+        total += x.to_f64();
     }
-    total.to_f64()
+    total
 }
 
 /// `sum_j row_j`
@@ -127,7 +129,11 @@ mod tests {
         for n in [0, 1, 15, 16, 17, 255, 256, 257, 100_003] {
             let row: Vec<f32> = (0..n).map(|j| 0.1 + (j % 3) as f32 * 1e-4).collect();
             let exact: f64 = row.iter().map(|&x| f64::from(x)).sum();
-            for got in [sum(&row), sum_of(&row, |x| x), sum_of_pairs(&row, &row, |x, _| x)] {
+            for got in [
+                sum(&row),
+                sum_of(&row, |x| x),
+                sum_of_pairs(&row, &row, |x, _| x),
+            ] {
                 assert!((got - exact).abs() <= 2e-7 * exact, "{n}: {got} {exact}");
             }
         }

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 #[derive(Clone, Copy)]
 pub struct Rows<'a, E> {
     data: *const E,
-    rows: usize,
+    height: usize,
     cols: usize,
     row_stride: isize,
     col_stride: isize,
@@ -22,9 +22,9 @@ unsafe impl<E: Element> Sync for Rows<'_, E> {}
 impl<'a, E: Element> Rows<'a, E> {
     /// A contiguous matrix. `None` where the slice has not `rows * cols` elements.
     pub fn contiguous(data: &'a [E], rows: usize, cols: usize) -> Option<Self> {
-        (rows.checked_mul(cols) == Some(data.len())).then(|| Self {
+        (rows.checked_mul(cols) == Some(data.len())).then_some(Self {
             data: data.as_ptr(),
-            rows,
+            height: rows,
             cols,
             row_stride: cols as isize,
             col_stride: 1,
@@ -40,7 +40,7 @@ impl<'a, E: Element> Rows<'a, E> {
     pub unsafe fn strided(data: *const E, shape: (usize, usize), strides: (isize, isize)) -> Self {
         Self {
             data,
-            rows: shape.0,
+            height: shape.0,
             cols: shape.1,
             row_stride: strides.0,
             col_stride: strides.1,
@@ -50,7 +50,7 @@ impl<'a, E: Element> Rows<'a, E> {
 
     /// The number of rows.
     pub fn rows(&self) -> usize {
-        self.rows
+        self.height
     }
 
     /// The number of columns.
@@ -61,7 +61,7 @@ impl<'a, E: Element> Rows<'a, E> {
     /// Whether both are the same memory, read the same way.
     pub fn same(&self, other: &Self) -> bool {
         std::ptr::eq(self.data, other.data)
-            && (self.rows, self.cols) == (other.rows, other.cols)
+            && (self.height, self.cols) == (other.height, other.cols)
             && (self.row_stride, self.col_stride) == (other.row_stride, other.col_stride)
     }
 
@@ -74,9 +74,12 @@ impl<'a, E: Element> Rows<'a, E> {
 
     /// Row `i` in the computing type: the memory itself where that is possible, else a copy in
     /// `scratch`, which comes from [`Rows::scratch`].
+    ///
+    /// # Panics
+    /// If there is no row `i`: a mistake in a kernel.
     #[inline(always)]
     pub fn row<'s>(&'s self, i: usize, scratch: &'s mut [E::Acc]) -> &'s [E::Acc] {
-        assert!(i < self.rows, "row index");
+        assert!(i < self.height, "row index");
         let start = self.data.wrapping_offset(i as isize * self.row_stride);
         if self.col_stride == 1 {
             // SAFETY: the constructor's contract covers every element of row `i < rows`, and at

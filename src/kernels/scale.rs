@@ -7,18 +7,17 @@ use super::real::Real;
 use std::num::NonZeroUsize;
 
 /// `out = values * factor`, or `values * factor` in place where `values` is `None`.
-pub fn scale<E: Element>(
-    values: Option<&[E]>,
-    factor: f64,
-    out: &mut [E],
-    threads: NonZeroUsize,
-) {
+pub fn scale<E: Element>(values: Option<&[E]>, factor: f64, out: &mut [E], threads: NonZeroUsize) {
     let ranges = split(out.len(), threads);
     let jobs: Vec<_> = cut(out, &ranges, 1)
         .into_iter()
         .zip(&ranges)
         .map(|(out, range)| {
-            let sweep = Sweep { values: values.map(|v| &v[range.clone()]), factor, out };
+            let sweep = Sweep {
+                values: values.map(|v| &v[range.clone()]),
+                factor,
+                out,
+            };
             move || dispatch(sweep)
         })
         .collect();

@@ -26,7 +26,13 @@ pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
     let (out, grad) = fused(&input, dtype, mean)?;
     if let Some(grad) = grad {
         let formula = Box::new(move |t: &[Tensor]| composite(&t[0], mean));
-        attach(c"EntropyBackward", &out, &[predictions], vec![Some(grad)], formula)?;
+        attach(
+            c"EntropyBackward",
+            &out,
+            &[predictions],
+            vec![Some(grad)],
+            formula,
+        )?;
     }
     Ok(out)
 }
@@ -60,7 +66,11 @@ fn composite(predictions: &Tensor, mean: bool) -> Result<Tensor> {
     let p = predictions;
     let plogp = p.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(p)?;
     let each = plogp.f_sum_dim_intlist(1, false, None::<Kind>)?.f_neg()?;
-    Ok(if mean { each.f_mean(None::<Kind>)? } else { each })
+    Ok(if mean {
+        each.f_mean(None::<Kind>)?
+    } else {
+        each
+    })
 }
 
 /// tllib averages for exactly `"mean"` and returns rows for everything else; a name that is neither

@@ -36,7 +36,11 @@ pub fn mcc(logits: &Tensor, temperature: f64) -> Result<Tensor> {
 
 /// tllib's formula gives the dtype of the logits, and float32 where autocast runs its sums.
 fn out_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {
-    if input.autocast() { dtype.at_least_f32() } else { dtype }
+    if input.autocast() {
+        dtype.at_least_f32()
+    } else {
+        dtype
+    }
 }
 
 fn fused(
@@ -57,11 +61,21 @@ fn fused(
 
 /// The same loss in libtorch operations, `O(B C)` too.
 fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
-    let inside = if kind == Kind::Double { Kind::Double } else { Kind::Float };
-    let p = logits.f_to_kind(inside)?.f_div_scalar(temperature)?.f_softmax(1, inside)?;
+    let inside = if kind == Kind::Double {
+        Kind::Double
+    } else {
+        Kind::Float
+    };
+    let p = logits
+        .f_to_kind(inside)?
+        .f_div_scalar(temperature)?
+        .f_softmax(1, inside)?;
     let held = p.f_detach()?;
     let plogp = held.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(&held)?;
-    let weight = plogp.f_sum_dim_intlist(1, true, inside)?.f_exp()?.f_add_scalar(1.0)?;
+    let weight = plogp
+        .f_sum_dim_intlist(1, true, inside)?
+        .f_exp()?
+        .f_add_scalar(1.0)?;
     let wp = p.f_mul(&weight)?;
     let s = wp.f_sum_dim_intlist(0, false, inside)?;
     let d = wp.f_mul(&p)?.f_sum_dim_intlist(0, false, inside)?;
@@ -71,6 +85,10 @@ fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
     let trace = d.f_div(&s.f_masked_fill(&absent, 1.0)?)?.f_mean(inside)?;
     let loss = trace.f_neg()?.f_add_scalar(1.0)?;
     let empty = logits.size().first() == Some(&0);
-    let loss = if empty { loss.f_mul_scalar(f64::NAN)? } else { loss };
+    let loss = if empty {
+        loss.f_mul_scalar(f64::NAN)?
+    } else {
+        loss
+    };
     Ok(loss.f_to_kind(kind)?)
 }

@@ -16,7 +16,9 @@ pub fn check_alpha(alpha: f64) -> Result<()> {
     if (0.0..=1.0).contains(&alpha) {
         return Ok(());
     }
-    Err(Error::Value(format!("{CLASS}: alpha must be in [0, 1], got {alpha}")))
+    Err(Error::Value(format!(
+        "{CLASS}: alpha must be in [0, 1], got {alpha}"
+    )))
 }
 
 /// `teacher <- alpha * teacher + (1 - alpha) * student` for all pairs, in place.
@@ -36,7 +38,10 @@ pub fn update(teachers: &[Tensor], students: &[Tensor], alpha: f64) -> Result<()
         .iter()
         .zip(students)
         .map(|(t, s)| {
-            let pair = (Input::new(CLASS, "teacher parameter", t)?, Input::new(CLASS, "student parameter", s)?);
+            let pair = (
+                Input::new(CLASS, "teacher parameter", t)?,
+                Input::new(CLASS, "student parameter", s)?,
+            );
             check_pair(&pair.0, &pair.1)?;
             Ok(pair)
         })
@@ -46,15 +51,26 @@ pub fn update(teachers: &[Tensor], students: &[Tensor], alpha: f64) -> Result<()
     let mut pairs: Vec<Box<dyn Pair>> = Vec::with_capacity(inputs.len());
     let mut others = Vec::new();
     for (teacher, student) in &inputs {
-        match if apart { kernel_pair(teacher, student) } else { None } {
+        match if apart {
+            kernel_pair(teacher, student)
+        } else {
+            None
+        } {
             Some(pair) => pairs.push(pair),
             None => others.push((teacher.tensor, student.tensor)),
         }
     }
     let work = pairs.iter().map(|p| p.len()).sum();
     blend_all(pairs, alpha, threads_for(work, GRAIN, max_threads()));
-    inputs.iter().filter(|(t, _)| apart && t.on_cpu()).for_each(|(t, _)| bump_version(t.tensor));
-    tch::no_grad(|| others.into_iter().try_for_each(|(t, s)| composite(t, s, alpha)))
+    inputs
+        .iter()
+        .filter(|(t, _)| apart && t.on_cpu())
+        .for_each(|(t, _)| bump_version(t.tensor));
+    tch::no_grad(|| {
+        others
+            .into_iter()
+            .try_for_each(|(t, s)| composite(t, s, alpha))
+    })
 }
 
 fn check_pair(teacher: &Input<'_>, student: &Input<'_>) -> Result<()> {
@@ -64,7 +80,11 @@ fn check_pair(teacher: &Input<'_>, student: &Input<'_>) -> Result<()> {
     let floating = |i: &Input<'_>| {
         let known = i.dtype().is_some();
         // Complex parameters have no kernel, but an average.
-        if known || i.tensor.f_is_complex()? { Ok(()) } else { i.floating().map(|_| ()) }
+        if known || i.tensor.f_is_complex()? {
+            Ok(())
+        } else {
+            i.floating().map(|_| ())
+        }
     };
     floating(teacher)?;
     floating(student)
@@ -88,8 +108,12 @@ fn kernel_pair(teacher: &Input<'_>, student: &Input<'_>) -> Option<Box<dyn Pair>
 
 /// Whether the elements fill one block of memory, in whatever order of dimensions.
 fn dense(input: &Input<'_>) -> bool {
-    let mut dims: Vec<_> =
-        input.strides().iter().zip(input.shape()).filter(|&(_, &n)| n != 1).collect();
+    let mut dims: Vec<_> = input
+        .strides()
+        .iter()
+        .zip(input.shape())
+        .filter(|&(_, &n)| n != 1)
+        .collect();
     dims.sort_unstable();
     let mut expected = 1;
     dims.into_iter().all(|(&stride, &n)| {
@@ -104,7 +128,12 @@ fn dense(input: &Input<'_>) -> bool {
 fn overlap(inputs: &[(Input<'_>, Input<'_>)]) -> bool {
     let span = |i: &Input<'_>| {
         let start = i.data() as usize;
-        let last: i64 = i.strides().iter().zip(i.shape()).map(|(s, n)| s * (n - 1).max(0)).sum();
+        let last: i64 = i
+            .strides()
+            .iter()
+            .zip(i.shape())
+            .map(|(s, n)| s * (n - 1).max(0))
+            .sum();
         // 8 bytes is the widest element: a span may be judged too long, never too short.
         let width = match i.dtype() {
             Some(d) => by_dtype!(d, E => size_of::<E>()),
@@ -140,7 +169,10 @@ fn overlap(inputs: &[(Input<'_>, Input<'_>)]) -> bool {
 
 /// The update in libtorch operations, in place.
 fn composite(teacher: &Tensor, student: &Tensor, alpha: f64) -> Result<()> {
-    let student = student.f_detach()?.f_to_device(teacher.device())?.f_to_kind(teacher.f_kind()?)?;
+    let student = student
+        .f_detach()?
+        .f_to_device(teacher.device())?
+        .f_to_kind(teacher.f_kind()?)?;
     let mut target = teacher.f_detach()?;
     let _ = target.f_mul_scalar_(alpha)?;
     let _ = target.f_add_(&student.f_mul_scalar(1.0 - alpha)?)?;

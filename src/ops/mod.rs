@@ -29,5 +29,7 @@ pub fn positive(class: &str, name: &str, value: f64) -> Result<()> {
     if value.is_finite() && value > 0.0 {
         return Ok(());
     }
-    Err(Error::Value(format!("{class}: {name} must be a finite number above 0, got {value}")))
+    Err(Error::Value(format!(
+        "{class}: {name} must be a finite number above 0, got {value}"
+    )))
 }

@@ -23,14 +23,19 @@ pub struct Output {
 /// `ValueError` for a threshold that is NaN.
 pub fn check_threshold(threshold: f64) -> Result<()> {
     if threshold.is_nan() {
-        return Err(Error::Value(format!("{CLASS}: threshold must be a number, got {threshold}")));
+        return Err(Error::Value(format!(
+            "{CLASS}: threshold must be a number, got {threshold}"
+        )));
     }
     Ok(())
 }
 
 /// The loss of the logits `y` with pseudo labels from `y_target`, both (minibatch, C).
 pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Output> {
-    let (input, target) = (Input::new(CLASS, "y", y)?, Input::new(CLASS, "y_target", y_target)?);
+    let (input, target) = (
+        Input::new(CLASS, "y", y)?,
+        Input::new(CLASS, "y_target", y_target)?,
+    );
     check_threshold(threshold)?;
     let dtype = input.floating()?;
     let target_dtype = target.floating()?;
@@ -48,7 +53,13 @@ pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Out
         let (labels, mask) = (output.labels.shallow_clone(), output.mask.shallow_clone());
         let held = Held(labels, mask);
         let formula = Box::new(move |t: &[Tensor]| held.loss(&t[0], dtype));
-        attach(c"PseudoLabelBackward", &output.loss, &[y], vec![Some(grad)], formula)?;
+        attach(
+            c"PseudoLabelBackward",
+            &output.loss,
+            &[y],
+            vec![Some(grad)],
+            formula,
+        )?;
     }
     Ok(output)
 }

@@ -12,5 +12,8 @@ pub fn entropy(
 ) -> PyResult<PyTensor> {
     let predictions = tensor("entropy", "predictions", predictions)?;
     let mean = ops::parse_reduction(reduction)?;
-    without_gil(py, elements(&predictions), move || ops::entropy(&predictions, mean)).map(PyTensor)
+    without_gil(py, elements(&predictions), move || {
+        ops::entropy(&predictions, mean)
+    })
+    .map(PyTensor)
 }

@@ -39,7 +39,10 @@ impl FlexMatch {
         )?;
         let device: Device = tensor(CLASS, "device", &probe)?.device();
         let state = ops::FlexMatch::new(classes, samples, warmup, device)?;
-        Ok(Self { state: Mutex::new(state), samples: samples as usize })
+        Ok(Self {
+            state: Mutex::new(state),
+            samples: samples as usize,
+        })
     }
 
     /// The label of each sample, int64, -1 where it has none yet. May be written.
@@ -55,7 +58,12 @@ impl FlexMatch {
     }
 
     /// The learning status of the class of each label, float32.
-    fn status(&self, py: Python<'_>, labels: &Bound<'_, PyAny>, warmup: bool) -> PyResult<PyTensor> {
+    fn status(
+        &self,
+        py: Python<'_>,
+        labels: &Bound<'_, PyAny>,
+        warmup: bool,
+    ) -> PyResult<PyTensor> {
         let labels = tensor(CLASS, "pseudo_labels", labels)?;
         self.with(py, move |state| {
             state.set_warmup(warmup);

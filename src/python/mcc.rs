@@ -14,11 +14,18 @@ pub fn mcc(
 ) -> PyResult<PyTensor> {
     let logits = tensor(CLASS, "logits", logits)?;
     let temperature = number(CLASS, "temperature", temperature)?;
-    without_gil(py, elements(&logits), move || ops::mcc(&logits, temperature)).map(PyTensor)
+    without_gil(py, elements(&logits), move || {
+        ops::mcc(&logits, temperature)
+    })
+    .map(PyTensor)
 }
 
 /// Raises unless `temperature` is one that the class accepts.
 #[pyfunction]
 pub fn check_temperature(temperature: &Bound<'_, PyAny>) -> PyResult<()> {
-    Ok(ops::check_temperature(number(CLASS, "temperature", temperature)?)?)
+    Ok(ops::check_temperature(number(
+        CLASS,
+        "temperature",
+        temperature,
+    )?)?)
 }

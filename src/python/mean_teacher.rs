@@ -1,10 +1,10 @@
 use super::{elements, number, tensor, without_gil};
 use crate::ops::mean_teacher as ops;
 use pyo3::exceptions::PyTypeError;
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::GILOnceCell;
 use pyo3::types::{PyDict, PyType};
-use pyo3::intern;
 use std::collections::HashSet;
 use tch::Tensor;
 
@@ -77,7 +77,8 @@ impl Walk {
         let py = module.py();
         let own = module.getattr(intern!(py, "_parameters"))?;
         let children = module.getattr(intern!(py, "_modules"))?;
-        let (Ok(own), Ok(children)) = (own.downcast::<PyDict>(), children.downcast::<PyDict>()) else {
+        let (Ok(own), Ok(children)) = (own.downcast::<PyDict>(), children.downcast::<PyDict>())
+        else {
             return Ok(false);
         };
         for (_, parameter) in own {

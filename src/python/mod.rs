@@ -42,7 +42,10 @@ fn tensor(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<Tensor
 /// The number behind `object`, or a `TypeError` that names the argument.
 fn number(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<f64> {
     object.extract().map_err(|_| {
-        let kind = object.get_type().name().map_or_else(|_| "?".to_owned(), |n| n.to_string());
+        let kind = object
+            .get_type()
+            .name()
+            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
         PyTypeError::new_err(format!("{class}: {name} must be a number, got {kind}"))
     })
 }
@@ -53,12 +56,20 @@ fn without_gil<T: Send>(
     elements: usize,
     body: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
-    Ok(if elements >= GIL_WORTH { py.allow_threads(body)? } else { body()? })
+    Ok(if elements >= GIL_WORTH {
+        py.allow_threads(body)?
+    } else {
+        body()?
+    })
 }
 
 /// The number of elements, without a call that could fail.
 fn elements(tensor: &Tensor) -> usize {
-    tensor.size().iter().map(|&n| n.unsigned_abs() as usize).product()
+    tensor
+        .size()
+        .iter()
+        .map(|&n| n.unsigned_abs() as usize)
+        .product()
 }
 
 #[pymodule]

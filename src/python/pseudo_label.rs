@@ -15,12 +15,18 @@ pub fn pseudo_label(
 ) -> PyResult<(PyTensor, PyTensor, PyTensor)> {
     let (y, target) = (tensor(CLASS, "y", y)?, tensor(CLASS, "y_target", y_target)?);
     let threshold = number(CLASS, "threshold", threshold)?;
-    let out = without_gil(py, 2 * elements(&y), move || ops::pseudo_label(&y, &target, threshold))?;
+    let out = without_gil(py, 2 * elements(&y), move || {
+        ops::pseudo_label(&y, &target, threshold)
+    })?;
     Ok((PyTensor(out.loss), PyTensor(out.mask), PyTensor(out.labels)))
 }
 
 /// Raises unless `threshold` is one that the class accepts.
 #[pyfunction]
 pub fn check_threshold(threshold: &Bound<'_, PyAny>) -> PyResult<()> {
-    Ok(ops::check_threshold(number(CLASS, "threshold", threshold)?)?)
+    Ok(ops::check_threshold(number(
+        CLASS,
+        "threshold",
+        threshold,
+    )?)?)
 }

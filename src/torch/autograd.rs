@@ -37,13 +37,20 @@ struct State {
 /// Mirror of `tllib_vtable` in bridge.cpp.
 #[repr(C)]
 struct Vtable {
-    backward: unsafe extern "C" fn(*mut c_void, *const C_tensor, bool, *mut *mut C_tensor) -> *mut c_char,
-    composite: unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, *mut *mut C_tensor) -> *mut c_char,
+    backward:
+        unsafe extern "C" fn(*mut c_void, *const C_tensor, bool, *mut *mut C_tensor) -> *mut c_char,
+    composite:
+        unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, *mut *mut C_tensor) -> *mut c_char,
     release: unsafe extern "C" fn(*mut c_void),
     drop: unsafe extern "C" fn(*mut c_void),
 }
 
-static VTABLE: Vtable = Vtable { backward, composite, release, drop: drop_state };
+static VTABLE: Vtable = Vtable {
+    backward,
+    composite,
+    release,
+    drop: drop_state,
+};
 
 unsafe extern "C" {
     fn tllib_attach(
@@ -67,7 +74,10 @@ pub fn attach(
 ) -> Result<()> {
     debug_assert_eq!(inputs.len(), grads.len());
     let pointers: Vec<_> = inputs.iter().map(|t| t.as_ptr()).collect();
-    let state = Box::into_raw(Box::new(State { grads, composite: Some(composite) }));
+    let state = Box::into_raw(Box::new(State {
+        grads,
+        composite: Some(composite),
+    }));
     // SAFETY: all tensors are live; the bridge takes the state over and gives it back to `VTABLE`'s
     // functions only, `drop` last and once.
     check(unsafe {
@@ -115,7 +125,9 @@ unsafe extern "C" fn backward(
         let mut found = Vec::with_capacity(state.grads.len());
         for slot in &mut state.grads {
             found.push(match slot {
-                Some(_) if last => slot.take().map(|g| times(g.tensor, g.scale, &incoming, true)),
+                Some(_) if last => slot
+                    .take()
+                    .map(|g| times(g.tensor, g.scale, &incoming, true)),
                 Some(g) => Some(times(g.tensor.shallow_clone(), g.scale, &incoming, false)),
                 None => None,
             });
@@ -204,7 +216,9 @@ unsafe extern "C" fn composite(
             // SAFETY: per contract; each clone adds a reference.
             .map(|k| unsafe { Tensor::clone_from_ptr(*inputs.add(k)) })
             .collect();
-        let Some(formula) = &state.composite else { return Ok(()) };
+        let Some(formula) = &state.composite else {
+            return Ok(());
+        };
         let loss = std::mem::ManuallyDrop::new(formula(&inputs)?);
         // SAFETY: per contract; the bridge deletes the tensor.
         unsafe { *out = loss.as_ptr().cast_mut() };

@@ -21,7 +21,7 @@ struct Facts {
     device_type: i32,
     device_index: i32,
     ordinary: bool,
-    requires_grad: bool,
+    _requires_grad: bool,
     wants_grad: bool,
     autocast: bool,
 }
@@ -46,23 +46,32 @@ impl<'a> Input<'a> {
         // SAFETY: the tensor is live, and the bridge fills all of `facts` unless it reports failure.
         check(unsafe { tllib_describe(tensor.as_ptr(), facts.as_mut_ptr()) })?;
         // SAFETY: no failure was reported.
-        Ok(Self { tensor, class, name, facts: unsafe { facts.assume_init() } })
+        let facts = unsafe { facts.assume_init() };
+        Ok(Self {
+            tensor,
+            class,
+            name,
+            facts,
+        })
     }
 
     /// The sizes.
     pub fn shape(&self) -> &[i64] {
-        // SAFETY: the bridge returned the address of `ndim` sizes that live as long as the tensor,
-        // which `self` borrows; for no dimensions it need not be valid.
-        if self.facts.ndim == 0 { &[] } else { unsafe { std::slice::from_raw_parts(self.facts.sizes, self.facts.ndim as usize) } }
+        self.per_dimension(self.facts.sizes)
     }
 
     /// The strides, in elements; empty where the tensor is not ordinary.
     pub fn strides(&self) -> &[i64] {
-        if self.facts.ndim == 0 || self.facts.strides.is_null() {
+        self.per_dimension(self.facts.strides)
+    }
+
+    fn per_dimension(&self, values: *const i64) -> &[i64] {
+        if values.is_null() || self.facts.ndim == 0 {
             return &[];
         }
-        // SAFETY: as for the sizes.
-        unsafe { std::slice::from_raw_parts(self.facts.strides, self.facts.ndim as usize) }
+        // SAFETY: the bridge returned the address of `ndim` values that live as long as the tensor,
+        // which `self` borrows.
+        unsafe { std::slice::from_raw_parts(values, self.facts.ndim as usize) }
     }
 
     /// The number of elements.
@@ -88,11 +97,6 @@ impl<'a> Input<'a> {
     /// Whether a gradient with respect to it is wanted: grad mode is on and it requires one.
     pub fn wants_grad(&self) -> bool {
         self.facts.wants_grad
-    }
-
-    /// Whether it requires a gradient, whatever the grad mode.
-    pub fn requires_grad(&self) -> bool {
-        self.facts.requires_grad
     }
 
     /// Whether an autocast region is active for its device.
@@ -155,7 +159,11 @@ impl<'a> Input<'a> {
     pub fn like(&self, other: &Input<'_>) -> Result<()> {
         self.same_device(other)?;
         if self.shape() != other.shape() {
-            return Err(self.wrong(&format!("have the shape of {}, {:?}", other.name, other.shape())));
+            return Err(self.wrong(&format!(
+                "have the shape of {}, {:?}",
+                other.name,
+                other.shape()
+            )));
         }
         if self.facts.kind != other.facts.kind {
             return Err(Error::Type(format!(
@@ -189,11 +197,16 @@ impl<'a> Input<'a> {
     /// A view of a two-dimensional CPU tensor. `None` unless [`Input::on_cpu`], of type `E`, and of
     /// two dimensions.
     pub fn rows<E: Element + super::Stored>(&self) -> Option<Rows<'_, E>> {
-        let ([rows, cols], [row, col]) = (self.shape(), self.strides()) else { return None };
+        let ([rows, cols], [row, col]) = (self.shape(), self.strides()) else {
+            return None;
+        };
         if !self.on_cpu() || self.dtype().map(Dtype::kind) != Some(E::KIND) {
             return None;
         }
-        let (shape, strides) = ((*rows as usize, *cols as usize), (*row as isize, *col as isize));
+        let (shape, strides) = (
+            (*rows as usize, *cols as usize),
+            (*row as isize, *col as isize),
+        );
         // SAFETY: an ordinary tensor addresses live, aligned storage at all its indices; it is
         // borrowed for the lifetime of the view. Writing to an argument from another thread during
         // the call is a race in torch itself and excluded there too.

@@ -92,10 +92,22 @@ impl Dtype {
 macro_rules! by_dtype {
     ($dtype:expr, $e:ident => $body:expr) => {
         match $dtype {
-            $crate::torch::Dtype::F32 => { type $e = f32; $body }
-            $crate::torch::Dtype::F64 => { type $e = f64; $body }
-            $crate::torch::Dtype::F16 => { type $e = $crate::kernels::element::F16; $body }
-            $crate::torch::Dtype::Bf16 => { type $e = $crate::kernels::element::Bf16; $body }
+            $crate::torch::Dtype::F32 => {
+                type $e = f32;
+                $body
+            }
+            $crate::torch::Dtype::F64 => {
+                type $e = f64;
+                $body
+            }
+            $crate::torch::Dtype::F16 => {
+                type $e = $crate::kernels::element::F16;
+                $body
+            }
+            $crate::torch::Dtype::Bf16 => {
+                type $e = $crate::kernels::element::Bf16;
+                $body
+            }
         }
     };
 }
@@ -135,7 +147,11 @@ impl<T: Stored> Owned<T> {
     pub fn new(shape: &[i64]) -> Result<Self> {
         let tensor = Tensor::f_empty(shape, (T::KIND, Device::Cpu))?;
         let len = shape.iter().map(|&n| n as usize).product();
-        Ok(Self { tensor, len, element: std::marker::PhantomData })
+        Ok(Self {
+            tensor,
+            len,
+            element: std::marker::PhantomData,
+        })
     }
 
     /// The elements.

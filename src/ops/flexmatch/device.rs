@@ -15,9 +15,17 @@ pub fn count(net_outputs: &Tensor, classes: usize) -> Result<Tensor> {
 pub fn status(counts: &Tensor, labels: &Tensor, samples: usize, warmup: bool) -> Result<Tensor> {
     let classes = counts.f_narrow(0, 1, counts.size1()? - 1)?;
     let all = counts.f_max()?;
-    let largest = if warmup { all.shallow_clone() } else { classes.f_max()? };
-    let quotient = classes.f_to_kind(Kind::Double)?.f_div(&largest.f_to_kind(Kind::Double)?)?;
-    let status = quotient.f_masked_fill(&all.f_eq(samples as i64)?, 0.0)?.f_to_kind(Kind::Float)?;
+    let largest = if warmup {
+        all.shallow_clone()
+    } else {
+        classes.f_max()?
+    };
+    let quotient = classes
+        .f_to_kind(Kind::Double)?
+        .f_div(&largest.f_to_kind(Kind::Double)?)?;
+    let status = quotient
+        .f_masked_fill(&all.f_eq(samples as i64)?, 0.0)?
+        .f_to_kind(Kind::Float)?;
     Ok(status.f_index(&[Some(labels)])?)
 }
 
@@ -41,23 +49,32 @@ pub fn update(
     }
     let labels = labels.f_to_kind(Kind::Int64)?;
     let idxes = idxes.f_to_kind(Kind::Int64)?;
-    let wrapped = idxes.f_lt(0)?.f_to_kind(Kind::Int64)?.f_mul_scalar(samples)?;
+    let wrapped = idxes
+        .f_lt(0)?
+        .f_to_kind(Kind::Int64)?
+        .f_mul_scalar(samples)?;
     let idxes = idxes.f_add(&wrapped)?;
     let unselected = mask.f_ne(1)?;
     // Unselected rows sort behind every sample.
-    let (keys, order) = idxes.f_masked_fill(&unselected, samples)?.f_sort_stable(true, 0, false)?;
+    let (keys, order) = idxes
+        .f_masked_fill(&unselected, samples)?
+        .f_sort_stable(true, 0, false)?;
     let sorted = labels.f_index_select(0, &order)?;
     // The end of each row's run of selected equal indices, if it has one.
-    let end = keys.f_searchsorted(&idxes, false, true, "right", None::<Tensor>)?.f_sub_scalar(1)?;
+    let end = keys
+        .f_searchsorted(&idxes, false, true, "right", None::<Tensor>)?
+        .f_sub_scalar(1)?;
     let end = end.f_clamp_min(0)?;
     let found = keys.f_index_select(0, &end)?.f_eq_tensor(&idxes)?;
     let old = outputs.f_index_select(0, &idxes)?;
     let new = sorted.f_index_select(0, &end)?.f_where_self(&found, &old)?;
     // A row is its run's winner where the run ends at the row itself.
-    let winner = order.f_index_select(0, &end)?.f_eq_tensor(
-        &Tensor::f_arange(batch, (Kind::Int64, idxes.device()))?,
-    )?;
-    let winner = winner.f_logical_and(&unselected.f_logical_not()?)?.f_to_kind(Kind::Int64)?;
+    let winner = order
+        .f_index_select(0, &end)?
+        .f_eq_tensor(&Tensor::f_arange(batch, (Kind::Int64, idxes.device()))?)?;
+    let winner = winner
+        .f_logical_and(&unselected.f_logical_not()?)?
+        .f_to_kind(Kind::Int64)?;
     let _ = outputs.shallow_clone().f_index_copy_(0, &idxes, &new)?;
     let counts = counts.f_scatter_add(0, &old.f_add_scalar(1)?, &winner.f_neg()?)?;
     Ok(counts.f_scatter_add(0, &new.f_add_scalar(1)?, &winner)?)

@@ -10,7 +10,10 @@ use tch::{Kind, Tensor};
 
 /// The labels of `net_outputs`, which FlexMatch keeps contiguous, int64 and of one dimension.
 fn labels_of(net_outputs: &Tensor) -> (*mut i64, usize) {
-    (net_outputs.data_ptr().cast(), net_outputs.size().iter().product::<i64>() as usize)
+    (
+        net_outputs.data_ptr().cast(),
+        net_outputs.size().iter().product::<i64>() as usize,
+    )
 }
 
 /// Counts all samples. `IndexError` for a label that is no class and not -1.
@@ -33,9 +36,8 @@ pub fn status(counts: &Counts, labels: &Input<'_>, classes: usize, warmup: bool)
     let largest = counts.largest(warmup);
     let mut out = Owned::<f32>::new(labels.shape())?;
     for (o, &label) in out.slice().iter_mut().zip(&values) {
-        let class = wrap(label, classes).ok_or_else(|| {
-            out_of_range("pseudo_labels", label, -(classes as i64), classes)
-        })?;
+        let class = wrap(label, classes)
+            .ok_or_else(|| out_of_range("pseudo_labels", label, -(classes as i64), classes))?;
         *o = counts.status(class, largest);
     }
     Ok(out.into_tensor())
@@ -71,7 +73,7 @@ impl Batch {
     }
 
     /// Writes the labels and keeps `counts` true. Whether anything was written.
-    pub fn apply(self, counts: &mut Counts, net_outputs: &Tensor) -> Result<bool> {
+    pub fn apply(self, counts: &mut Counts, net_outputs: &Tensor) -> bool {
         let (data, len) = labels_of(net_outputs);
         // SAFETY: `len` live elements, and the state's lock keeps our own threads apart. A user
         // thread that writes an alias meanwhile races with torch's own writers in the same way.
@@ -79,12 +81,16 @@ impl Batch {
         for &(index, label) in &self.0 {
             counts.relabel(outputs, index, label);
         }
-        Ok(!self.0.is_empty())
+        !self.0.is_empty()
     }
 }
 
 fn wrap(index: i64, len: usize) -> Option<usize> {
-    let index = if index < 0 { index.checked_add(len as i64)? } else { index };
+    let index = if index < 0 {
+        index.checked_add(len as i64)?
+    } else {
+        index
+    };
     usize::try_from(index).ok().filter(|&i| i < len)
 }
 

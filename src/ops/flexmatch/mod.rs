@@ -41,14 +41,28 @@ impl FlexMatch {
     pub fn new(classes: i64, samples: i64, warmup: bool, device: Device) -> Result<Self> {
         let count = |name: &str, n: i64| {
             usize::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| {
-                Error::Value(format!("{CLASS}: {name} must be an integer above 0, got {n}"))
+                Error::Value(format!(
+                    "{CLASS}: {name} must be an integer above 0, got {n}"
+                ))
             })
         };
-        let (classes, samples) = (count("num_classes", classes)?, count("n_unlabeled_samples", samples)?);
+        let (classes, samples) = (
+            count("num_classes", classes)?,
+            count("n_unlabeled_samples", samples)?,
+        );
         let net_outputs = Tensor::f_full([samples as i64], -1, (Kind::Int64, device))?;
-        let tally = (device == Device::Cpu).then(|| Tally::Host(Counts::unlabelled(samples, classes)));
+        let tally =
+            (device == Device::Cpu).then(|| Tally::Host(Counts::unlabelled(samples, classes)));
         let version = version(&net_outputs);
-        Ok(Self { net_outputs, classes, samples, warmup, tally, version, exposed: false })
+        Ok(Self {
+            net_outputs,
+            classes,
+            samples,
+            warmup,
+            tally,
+            version,
+            exposed: false,
+        })
     }
 
     /// The labels, to be read or written by the caller.
@@ -62,9 +76,15 @@ impl FlexMatch {
         let input = Input::new(CLASS, "net_outputs", labels)?;
         input.int64()?;
         if input.shape() != [self.samples as i64] {
-            return Err(input.wrong(&format!("have shape (n_unlabeled_samples,) = [{}]", self.samples)));
+            return Err(input.wrong(&format!(
+                "have shape (n_unlabeled_samples,) = [{}]",
+                self.samples
+            )));
         }
-        let moved = labels.f_detach()?.f_to_device(self.net_outputs.device())?.f_contiguous()?;
+        let moved = labels
+            .f_detach()?
+            .f_to_device(self.net_outputs.device())?
+            .f_contiguous()?;
         if moved.device() == Device::Cpu {
             host::count(&moved, self.classes)?;
         }
@@ -110,7 +130,7 @@ impl FlexMatch {
         let changed = match self.tally()? {
             Tally::Host(counts) => {
                 let batch = host::Batch::read(&index, &selected, &label, samples, classes)?;
-                batch.apply(counts, &outputs)?
+                batch.apply(counts, &outputs)
             }
             Tally::Device(counts) => {
                 *counts = device::update(counts, &outputs, idxes, mask, labels)?;
@@ -151,7 +171,9 @@ impl FlexMatch {
             // While an alias is alive its holder may write in ways that leave no trace.
             self.exposed = aliased(&self.net_outputs, 1);
         }
-        self.tally.as_mut().ok_or_else(|| Error::Value(format!("{CLASS}: no counts")))
+        self.tally
+            .as_mut()
+            .ok_or_else(|| Error::Value(format!("{CLASS}: no counts")))
     }
 }
 

@@ -1,0 +1,67 @@
+# Each target does its own set-up; what is up to date is not done again.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := .build
+
+RUST   := $(shell find src -name '*.rs' -o -name '*.cpp') build.rs Cargo.toml Cargo.lock .cargo/config.toml
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help build test rust-test python-test lint format demo bench wheel wheel-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# A virtual environment with torch and the tools; made again when pyproject.toml changes.
+$(STAMPS)/venv: pyproject.toml
+	@mkdir -p $(STAMPS)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV); }
+	$(BIN)/python tools/requirements.py > $(STAMPS)/requirements.txt
+	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements.txt
+	@touch $@
+
+$(STAMPS)/build: $(STAMPS)/venv $(RUST)
+	$(BIN)/maturin develop --release --quiet
+	@touch $@
+
+build: $(STAMPS)/build  ## build the extension into .venv
+
+test: lint rust-test python-test  ## formatting, lints, Rust tests, Python tests
+
+rust-test:  ## the kernels alone: no torch, no Python
+	cargo test --release --no-default-features --quiet
+
+python-test: $(STAMPS)/build  ## pytest, with the stubs and the README's snippets
+	$(BIN)/python -m pytest
+
+lint: $(STAMPS)/venv  ## formatting and lints, warnings denied
+	tools/if_installed.sh "cargo fmt" cargo fmt --check
+	tools/if_installed.sh "cargo clippy" cargo clippy --release --all-targets --quiet -- -D warnings
+	tools/if_installed.sh "cargo clippy" cargo clippy --release --no-default-features --all-targets --quiet -- -D warnings
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+
+format: $(STAMPS)/venv  ## format all sources
+	cargo fmt
+	$(BIN)/ruff check --quiet --fix .
+	$(BIN)/ruff format --quiet .
+
+demo: $(STAMPS)/build  ## FlexMatch learns digits from 40 labels; table, and picture in demo/
+	$(BIN)/python examples/digits_flexmatch.py
+
+bench: $(STAMPS)/build  ## every method against plain PyTorch and its limit
+	$(BIN)/python -m benches
+
+wheel: $(STAMPS)/venv  ## one abi3 wheel in dist/, its links checked
+	rm -rf dist
+	$(BIN)/maturin build --release --quiet --out dist
+	$(BIN)/python tools/check_wheel.py dist/*.whl
+
+wheel-check: wheel  ## install the wheel for every Python 3.10+ at hand and use it
+	$(PYTHON) tools/try_wheel.py dist/*.whl
+
+clean:  ## remove everything that was built
+	rm -rf $(VENV) $(STAMPS) target dist demo site python/tllib_rs/*.so
