@@ -2,8 +2,9 @@ use super::{tensor, without_gil};
 use crate::error::Result;
 use crate::ops::flexmatch as ops;
 use pyo3::prelude::*;
+use pyo3::types::IntoPyDict;
 use pyo3_tch::PyTensor;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use tch::{Device, Tensor};
 
 const CLASS: &str = "DynamicThresholdingModule";
@@ -11,34 +12,54 @@ const CLASS: &str = "DynamicThresholdingModule";
 /// The labels of all samples and their counts.
 #[pyclass(frozen, module = "tllib_rs._core")]
 pub struct FlexMatch {
-    // Always taken without waiting for the GIL: whoever holds it never asks for the GIL.
+    // Nobody who holds it asks for the GIL, so it may be waited for with the GIL held.
     state: Mutex<ops::FlexMatch>,
     samples: usize,
 }
 
 impl FlexMatch {
-    fn with<T: Send>(
+    fn lock(&self) -> MutexGuard<'_, ops::FlexMatch> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A step on counts that are true. Only counting all samples again takes long enough to let go
+    /// of the GIL; a step itself handles Python's tensors and keeps it.
+    fn with<T>(
         &self,
         py: Python<'_>,
-        body: impl FnOnce(&mut ops::FlexMatch) -> Result<T> + Send,
+        step: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
     ) -> PyResult<T> {
-        let lock = || self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let work = if lock().is_stale() { self.samples } else { 0 };
-        without_gil(py, work, move || body(&mut lock()))
+        let stale = {
+            let mut state = self.lock();
+            state.look();
+            state.is_stale()
+        };
+        if stale {
+            without_gil(py, self.samples, || self.lock().refresh())?;
+        }
+        Ok(step(&mut self.lock())?)
     }
 }
 
 #[pymethods]
 impl FlexMatch {
+    /// `counts_on_device` keeps the counts where `net_outputs` lives, as every device but the CPU does.
     #[new]
-    fn new(classes: i64, samples: i64, warmup: bool, device: &Bound<'_, PyAny>) -> PyResult<Self> {
+    #[pyo3(signature = (classes, samples, warmup, device, counts_on_device=None))]
+    fn new(
+        classes: i64,
+        samples: i64,
+        warmup: bool,
+        device: &Bound<'_, PyAny>,
+        counts_on_device: Option<bool>,
+    ) -> PyResult<Self> {
         let probe = device.py().import("torch")?.call_method(
             "empty",
             (0,),
             Some(&[("device", device)].into_py_dict(device.py())?),
         )?;
         let device: Device = tensor(CLASS, "device", &probe)?.device();
-        let state = ops::FlexMatch::new(classes, samples, warmup, device)?;
+        let state = ops::FlexMatch::new(classes, samples, warmup, device, counts_on_device)?;
         Ok(Self {
             state: Mutex::new(state),
             samples: samples as usize,
@@ -47,14 +68,14 @@ impl FlexMatch {
 
     /// The label of each sample, int64, -1 where it has none yet. May be written.
     #[getter]
-    fn net_outputs(&self, py: Python<'_>) -> PyResult<PyTensor> {
-        self.with(py, |state| Ok(state.net_outputs())).map(PyTensor)
+    fn net_outputs(&self) -> PyResult<PyTensor> {
+        Ok(PyTensor(self.lock().net_outputs()?))
     }
 
     #[setter]
-    fn set_net_outputs(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn set_net_outputs(&self, labels: &Bound<'_, PyAny>) -> PyResult<()> {
         let labels = tensor(CLASS, "net_outputs", labels)?;
-        self.with(py, move |state| state.set_net_outputs(&labels))
+        Ok(self.lock().set_net_outputs(&labels)?)
     }
 
     /// The learning status of the class of each label, float32.
@@ -65,7 +86,7 @@ impl FlexMatch {
         warmup: bool,
     ) -> PyResult<PyTensor> {
         let labels = tensor(CLASS, "pseudo_labels", labels)?;
-        self.with(py, move |state| {
+        self.with(py, |state| {
             state.set_warmup(warmup);
             state.status(&labels)
         })
@@ -83,7 +104,14 @@ impl FlexMatch {
         let idxes: Tensor = tensor(CLASS, "idxes", idxes)?;
         let mask = tensor(CLASS, "selected_mask", selected_mask)?;
         let labels = tensor(CLASS, "pseudo_labels", pseudo_labels)?;
-        self.with(py, move |state| state.update(&idxes, &mask, &labels))
+        self.with(py, |state| state.update(&idxes, &mask, &labels))
+    }
+
+    /// Whether the next step counts all samples again.
+    fn is_stale(&self) -> bool {
+        let mut state = self.lock();
+        state.look();
+        state.is_stale()
     }
 
     /// Samples per class, and in front those without a label, int64.
@@ -91,5 +119,3 @@ impl FlexMatch {
         self.with(py, ops::FlexMatch::counts).map(PyTensor)
     }
 }
-
-use pyo3::types::IntoPyDict;

@@ -78,9 +78,8 @@ struct tllib_facts {
   int32_t device_type;
   int32_t device_index;
   bool ordinary;
-  bool requires_grad;   // of the tensor
-  bool wants_grad;      // grad mode is on and the tensor requires it
-  bool autocast;        // an autocast region is active for the tensor's device
+  bool wants_grad;  // grad mode is on and the tensor requires it
+  bool autocast;    // an autocast region is active for the tensor's device
 };
 
 // The pointers borrow from the tensor: they hold as long as it lives and is not resized.
@@ -97,9 +96,10 @@ char* tllib_describe(const Tensor* t, tllib_facts* out) {
     out->kind = static_cast<int32_t>(t->scalar_type());
     out->device_type = static_cast<int32_t>(t->device().type());
     out->device_index = t->device().index();
-    out->requires_grad = t->requires_grad();
-    out->wants_grad = out->requires_grad && at::GradMode::is_enabled();
-    out->autocast = at::autocast::is_autocast_enabled(t->device().type());
+    out->wants_grad = t->requires_grad() && at::GradMode::is_enabled();
+    const auto device = t->device().type();
+    out->autocast = at::autocast::is_autocast_available(device) &&
+        at::autocast::is_autocast_enabled(device);
   });
 }
 
@@ -222,9 +222,12 @@ void tllib_bump_version(const Tensor* t) {
 
 int64_t tllib_version(const Tensor* t) { return t->is_inference() ? 0 : t->_version(); }
 
-// Whether something besides `owned` references of ours can reach the tensor's memory.
-bool tllib_aliased(const Tensor* t, size_t owned) {
-  return t->use_count() > owned || t->storage().use_count() > 1;
+// Whether another tensor, or a storage object that Python still holds, reaches the tensor's memory.
+// Asks Python for a reference count: needs the GIL.
+bool tllib_aliased(const Tensor* t) {
+  const auto& storage = t->storage();
+  const bool idle_object = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference();
+  return storage.use_count() > (idle_object ? 2u : 1u);
 }
 
 void tllib_free(char* text) { std::free(text); }

@@ -21,7 +21,6 @@ struct Facts {
     device_type: i32,
     device_index: i32,
     ordinary: bool,
-    _requires_grad: bool,
     wants_grad: bool,
     autocast: bool,
 }

@@ -13,7 +13,7 @@ use torch_sys::C_tensor;
 unsafe extern "C" {
     fn tllib_bump_version(tensor: *const C_tensor);
     fn tllib_version(tensor: *const C_tensor) -> i64;
-    fn tllib_aliased(tensor: *const C_tensor, owned: usize) -> bool;
+    fn tllib_aliased(tensor: *const C_tensor) -> bool;
     fn tllib_free(text: *mut c_char);
 }
 
@@ -41,10 +41,11 @@ pub fn version(tensor: &Tensor) -> i64 {
     unsafe { tllib_version(tensor.as_ptr()) }
 }
 
-/// Whether anything but the `owned` references counted by the caller can reach the memory.
-pub fn aliased(tensor: &Tensor, owned: usize) -> bool {
+/// Whether anybody else can reach the memory of `tensor`: another tensor, a view, a numpy array, a
+/// storage object. The caller holds the GIL.
+pub fn aliased(tensor: &Tensor) -> bool {
     // SAFETY: as above.
-    unsafe { tllib_aliased(tensor.as_ptr(), owned) }
+    unsafe { tllib_aliased(tensor.as_ptr()) }
 }
 
 /// The element types that have kernels.

@@ -109,6 +109,9 @@ def update_bn(model: nn.Module, ema_model: nn.Module) -> None:
     Raises:
         KeyError: a module with such a name has no running statistics. Nothing was copied then.
     """
+    for name, net in (("model", model), ("ema_model", ema_model)):
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"update_bn: {name} must be a torch.nn.Module, got {type(net).__name__}")
     names = ("running_mean", "running_var", "num_batches_tracked")
     copies = []
     for (ema_name, ema_module), (name, module) in zip(ema_model.named_modules(), model.named_modules(), strict=False):

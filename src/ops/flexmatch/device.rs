@@ -61,8 +61,8 @@ pub fn update(
         .f_sort_stable(true, 0, false)?;
     let sorted = labels.f_index_select(0, &order)?;
     // The end of each row's run of selected equal indices, if it has one.
-    let end = keys
-        .f_searchsorted(&idxes, false, true, "right", None::<Tensor>)?
+    let end = idxes
+        .f_searchsorted(&keys, false, true, "right", None::<Tensor>)?
         .f_sub_scalar(1)?;
     let end = end.f_clamp_min(0)?;
     let found = keys.f_index_select(0, &end)?.f_eq_tensor(&idxes)?;

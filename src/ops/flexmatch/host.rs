@@ -133,5 +133,14 @@ fn selected(mask: &Input<'_>) -> Result<Vec<bool>> {
         let values = unsafe { std::slice::from_raw_parts(data.cast::<u8>().cast_const(), len) };
         return Ok(values.iter().map(|&v| v != 0).collect());
     }
-    integers(mask).map(|values| values.into_iter().map(|v| v == 1).collect())
+    if matches!(
+        mask.tensor.f_kind()?,
+        Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64
+    ) {
+        return integers(mask).map(|values| values.into_iter().map(|v| v == 1).collect());
+    }
+    Err(Error::Type(format!(
+        "{CLASS}: selected_mask must be a numeric or boolean tensor, got {:?}",
+        mask.tensor.f_kind()?
+    )))
 }

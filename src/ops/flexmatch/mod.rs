@@ -2,8 +2,8 @@
 //!
 //! `net_outputs` belongs to the user as well, who may read and write it at any time. Counts are
 //! therefore trusted only while nobody else can have written: the tensor's version is the one they
-//! were made at, it was not handed out since, and no alias of its memory is alive. Otherwise they
-//! are counted again, once.
+//! were made at, and no alias of its memory was alive since. Otherwise they are counted again, once.
+//! What is handed out is an alias that shares the version; the tensor kept here never leaves.
 
 mod device;
 mod host;
@@ -29,16 +29,26 @@ pub struct FlexMatch {
     classes: usize,
     samples: usize,
     warmup: bool,
+    /// Whether counts are kept on the host, beside labels that are there too.
+    on_host: bool,
     tally: Option<Tally>,
     /// The version of `net_outputs` that the tally belongs to.
     version: i64,
-    /// Whether somebody else got hold of `net_outputs`.
+    /// Whether an alias of `net_outputs` was alive at the last look before the count, or since.
     exposed: bool,
+    /// Whether one was alive at the last look.
+    shared: bool,
 }
 
 impl FlexMatch {
     /// No sample has a label yet.
-    pub fn new(classes: i64, samples: i64, warmup: bool, device: Device) -> Result<Self> {
+    pub fn new(
+        classes: i64,
+        samples: i64,
+        warmup: bool,
+        device: Device,
+        counts_on_device: Option<bool>,
+    ) -> Result<Self> {
         let count = |name: &str, n: i64| {
             usize::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| {
                 Error::Value(format!(
@@ -51,24 +61,26 @@ impl FlexMatch {
             count("n_unlabeled_samples", samples)?,
         );
         let net_outputs = Tensor::f_full([samples as i64], -1, (Kind::Int64, device))?;
-        let tally =
-            (device == Device::Cpu).then(|| Tally::Host(Counts::unlabelled(samples, classes)));
+        let on_host = !counts_on_device.unwrap_or(device != Device::Cpu);
+        let tally = on_host.then(|| Tally::Host(Counts::unlabelled(samples, classes)));
         let version = version(&net_outputs);
         Ok(Self {
             net_outputs,
             classes,
             samples,
             warmup,
+            on_host,
             tally,
             version,
             exposed: false,
+            shared: false,
         })
     }
 
     /// The labels, to be read or written by the caller.
-    pub fn net_outputs(&mut self) -> Tensor {
+    pub fn net_outputs(&mut self) -> Result<Tensor> {
         self.exposed = true;
-        self.net_outputs.shallow_clone()
+        Ok(self.net_outputs.f_detach()?)
     }
 
     /// Takes `labels` as the new `net_outputs`. On the same device it is adopted, not copied.
@@ -85,11 +97,11 @@ impl FlexMatch {
             .f_detach()?
             .f_to_device(self.net_outputs.device())?
             .f_contiguous()?;
-        if moved.device() == Device::Cpu {
+        if self.on_host {
             host::count(&moved, self.classes)?;
         }
         self.net_outputs = moved;
-        (self.tally, self.exposed) = (None, true);
+        self.tally = None;
         Ok(())
     }
 
@@ -152,24 +164,36 @@ impl FlexMatch {
         }
     }
 
+    /// Looks whether others can reach the labels. To be called at the start of every step, with the
+    /// GIL; the rest of a step never asks for it.
+    pub fn look(&mut self) {
+        self.shared = aliased(&self.net_outputs);
+        self.exposed |= self.shared;
+    }
+
     /// Whether the next step has to count all samples again.
     pub fn is_stale(&self) -> bool {
         self.tally.is_none() || self.exposed || version(&self.net_outputs) != self.version
+    }
+
+    /// Counts all samples, where that is needed.
+    pub fn refresh(&mut self) -> Result<()> {
+        self.tally().map(|_| ())
     }
 
     fn tally(&mut self) -> Result<&mut Tally> {
         if self.is_stale() {
             // Invalid until the count succeeds.
             self.tally = None;
-            let fresh = if self.net_outputs.device() == Device::Cpu {
+            let fresh = if self.on_host {
                 Tally::Host(host::count(&self.net_outputs, self.classes)?)
             } else {
                 Tally::Device(device::count(&self.net_outputs, self.classes)?)
             };
             self.tally = Some(fresh);
             self.version = version(&self.net_outputs);
-            // While an alias is alive its holder may write in ways that leave no trace.
-            self.exposed = aliased(&self.net_outputs, 1);
+            // The holder of an alias may go on writing in ways that leave no trace.
+            self.exposed = self.shared;
         }
         self.tally
             .as_mut()

@@ -1,0 +1,250 @@
+"""FlexMatch's dynamic thresholds."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+
+from tests import golden
+from tests.plain.flexmatch import DynamicThresholdingModule as Plain
+from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
+
+MAPPINGS = {
+    "x / (2 - x)": lambda x: x / (2 - x),
+    "x": lambda x: x,
+    "torch.log(x + 1) / math.log(2)": lambda x: torch.log(x + 1) / math.log(2),
+}
+
+
+def convex(x):
+    return x / (2 - x)
+
+
+def make(classes=5, samples=50, warmup=False, cls=DynamicThresholdingModule):
+    return cls(0.95, warmup, convex, classes, samples, "cpu")
+
+
+@pytest.mark.parametrize("case", golden.cases("flexmatch"), ids=repr)
+def test_golden(case):
+    # tllib computes the status in float32 whatever the default dtype: float32 is what users get.
+    ctor = case.ctor | {"mapping_func": MAPPINGS[case.ctor["mapping_func"]]}
+    module = DynamicThresholdingModule(**ctor)
+    inputs = case.inputs(torch.float32)
+    every = torch.arange(ctor["num_classes"])
+    if "initial" in case.entry["outputs"]:
+        case.check("initial", module.get_threshold(every), torch.float32)
+    thresholds, outputs, class_thresholds = [], [], []
+    for idxes, mask, labels in zip(*(inputs[k] for k in ("idxes", "selected_mask", "pseudo_labels")), strict=True):
+        thresholds.append(module.get_threshold(labels))
+        module.update(idxes, mask, labels)
+        outputs.append(module.net_outputs.clone())
+        class_thresholds.append(module.get_threshold(every))
+    case.check("thresholds", torch.stack(thresholds), torch.float32)
+    case.check("net_outputs", torch.stack(outputs), torch.float32)
+    case.check("class_thresholds", torch.stack(class_thresholds), torch.float32)
+
+
+def random_step(generator, samples, classes, batch=16):
+    idxes = torch.randint(samples, (batch,), generator=generator)
+    mask = torch.rand(batch, generator=generator) < 0.4
+    labels = torch.randint(classes, (batch,), generator=generator)
+    kind = (torch.float32, torch.bool, torch.int64)[int(torch.randint(3, (), generator=generator))]
+    return idxes, mask.to(kind), labels
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_ten_thousand_steps_with_outside_writes_equal_a_recount(generator, warmup):
+    """Every way of writing from outside that torch has, between ordinary steps."""
+    samples, classes = 60, 4
+    ours, plain = make(classes, samples, warmup), make(classes, samples, warmup, Plain)
+    every = torch.arange(classes)
+    kept = []
+    for step in range(10_000):
+        batch = random_step(generator, samples, classes)
+        assert torch.equal(ours.get_threshold(batch[2]), plain.get_threshold(batch[2])), step
+        ours.update(*batch)
+        plain.update(*batch)
+        k, label = step % samples, step % classes
+        match int(torch.randint(40, (), generator=generator)):
+            case 0:
+                ours.net_outputs[k] = label
+                plain.net_outputs[k] = label
+            case 1:
+                ours.net_outputs.data.fill_(label)
+                plain.net_outputs.fill_(label)
+            case 2:
+                ours.net_outputs.numpy()[k:] = -1
+                plain.net_outputs[k:] = -1
+            case 3:
+                fresh = torch.randint(-1, classes, (samples,), generator=generator)
+                ours.net_outputs = fresh
+                plain.net_outputs = fresh.clone()
+            case 4:
+                # An alias that lives on is written later, in ways that no version counter sees.
+                kept = [ours.net_outputs.numpy(), ours.net_outputs.detach().data, ours.net_outputs[k:]]
+            case 5 if kept:
+                kept[0][k] = label
+                kept[1][0] = label
+                kept[2].fill_(label)
+                current = ours.net_outputs.clone()
+                plain.net_outputs = current
+            case 6:
+                kept = []
+        if step % 50 == 0:
+            assert torch.equal(ours.net_outputs, plain.net_outputs)
+        assert torch.equal(ours.get_threshold(every), plain.get_threshold(every)), step
+
+
+def test_alias_written_behind_every_counter():
+    module = make()
+    alias = module.net_outputs.numpy()
+    module.get_threshold(torch.tensor([0]))
+    for label in (1, 2, 3):
+        alias[:10] = label
+        alias[10:15] = 0
+        assert module.class_counts().tolist() == [35, 5, *[10 if c == label else 0 for c in (1, 2, 3, 4)]]
+
+
+def test_counts_are_trusted_again_when_the_alias_is_gone():
+    module = make()
+    labels = module.net_outputs
+    labels[0] = 3
+    assert module._state.is_stale()
+    module.get_threshold(torch.tensor([0]))
+    assert module._state.is_stale(), "an alias is alive"
+    del labels
+    module.get_threshold(torch.tensor([0]))
+    assert not module._state.is_stale()
+    torch.save(module.net_outputs, io.BytesIO())
+    module.net_outputs.numpy().sum()
+    module.get_threshold(torch.tensor([0]))
+    assert not module._state.is_stale(), "reading leaves nothing behind"
+
+
+def test_integer_types_negative_indices_and_shapes():
+    ours, plain = make(), make(cls=Plain)
+    for module in (ours, plain):
+        module.update(torch.tensor([-1, -50, 3]), torch.ones(3), torch.tensor([4, 0, 2]))
+    assert torch.equal(ours.net_outputs, plain.net_outputs)
+    ours.update(torch.tensor([7], dtype=torch.int32), torch.ones(1), torch.tensor([1], dtype=torch.int32))
+    assert ours.net_outputs[7] == 1
+    plain.net_outputs[7] = 1
+    labels = torch.tensor([[0, 1], [-1, 4]])
+    assert torch.equal(ours.get_threshold(labels), plain.get_threshold(labels))
+    strided = torch.arange(10)[::2]
+    ours.update(strided, torch.ones(10)[::2], torch.arange(10)[::2] % 5)
+    assert ours.net_outputs[:10:2].tolist() == [0, 2, 4, 1, 3]
+    empty = torch.zeros(0, dtype=torch.int64)
+    ours.update(empty, torch.zeros(0), empty)
+    assert ours.get_threshold(empty).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"idxes": [0, 1]}, TypeError, "DynamicThresholdingModule: idxes must be a torch.Tensor, got list"),
+        ({"idxes": torch.zeros(2)}, TypeError, "idxes must be int64, got float32"),
+        ({"labels": torch.zeros(2)}, TypeError, "pseudo_labels must be int64, got float32"),
+        ({"idxes": torch.zeros(1, 2, dtype=torch.long)}, ValueError, r"idxes must have one dimension, got shape \[1, 2\]"),
+        ({"mask": torch.ones(3)}, ValueError, r"selected_mask must have the shape of idxes, \[2\], got shape \[3\]"),
+        ({"labels": torch.tensor([1])}, ValueError, r"pseudo_labels must have the shape of idxes, \[2\], got shape \[1\]"),
+        ({"idxes": torch.tensor([0, 50])}, IndexError, r"idxes must be in \[-50, 49\], got 50"),
+        ({"idxes": torch.tensor([-51, 0])}, IndexError, r"idxes must be in \[-50, 49\], got -51"),
+        ({"labels": torch.tensor([0, 5])}, IndexError, r"pseudo_labels must be in \[-1, 4\], got 5"),
+        ({"labels": torch.tensor([-2, 0])}, IndexError, r"pseudo_labels must be in \[-1, 4\], got -2"),
+        ({"mask": torch.ones(2, device="meta")}, RuntimeError, "selected_mask must be on the device of idxes"),
+        ({"mask": torch.ones(2, dtype=torch.complex64)}, TypeError, "selected_mask must be a numeric or boolean"),
+    ],
+)
+def test_bad_update_changes_nothing(change, error, message):
+    module = make()
+    module.update(torch.arange(5), torch.ones(5), torch.arange(5))
+    before = module.net_outputs.clone(), module.class_counts()
+    arguments = {"idxes": torch.tensor([7, 8]), "mask": torch.ones(2), "labels": torch.tensor([1, 1])} | change
+    with pytest.raises(error, match=message):
+        module.update(*arguments.values())
+    assert torch.equal(module.net_outputs, before[0])
+    assert torch.equal(module.class_counts(), before[1])
+
+
+def test_unselected_rows_are_not_checked():
+    module = make()
+    module.update(torch.tensor([99, 1]), torch.tensor([0.0, 1.0]), torch.tensor([77, 2]))
+    assert module.net_outputs[1] == 2
+
+
+def test_bad_get_threshold_and_net_outputs():
+    module = make()
+    with pytest.raises(TypeError, match="pseudo_labels must be a torch.Tensor, got int"):
+        module.get_threshold(3)
+    with pytest.raises(IndexError, match=r"pseudo_labels must be in \[-5, 4\], got 5"):
+        module.get_threshold(torch.tensor([5]))
+    with pytest.raises(ValueError, match=r"net_outputs must have shape \(n_unlabeled_samples,\) = \[50\]"):
+        module.net_outputs = torch.zeros(49, dtype=torch.int64)
+    with pytest.raises(TypeError, match="net_outputs must be int64, got int32"):
+        module.net_outputs = torch.zeros(50, dtype=torch.int32)
+    with pytest.raises(IndexError, match="net_outputs must hold -1 or classes below 5, got 9 at position 0"):
+        module.net_outputs = torch.full((50,), 9)
+    assert (module.net_outputs == -1).all()
+    module.net_outputs[4] = 5
+    with pytest.raises(IndexError, match="got 5 at position 4"):
+        module.get_threshold(torch.tensor([0]))
+    module.net_outputs[4] = 1
+    assert module.class_counts()[2] == 1
+
+
+@pytest.mark.parametrize(("classes", "samples"), [(0, 5), (5, 0), (-1, 5)])
+def test_bad_sizes(classes, samples):
+    with pytest.raises(ValueError, match="must be an integer above 0"):
+        make(classes, samples)
+
+
+def test_assignment_adopts_the_tensor():
+    module = make()
+    labels = torch.zeros(50, dtype=torch.int64)
+    module.net_outputs = labels
+    module.update(torch.tensor([3]), torch.ones(1), torch.tensor([2]))
+    assert labels[3] == 2
+    assert module.net_outputs.data_ptr() == labels.data_ptr()
+
+
+def test_warmup_may_be_switched():
+    module = make()
+    module.update(torch.arange(5), torch.ones(5), torch.tensor([0, 0, 0, 1, 1]))
+    cold = module.get_threshold(torch.tensor([0]))
+    module.warmup = True
+    assert module.get_threshold(torch.tensor([0])) < cold
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_independent(through):
+    module = make()
+    module.update(torch.arange(5), torch.ones(5), torch.arange(5))
+    other = through(module)
+    assert torch.equal(other.net_outputs, module.net_outputs)
+    other.update(torch.tensor([0]), torch.ones(1), torch.tensor([3]))
+    assert module.net_outputs[0] == 0
+    assert other.class_counts().tolist() == [45, 0, 1, 1, 2, 1]
+
+
+def test_device_path_agrees(generator):
+    """The steps of other devices, here on the CPU: exact counts under duplicates, the last one wins."""
+    samples, classes = 20, 4
+    ours = _device_state(classes, samples)
+    plain = make(classes, samples, cls=Plain)
+    for _ in range(300):
+        batch = random_step(generator, samples, classes, batch=12)
+        ours.update(*batch)
+        plain.update(*batch)
+        assert torch.equal(ours.net_outputs, plain.net_outputs)
+        every = torch.arange(classes)
+        assert torch.equal(0.95 * convex(ours.status(every, False)), plain.get_threshold(every))
+
+
+def _device_state(classes, samples):
+    from tllib_rs import _core
+
+    return _core.FlexMatch(classes, samples, False, "cpu", True)

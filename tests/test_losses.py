@@ -1,0 +1,279 @@
+"""Properties that every loss has: the dtypes, layouts, transforms and gradients of the design."""
+
+import copy
+import io
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from tests.losses import LOSSES
+
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
+HALF = [torch.float16, torch.bfloat16]
+
+
+def leaves(loss, inputs, dtype=torch.float64):
+    """Copies of the inputs in ``dtype`` that are differentiated where the loss is."""
+    out = [x.detach().to(dtype) if x.is_floating_point() else x for x in inputs]
+    for k, x in enumerate(out):
+        if k not in loss.constant and x.is_floating_point():
+            out[k] = x.clone().requires_grad_()
+    return out
+
+
+def run(loss, call, inputs, weight=0.37):
+    """The value of the loss, and the gradients of ``weight`` times it."""
+    value = loss.first(call(*inputs))
+    wanted = [x for x in inputs if x.requires_grad]
+    return value.detach(), torch.autograd.grad((weight * value).sum(), wanted)
+
+
+def assert_agree(got, expected, dtype, rtol):
+    """Values and gradients, by the largest error over the largest reference."""
+    for a, b in zip([got[0], *got[1]], [expected[0], *expected[1]], strict=True):
+        error = (a.double() - b.double()).abs().max() if b.numel() else torch.tensor(0.0)
+        # A gradient that is zero in exact arithmetic is rounding noise in both.
+        scale = max(float(b.double().abs().max()), 1e-4) if b.numel() else 1.0
+        assert error <= rtol * scale, (dtype, error)
+
+
+@every_loss
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (13, 11), (64, 100), (3, 1031), (257, 5)], ids=str)
+def test_awkward_shapes(loss, generator, shape):
+    inputs = loss.inputs(generator, *shape)
+    expected = run(loss, loss.plain, leaves(loss, inputs))
+    assert_agree(run(loss, loss.ours, leaves(loss, inputs)), expected, torch.float64, 1e-10)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_dtypes(loss, generator, dtype):
+    # Inputs rounded to the type under test, so that only the computation differs.
+    inputs = [x.to(dtype).double() if x.is_floating_point() else x for x in loss.inputs(generator, 64, 31)]
+    expected = run(loss, loss.plain, leaves(loss, inputs))
+    typed = leaves(loss, inputs, dtype)
+    got = run(loss, loss.ours, typed)
+    assert all(g.dtype == x.dtype for g, x in zip(got[1], [x for x in typed if x.requires_grad], strict=True))
+    rounding = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    if dtype == torch.float32:
+        own = run(loss, loss.plain, leaves(loss, inputs, dtype))
+        error = max(
+            float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-12))
+            for a, b in zip([own[0], *own[1]], [expected[0], *expected[1]], strict=True)
+        )
+        rounding = max(rounding, 4 * error)
+    assert_agree(got, expected, dtype, rounding)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+def test_layouts(loss, generator, dtype):
+    inputs = [x.to(dtype) for x in loss.inputs(generator, 6, 9)]
+    expected = run(loss, loss.ours, leaves(loss, inputs, dtype))
+
+    def transposed(x):
+        return x.t().contiguous().t()
+
+    def offset(x):
+        padded = torch.full((x.shape[0] + 2, x.shape[1] + 3), 7.0, dtype=x.dtype)
+        padded[1:-1, 2:-1] = x
+        return padded[1:-1, 2:-1]
+
+    def sliced(x):
+        wide = torch.full((2 * x.shape[0], 3 * x.shape[1]), 7.0, dtype=x.dtype)
+        wide[::2, ::3] = x
+        return wide[::2, ::3]
+
+    for layout in (transposed, offset, sliced):
+        laid = [layout(x.detach()) if x.dim() == 2 else x.detach() for x in inputs]
+        for k, x in enumerate(laid):
+            x.requires_grad_(k not in loss.constant and x.is_floating_point())
+        got = run(loss, loss.ours, laid)
+        assert_agree(got, expected, dtype, 1e-6 if dtype == torch.float32 else 1e-12)
+
+
+@every_loss
+def test_expanded_rows(loss, generator):
+    row = [x[:1] if x.dim() == 2 else x for x in loss.inputs(generator, 1, 9)]
+    if any(x.dim() != 2 for x in row):
+        row = [x.expand(5, 9) if x.dim() == 2 else x.expand(5) for x in row]
+    expanded = [x.expand(5, *x.shape[1:]) for x in row]
+    value = loss.first(loss.ours(*expanded))
+    expected = loss.first(loss.plain(*[x.contiguous() for x in expanded]))
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+@every_loss
+def test_empty_batch_as_in_the_plain_formulation(loss, generator):
+    inputs = loss.inputs(generator, 0, 5)
+    got = loss.first(loss.ours(*leaves(loss, inputs)))
+    expected = loss.first(loss.plain(*leaves(loss, inputs)))
+    torch.testing.assert_close(got.detach(), expected.detach(), equal_nan=True)
+
+
+@every_loss
+def test_nan_stays_nan(loss, generator):
+    inputs = leaves(loss, loss.inputs(generator, 6, 5))
+    with torch.no_grad():
+        inputs[0][2, 3] = torch.nan
+    value = loss.first(loss.ours(*inputs))
+    assert value.isnan().any()
+    value.sum().backward()
+    assert inputs[0].grad[2].isnan().any()
+
+
+@every_loss
+def test_gradcheck(loss, generator):
+    inputs = leaves(loss, loss.inputs(generator, 5, 4))
+
+    def call(*x):
+        return loss.first(loss.ours(*x))
+
+    if loss.gradcheck:
+        assert torch.autograd.gradcheck(call, inputs, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(call, inputs)
+    # Where part of the formula is held constant, the plain formulation holds it too.
+    ours = run_twice(call, inputs)
+    plain = run_twice(lambda *x: loss.first(loss.plain(*x)), inputs)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def run_twice(call, inputs):
+    """First derivatives under create_graph, and derivatives of their squares."""
+    wanted = [x for x in inputs if x.requires_grad]
+    first = torch.autograd.grad(call(*inputs).sum(), wanted, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted, allow_unused=True)
+    return [*[g.detach() for g in first], *[torch.zeros(()) if g is None else g for g in second]]
+
+
+@every_loss
+def test_backward_twice_accumulation_and_release(loss, generator):
+    inputs = leaves(loss, loss.inputs(generator))
+    _, grads = run(loss, loss.ours, inputs, weight=1.0)
+    wanted = [x for x in inputs if x.requires_grad]
+    value = loss.first(loss.ours(*inputs)).sum()
+    kept = torch.autograd.grad(value, wanted, retain_graph=True)
+    for g in kept:
+        g.mul_(100)  # what a user does to a gradient must not reach the graph
+    value.backward(retain_graph=True)
+    value.backward()
+    for x, g in zip(wanted, grads, strict=True):
+        torch.testing.assert_close(x.grad, 2 * g)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        value.backward()
+
+
+@every_loss
+def test_no_grad_and_partial_grad(loss, generator):
+    inputs = leaves(loss, loss.inputs(generator))
+    expected = loss.first(loss.ours(*inputs)).detach()
+    with torch.no_grad():
+        value = loss.first(loss.ours(*inputs))
+    assert not value.requires_grad
+    torch.testing.assert_close(value, expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(loss.first(loss.ours(*inputs)), expected)
+
+
+@every_loss
+def test_an_input_changed_before_create_graph_is_noticed(loss, generator):
+    inputs = leaves(loss, loss.inputs(generator))
+    middle = [x * 1 if x.requires_grad else x for x in inputs]
+    value = loss.first(loss.ours(*middle)).sum()
+    with torch.no_grad():
+        next(x for x in middle if x.requires_grad).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, [x for x in inputs if x.requires_grad], create_graph=True)
+
+
+@every_loss
+def test_func_transforms(loss, generator):
+    inputs = [x.detach() for x in loss.inputs(generator, 4, 3)]
+    where = tuple(k for k in range(len(inputs)) if k not in loss.constant)
+
+    def ours(*x):
+        return loss.first(loss.ours(*x)).sum()
+
+    def plain(*x):
+        return loss.first(loss.plain(*x)).sum()
+
+    for transform in (torch.func.grad, torch.func.jacrev):
+        torch.testing.assert_close(transform(ours, argnums=where)(*inputs), transform(plain, argnums=where)(*inputs))
+    batch = [torch.stack([x, x.flip(0), x * 0.5]) for x in inputs]
+    expected = torch.stack([loss.first(loss.ours(*x)) for x in zip(*batch, strict=True)])
+    torch.testing.assert_close(torch.vmap(lambda *x: loss.first(loss.ours(*x)))(*batch), expected)
+
+
+@every_loss
+def test_compile_without_graph_break(loss, generator):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: loss.first(loss.ours(*[2 * z for z in x])), fullgraph=True, backend="aot_eager")
+    inputs = leaves(loss, [x / 2 for x in loss.inputs(generator)], torch.float32)
+    expected = run(loss, lambda *x: loss.ours(*[2 * z for z in x]), inputs)
+    got = run(loss, compiled, inputs)
+    assert_agree(got, expected, torch.float32, 1e-6)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(loss, generator, dtype):
+    # Rounded to what autocast would compute in: its region must not cost more precision than that.
+    inputs = [x.bfloat16().double() for x in loss.inputs(generator, 16, 10)]
+    expected = run(loss, loss.plain, leaves(loss, inputs))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(loss, loss.ours, leaves(loss, inputs, dtype))
+    assert_agree((got[0], []), (expected[0], []), dtype, 2e-6 if got[0].dtype == torch.float32 else 8e-3)
+    assert_agree((got[0], got[1]), (got[0], expected[1]), dtype, 2e-5 if dtype == torch.float32 else 1.6e-2)
+
+
+@every_loss
+def test_copies(loss, generator):
+    if not isinstance(loss.ours, torch.nn.Module):
+        assert pickle.loads(pickle.dumps(getattr(loss.ours, "func", loss.ours))) if loss.name == "entropy" else True
+        return
+    inputs = loss.inputs(generator)
+    expected = loss.first(loss.ours(*inputs))
+    file = io.BytesIO()
+    torch.save(loss.ours, file)
+    file.seek(0)
+    for other in (
+        copy.deepcopy(loss.ours),
+        pickle.loads(pickle.dumps(loss.ours)),
+        torch.load(file, weights_only=False),
+    ):
+        torch.testing.assert_close(loss.first(other(*inputs)), expected)
+        assert not other.state_dict()
+
+
+@every_loss
+def test_meta_device(loss, generator):
+    inputs = leaves(loss, [x.to("meta") for x in loss.inputs(generator)])
+    value = loss.first(loss.ours(*inputs))
+    assert value.device.type == "meta"
+    assert value.shape == loss.first(loss.plain(*inputs)).shape
+
+
+@every_loss
+def test_several_python_threads(loss, generator):
+    problems = [leaves(loss, loss.inputs(generator, 40, 500)) for _ in range(8)]
+    expected = [run(loss, loss.ours, x) for x in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for got, right in zip(pool.map(lambda x: run(loss, loss.ours, x), problems * 4), expected * 4, strict=True):
+            assert torch.equal(got[0], right[0])
+
+
+@every_loss
+def test_thread_count_does_not_matter(loss, generator):
+    inputs = leaves(loss, loss.inputs(generator, 512, 400), torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run(loss, loss.ours, inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert_agree(results[0], results[1], torch.float32, 1e-6)

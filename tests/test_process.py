@@ -1,0 +1,125 @@
+"""What happens around the calls: the GIL, forked children, instruction sets, the import."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from tllib_rs import _version, info
+from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
+from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+
+PROBE = """
+import torch
+from tllib_rs import _core
+from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
+x = torch.linspace(-5, 5, 33 * 77).sin().mul(4).reshape(33, 77).requires_grad_()
+loss = MinimumClassConfusionLoss(2.0)(x) + ConfidenceBasedSelfTrainingLoss(0.01)(x, x)[0]
+loss.backward()
+print(_core.build_info()["isa"], loss.item(), x.grad.abs().sum().item())
+"""
+
+
+def python(code, **env):
+    """The output of a fresh interpreter."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+def test_the_gil_is_released_while_a_kernel_runs():
+    logits = torch.randn(2000, 3000)
+    loss = MinimumClassConfusionLoss(1.0)
+    ticks, done = [], threading.Event()
+
+    def tick():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        start = time.perf_counter()
+        loss(logits)
+        end = time.perf_counter()
+    finally:
+        done.set()
+        thread.join()
+    inside = [t for t in ticks if start + 0.2 * (end - start) < t < start + 0.8 * (end - start)]
+    assert inside, f"no other thread ran during {end - start:.3f} s"
+
+
+def _child(queue, logits):
+    # Only calls of ours until torch has one thread: its own OpenMP threads do not survive a fork.
+    (grad,) = torch.autograd.grad(MinimumClassConfusionLoss(1.0)(logits), logits)
+    torch.set_num_threads(1)
+    module = DynamicThresholdingModule(0.95, False, lambda x: x, 5, 10, "cpu")
+    module.update(torch.arange(3), torch.ones(3), torch.arange(3))
+    queue.put((bool(grad.isfinite().all()), module.class_counts().tolist()))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_child_works_after_the_parent_used_threads():
+    logits = torch.randn(600, 500, requires_grad=True)
+    assert torch.get_num_threads() > 1 or os.cpu_count() == 1
+    MinimumClassConfusionLoss(1.0)(logits).backward()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_child, args=(queue, logits), daemon=True)
+    child.start()
+    try:
+        assert queue.get(timeout=60) == (True, [7, 1, 1, 1, 0, 0])
+        child.join(timeout=60)
+        assert child.exitcode == 0
+    finally:
+        child.kill()
+
+
+def test_every_instruction_set_gives_the_same_results():
+    best = python(PROBE)
+    for level in ("baseline", "avx2"):
+        isa, loss, grad = python(PROBE, TLLIB_RS_ISA=level)
+        assert isa in (level, "neon", best[0])
+        assert float(loss) == pytest.approx(float(best[1]), rel=1e-6)
+        assert float(grad) == pytest.approx(float(best[2]), rel=1e-5)
+    if sys.platform == "linux" and "x86" in info.report()["extension"]:
+        assert python(PROBE, TLLIB_RS_ISA="baseline")[0] == "baseline"
+
+
+def test_another_torch_is_refused_in_one_sentence():
+    _version.check_torch("2.11.0+cpu")
+    _version.check_torch("2.11.1")
+    with pytest.raises(ImportError) as error:
+        _version.check_torch("2.12.0+cu130")
+    text = str(error.value)
+    assert "built for torch 2.11" in text
+    assert "torch 2.12.0+cu130 is installed" in text
+    assert "pip install 'torch==2.11.*'" in text
+    assert "\n" not in text
+
+
+def test_the_import_checks_torch_before_the_extension():
+    code = "import torch; torch.__version__ = '2.3.1'\ntry:\n import tllib_rs\nexcept ImportError as e: print(e)"
+    assert "2.3.1" in " ".join(python(code))
+
+
+def test_import_is_light():
+    code = "import sys, torch; before = set(sys.modules)\nimport tllib_rs\nprint(len(set(sys.modules) - before))"
+    assert int(python(code)[0]) < 10
+
+
+def test_info(capsys):
+    info.main()
+    printed = capsys.readouterr().out
+    for word in ("tllib_rs", "torch", "numpy", "python", "instruction set", "threads", "devices"):
+        assert word in printed
+    assert torch.__version__ in printed
