@@ -52,9 +52,12 @@ impl FlexMatch {
     }
 
     /// The labels, to be read or written by the caller.
-    pub fn net_outputs(&mut self) -> Tensor {
+    ///
+    /// An alias: torch keeps the Python object of a tensor for as long as the tensor, so handing out
+    /// the tensor itself would leave a reference for good, and every step would count all samples.
+    pub fn net_outputs(&mut self) -> Result<Tensor> {
         self.exposed = true;
-        self.net_outputs.shallow_clone()
+        Ok(self.net_outputs.f_detach()?)
     }
 
     /// Takes `labels` as the new `net_outputs`. On the same device it is adopted, not copied.
