@@ -33,17 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: Sequence[Method], effort: Effort, options: argparse.Namespace) -> list[Verdict]:
-    verdicts, runs = [], {}
+    verdicts = []
     for method in chosen:
         cases = [case for case in method.cases if case.quick or not options.quick]
         results = [run_case(method.stem, case, effort) for case in cases]
         found = [verdict for result in results for verdict in result.verdicts()]
         found += method.verdicts({result.case.setting: result for result in results})
         _report.print_method(method.stem, results, found)
-        runs[method.stem] = _report.record(results, found, options.quick)
         verdicts += found
-    if options.save:
-        print(f"\nsaved to {_report.save(runs, options.output)}")
+        if options.save:
+            run = _report.record(results, found, options.quick)
+            print(f"  saved to {_report.save(method.stem, run, options.output)}")
     return verdicts
 
 

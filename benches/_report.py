@@ -94,12 +94,12 @@ def _case(result: Result) -> dict[str, Any]:
     return {"setting": result.case.setting, "providers": providers, "ratios": ratios}
 
 
-def save(runs: Mapping[str, Mapping[str, Any]], path: pathlib.Path | None = None) -> pathlib.Path:
-    """Put each method's run into this machine's file, in place of the method's last one."""
+def save(stem: str, run: Mapping[str, Any], path: pathlib.Path | None = None) -> pathlib.Path:
+    """Put a method's run into this machine's file, in place of the method's last one."""
     path = path or RESULTS / f"{_slug()}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(sorted((kept | dict(runs)).items())), indent=1) + "\n")
+    path.write_text(json.dumps(dict(sorted((kept | {stem: run}).items())), indent=1) + "\n")
     return path
 
 
