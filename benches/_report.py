@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import pathlib
 import platform
 import re
@@ -34,8 +35,10 @@ def _digits(value: float) -> str:
 
 
 def environment() -> dict[str, str]:
-    """The report of :mod:`tllib_rs.info`, and the processor."""
-    return {"processor": _processor()} | info.report()
+    """The report of :mod:`tllib_rs.info`, the processor, and how busy it is: ratios hold on a busy machine
+    only between providers that use as many threads."""
+    load = f"{os.getloadavg()[0]:.1f} processes in the last minute"
+    return {"processor": _processor(), "load": load} | info.report()
 
 
 def print_environment() -> None:
