@@ -45,7 +45,7 @@ impl FlexMatch {
     /// The label of each sample, int64, -1 where it has none yet. May be written.
     #[getter]
     fn net_outputs(&self, py: Python<'_>) -> PyResult<PyTensor> {
-        self.with(py, ops::FlexMatch::net_outputs).map(PyTensor)
+        self.with(py, |state| Ok(state.net_outputs())).map(PyTensor)
     }
 
     #[setter]

@@ -52,12 +52,9 @@ impl FlexMatch {
     }
 
     /// The labels, to be read or written by the caller.
-    ///
-    /// An alias: torch keeps the Python object of a tensor for as long as the tensor, so handing out
-    /// the tensor itself would leave a reference for good, and every step would count all samples.
-    pub fn net_outputs(&mut self) -> Result<Tensor> {
+    pub fn net_outputs(&mut self) -> Tensor {
         self.exposed = true;
-        Ok(self.net_outputs.f_detach()?)
+        self.net_outputs.shallow_clone()
     }
 
     /// Takes `labels` as the new `net_outputs`. On the same device it is adopted, not copied.
