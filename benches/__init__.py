@@ -1,0 +1,19 @@
+"""How fast the methods are: ``python -m benches``.
+
+A method has one file here, ``benches/<stem>.py``, which holds ``METHOD``: its cases (a setting such as a
+shape) and the verdicts that need more than one case. A case sets up *providers*, implementations of the
+same step from the same inputs:
+
+====== =====================================================================================
+ours   ``tllib_rs``
+plain  the formulation of ``tests/plain/<stem>.py``
+limit  what no implementation is expected to beat: it computes less, so its results differ
+tllib  the original, where it can be imported
+====== =====================================================================================
+
+and others by name. Before anything is timed, the results of all providers but the limit are compared.
+Timing goes round robin through the providers, in blocks, so that whatever else the machine does hits all
+of them alike; what counts is the ratio of blocks of the same round.
+
+Modules whose name begins with an underscore are the harness.
+"""

@@ -1,0 +1,64 @@
+"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded]``"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from benches import _loaded, _report
+from benches._case import Method, Verdict, methods
+from benches._measure import FULL, QUICK, Effort, run_case
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the harness; the exit status."""
+    known = methods()
+    options = _parser(known).parse_args(arguments)
+    if unknown := sorted(set(options.methods) - known.keys()):
+        print(f"no such method: {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+        return 2
+    chosen = [method for stem, method in known.items() if stem in options.methods or not options.methods]
+    if options.list:
+        for method in chosen:
+            print(method.stem, *(f"  {case.setting}" for case in method.cases), sep="\n")
+        return 0
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    _report.print_environment()
+    effort = QUICK if options.quick else FULL
+    verdicts = _loaded.run(chosen, effort) if options.loaded else _run(chosen, effort, options)
+    return int(options.check and not all(verdict.met for verdict in verdicts))
+
+
+def _run(chosen: Sequence[Method], effort: Effort, options: argparse.Namespace) -> list[Verdict]:
+    verdicts = []
+    for method in chosen:
+        cases = [case for case in method.cases if case.quick or not options.quick]
+        results = [run_case(method.stem, case, effort) for case in cases]
+        found = [verdict for result in results for verdict in result.verdicts()]
+        found += method.verdicts({result.case.setting: result for result in results})
+        _report.print_method(method.stem, results, found)
+        verdicts += found
+        if options.save:
+            run = _report.record(results, found, options.quick)
+            print(f"  saved to {_report.save(method.stem, run, options.output)}")
+    return verdicts
+
+
+def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benches", description="How fast the methods are.")
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("--quick", action="store_true", help="small settings, few rounds")
+    parser.add_argument("--list", action="store_true", help="print methods and settings, run nothing")
+    parser.add_argument("--save", action="store_true", help="keep the results, in benches/results")
+    parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="where --save puts them instead")
+    parser.add_argument("--check", action="store_true", help="fail where a bar is missed")
+    parser.add_argument("--loaded", action="store_true", help="small losses, quiet and with every core busy")
+    parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
