@@ -341,7 +341,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for table and picture")
     parser.add_argument("--readme", action="store_true", help="also write docs/images/demo.png")
-    parser.add_argument("--quick", action="store_true", help="one seed, 30 iterations, no verdict")
+    parser.add_argument("--quick", action="store_true", help="one seed, 100 iterations, no verdict")
     return parser.parse_args()
 
 
@@ -351,7 +351,7 @@ def main() -> int:
     config = Config(iterations=arguments.iterations, labels_per_class=arguments.labels_per_class)
     seeds = arguments.seeds
     if arguments.quick:
-        config, seeds = replace(config, iterations=30), seeds[:1]
+        config, seeds = replace(config, iterations=100), seeds[:1]
     torch.set_num_threads(1)  # the tensors are small: more threads would mostly wait for each other
 
     total = len(METHODS) * len(seeds) * config.iterations
