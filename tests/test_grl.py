@@ -112,19 +112,32 @@ def test_transforms_and_higher_derivatives():
     torch.testing.assert_close(double, 0.5 * torch.eye(12))
 
 
-def test_compiles_to_one_graph_without_recompiling_at_every_step():
+def test_compiles_once_for_all_steps():
     layer = WarmStartGradientReverseLayer(lo=0.1)
     graphs = []
 
-    def count(graph, _):
+    def count(graph, inputs):
         graphs.append(graph)
-        return graph.forward
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     compiled = torch.compile(layer, backend=count, fullgraph=True)
     for i in range(8):
         x = torch.randn(3, 4, requires_grad=True)
-        compiled(x).sum().backward()
+        y = compiled(x)
+        layer.step()  # before the backward: the coefficient is that of the forward
+        y.sum().backward()
         expected = 0.9 * math.tanh(0.5 * i / 1000.0) + 0.1
         torch.testing.assert_close(x.grad, torch.full_like(x, -expected))
-        layer.step()
-    assert len(graphs) <= 3
+        if i == 0:
+            compiled_first = len(graphs)
+    assert len(graphs) == compiled_first
+
+
+def test_compiles_with_auto_step():
+    layer = WarmStartGradientReverseLayer(max_iters=10, auto_step=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for i in range(3):
+        x = torch.randn(3, 4, requires_grad=True)
+        compiled(x).sum().backward()
+        torch.testing.assert_close(x.grad, torch.full_like(x, -math.tanh(0.05 * i)))
+    assert layer.iter_num == 3

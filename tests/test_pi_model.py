@@ -60,7 +60,7 @@ def test_warm_up_is_a_float_and_refuses_negative_lengths():
     [
         ([1.0], torch.zeros(2, 3), 1.0, TypeError, "L2ConsistencyLoss: p1 must be a torch.Tensor, got list"),
         (torch.zeros(2, 3), None, 1.0, TypeError, "p2 must be a torch.Tensor, got NoneType"),
-        (torch.zeros(2, 3).long(), torch.zeros(2, 3), 1.0, TypeError, "p1 must be float32, .*, got int64"),
+        (torch.zeros(2, 3).long(), torch.zeros(2, 3), 1.0, TypeError, r"p1 must be float32, .*, got int64"),
         (torch.zeros(3), torch.zeros(3), 1.0, ValueError, r"p1 must have shape \(minibatch, C, ...\)"),
         (
             torch.zeros(2, 3),

@@ -26,7 +26,7 @@ def test_golden(case, precision):
             TypeError,
             "StrongWeakConsistencyLoss: y_strong must be a torch.Tensor, got list",
         ),
-        (torch.zeros(2, 3), torch.zeros(2, 3).int(), TypeError, "y must be float32, .*, got int32"),
+        (torch.zeros(2, 3), torch.zeros(2, 3).int(), TypeError, r"y must be float32, .*, got int32"),
         (
             torch.zeros(3),
             torch.zeros(3),

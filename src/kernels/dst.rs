@@ -65,12 +65,22 @@ pub fn dst<E: Element>(
         .zip(ranges)
         .map(|((labels, grad), range)| {
             let out = Outputs { labels, grad };
-            let sweep = Sweep { goal, logits, main, range, weight: weight * scale, out };
+            let sweep = Sweep {
+                goal,
+                logits,
+                main,
+                range,
+                weight: weight * scale,
+                out,
+            };
             move || dispatch(sweep)
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();
-    Loss { value: total * weight, scale }
+    Loss {
+        value: total * weight,
+        scale,
+    }
 }
 
 struct Sweep<'a, E> {
@@ -151,15 +161,27 @@ mod tests {
     use super::super::element::{Bf16, F16};
     use super::*;
 
-    fn call<E: Element>(goal: Goal, z: &[E], y: &[E], cols: usize, threads: usize) -> (Loss, Vec<i64>, Vec<E>) {
+    fn call<E: Element>(
+        goal: Goal,
+        z: &[E],
+        y: &[E],
+        cols: usize,
+        threads: usize,
+    ) -> (Loss, Vec<i64>, Vec<E>) {
         let rows = z.len() / cols;
         let (mut labels, mut grad) = (vec![-9; rows], vec![E::store(E::Acc::ONE); z.len()]);
         let view = |data| Rows::contiguous(data, rows, cols).unwrap();
         let threads = NonZeroUsize::new(threads).unwrap();
-        let out = Outputs { labels: &mut labels, grad: Some(&mut grad) };
+        let out = Outputs {
+            labels: &mut labels,
+            grad: Some(&mut grad),
+        };
         let loss = dst(goal, view(z), view(y), 2.0, out, threads);
         let mut again = vec![0; rows];
-        let out = Outputs { labels: &mut again, grad: None };
+        let out = Outputs {
+            labels: &mut again,
+            grad: None,
+        };
         let alone = dst(goal, view(z), view(y), 2.0, out, threads);
         assert!((alone.value - loss.value).abs() <= 1e-6 * loss.value.abs() || loss.value.is_nan());
         assert_eq!(labels, again);
@@ -171,7 +193,11 @@ mod tests {
         let each = z.chunks(cols).zip(labels).map(|(z, &a)| {
             let total: f64 = z.iter().map(|z| z.exp()).sum();
             let p = z[a as usize].exp() / total;
-            -if goal == Goal::Agree { p.ln() } else { (1.0 - p + OFFSET).min(1.0).ln() }
+            -if goal == Goal::Agree {
+                p.ln()
+            } else {
+                (1.0 - p + OFFSET).min(1.0).ln()
+            }
         });
         2.0 * each.sum::<f64>() / rows as f64
     }
@@ -179,7 +205,9 @@ mod tests {
     #[test]
     fn values_and_finite_differences() {
         let (rows, cols) = (7, 5);
-        let z: Vec<f64> = (0..rows * cols).map(|k| ((k * 37 + 5) % 23) as f64 / 5.0 - 2.0).collect();
+        let z: Vec<f64> = (0..rows * cols)
+            .map(|k| ((k * 37 + 5) % 23) as f64 / 5.0 - 2.0)
+            .collect();
         let y: Vec<f64> = (0..rows * cols).map(|k| ((k * 11) % 13) as f64).collect();
         for goal in [Goal::Agree, Goal::Disagree] {
             for threads in [1, 3] {
@@ -203,7 +231,11 @@ mod tests {
         let others = 1.0 / (1.0 + 20f64.exp());
         assert!((loss.value / 2.0 + (others + OFFSET).ln()).abs() < 1e-6);
         let exact = 2.0 * (1.0 - others) * others / (others + OFFSET);
-        assert!((f64::from(grad[0]) / exact - 1.0).abs() < 1e-5, "{} {exact}", grad[0]);
+        assert!(
+            (f64::from(grad[0]) / exact - 1.0).abs() < 1e-5,
+            "{} {exact}",
+            grad[0]
+        );
         assert!((f64::from(grad[1]) / exact + 1.0).abs() < 1e-5);
     }
 
@@ -222,7 +254,9 @@ mod tests {
     #[test]
     fn half_types_agree_with_f64() {
         fn check<E: Element>(goal: Goal, tolerance: f64) {
-            let stored: Vec<E> = (0..33 * 7).map(|k| E::store(E::Acc::of(((k * 7) % 31) as f64 / 8.0))).collect();
+            let stored: Vec<E> = (0..33 * 7)
+                .map(|k| E::store(E::Acc::of(((k * 7) % 31) as f64 / 8.0)))
+                .collect();
             let exact: Vec<f64> = stored.iter().map(|z| z.load().to_f64()).collect();
             let (expected, _, gradient) = call(goal, &exact, &exact, 7, 1);
             let (loss, _, grad) = call(goal, &stored, &stored, 7, 1);

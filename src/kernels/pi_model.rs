@@ -40,8 +40,19 @@ pub fn pi_model<E: Element>(
         .zip(grads_a.into_iter().zip(grads_b))
         .zip(ranges)
         .map(|((distances, (grad_a, grad_b)), range)| {
-            let out = Outputs { distances, grad_a, grad_b };
-            let sweep = Sweep { a, b, mask, factor, range, out };
+            let out = Outputs {
+                distances,
+                grad_a,
+                grad_b,
+            };
+            let sweep = Sweep {
+                a,
+                b,
+                mask,
+                factor,
+                range,
+                out,
+            };
             move || dispatch(sweep)
         })
         .collect();
@@ -71,7 +82,9 @@ impl<E: Element> Kernel for Sweep<'_, E> {
             out.distances[k] = reduce::sum_of_pairs(a, b, |a, b| (a - b) * (a - b));
             let factor = E::Acc::of(2.0 * self.factor * self.mask.map_or(1.0, |m| m[i]));
             for (grad, factor) in [(&mut out.grad_a, factor), (&mut out.grad_b, -factor)] {
-                let Some(grad) = grad.as_deref_mut() else { continue };
+                let Some(grad) = grad.as_deref_mut() else {
+                    continue;
+                };
                 let row = &mut grad[k * cols..(k + 1) * cols];
                 for ((g, &a), &b) in row.iter_mut().zip(a).zip(b) {
                     *g = E::store((a - b) * factor);
@@ -98,7 +111,14 @@ mod tests {
             };
             let view = |data| Rows::contiguous(data, 3, 2).unwrap();
             let threads = NonZeroUsize::new(threads).unwrap();
-            pi_model(view(&a), view(&b), Some(&[1.0, 0.0, 0.0]), 0.5, out, threads);
+            pi_model(
+                view(&a),
+                view(&b),
+                Some(&[1.0, 0.0, 0.0]),
+                0.5,
+                out,
+                threads,
+            );
             assert_eq!(distances[..2], [5.0, 4.0]);
             assert_eq!(grad_a[..5], [1.0, -2.0, 0.0, 0.0, 0.0]);
             assert_eq!(grad_b[..5], [-1.0, 2.0, 0.0, 0.0, 0.0]);
@@ -110,7 +130,11 @@ mod tests {
     #[test]
     fn no_mask_is_one_everywhere() {
         let (mut distances, mut grad) = ([0.0], [0.0f32; 2]);
-        let out = Outputs { distances: &mut distances, grad_a: None, grad_b: Some(&mut grad) };
+        let out = Outputs {
+            distances: &mut distances,
+            grad_a: None,
+            grad_b: Some(&mut grad),
+        };
         let (a, b) = ([1.0f32, 0.0], [0.0f32, 0.0]);
         let view = |data| Rows::contiguous(data, 1, 2).unwrap();
         pi_model(view(&a), view(&b), None, 1.0, out, NonZeroUsize::MIN);

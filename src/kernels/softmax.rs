@@ -106,7 +106,10 @@ mod tests {
         let mut grad = [0.0f32; 3];
         let same = split_with_gradient::<Baseline, f32>(&z, 30.0, 0, |_| 2.0, &mut [], &mut grad);
         assert!((same.total() - got.total()).abs() < 1e-12);
-        assert!((f64::from(grad[0]) / (-2.0 * exact) - 1.0).abs() < 1e-6, "{grad:?}");
+        assert!(
+            (f64::from(grad[0]) / (-2.0 * exact) - 1.0).abs() < 1e-6,
+            "{grad:?}"
+        );
         assert!(f64::from(grad[0] + grad[1] + grad[2]).abs() < 1e-6 * exact);
     }
 
@@ -114,7 +117,14 @@ mod tests {
     fn half_types_pass_through_the_spare_row() {
         let z = [1.0f32, 2.0];
         let (mut spare, mut grad) = ([0.0f32; 2], [Bf16(0); 2]);
-        split_with_gradient::<Baseline, Bf16>(&z, 2.0, 1, |s| 1.0 / s.probability(), &mut spare, &mut grad);
+        split_with_gradient::<Baseline, Bf16>(
+            &z,
+            2.0,
+            1,
+            |s| 1.0 / s.probability(),
+            &mut spare,
+            &mut grad,
+        );
         let p = 1.0 / (1.0 + 1f32.exp());
         assert!((grad[0].load() - p / (1.0 - p)).abs() < 4e-3);
         assert_eq!(confidence::<Bf16>(2.0), 0.5);

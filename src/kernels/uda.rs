@@ -40,7 +40,15 @@ pub fn uda<E: Element>(
         .into_iter()
         .zip(grads)
         .map(|(range, grad)| {
-            let sweep = Sweep { strong, weak, threshold, temperature, range, scale, grad };
+            let sweep = Sweep {
+                strong,
+                weak,
+                threshold,
+                temperature,
+                range,
+                scale,
+                grad,
+            };
             move || dispatch(sweep)
         })
         .collect();
@@ -50,7 +58,10 @@ pub fn uda<E: Element>(
         selected += count;
     }
     let selected = selected.max(1) as f64;
-    Loss { value: total / selected, scale: scale * selected }
+    Loss {
+        value: total / selected,
+        scale: scale * selected,
+    }
 }
 
 struct Sweep<'a, E> {
@@ -79,7 +90,9 @@ impl<E: Element> Kernel for Sweep<'_, E> {
         for (k, i) in self.range.enumerate() {
             let z = self.strong.row(i, &mut strong_scratch);
             let y = self.weak.row(i, &mut weak_scratch);
-            let grad = grad.as_deref_mut().map(|grad| &mut grad[k * cols..(k + 1) * cols]);
+            let grad = grad
+                .as_deref_mut()
+                .map(|grad| &mut grad[k * cols..(k + 1) * cols]);
             let max = reduce::max(y);
             let q_total = reduce::exp_shifted::<I, _>(y, max, E::Acc::ONE, &mut buffers.q);
             if confidence::<E>(q_total) > threshold {
@@ -90,7 +103,11 @@ impl<E: Element> Kernel for Sweep<'_, E> {
                 }
             } else {
                 // 0 times the divergence and its gradient: 0, or NaN where they are not finite.
-                total += if max.finite() { reduce::sum_of(z, |z| z - z) } else { f64::NAN };
+                total += if max.finite() {
+                    reduce::sum_of(z, |z| z - z)
+                } else {
+                    f64::NAN
+                };
                 if let Some(grad) = grad {
                     let finite = max.finite() && reduce::max(z).finite();
                     grad.fill(E::store(if finite { E::Acc::ZERO } else { E::Acc::NAN }));
@@ -116,12 +133,22 @@ struct Buffers<F> {
 impl<F: Real> Buffers<F> {
     fn new(cols: usize) -> Self {
         let zeros = || vec![F::ZERO; cols];
-        Self { q: zeros(), p: zeros(), p_total: 0.0, terms: zeros() }
+        Self {
+            q: zeros(),
+            p: zeros(),
+            p_total: 0.0,
+            terms: zeros(),
+        }
     }
 
     /// `sum_c q_c (ln q_c - ln p_c)` for `q` in its buffer, from the logits `y` and their norm.
     #[inline(always)]
-    fn divergence<I: Isa>(&mut self, (y, y_max, q_total): (&[F], F, f64), z: &[F], inverse_t: F) -> f64 {
+    fn divergence<I: Isa>(
+        &mut self,
+        (y, y_max, q_total): (&[F], F, f64),
+        z: &[F],
+        inverse_t: F,
+    ) -> f64 {
         let z_max = reduce::max(z);
         self.p_total = reduce::exp_shifted::<I, _>(z, z_max, inverse_t, &mut self.p);
         let rows = self.terms.iter_mut().zip(&self.q).zip(y.iter().zip(z));
@@ -148,7 +175,13 @@ mod tests {
     use super::super::element::{Bf16, F16};
     use super::*;
 
-    fn call<E: Element>(z: &[E], y: &[E], cols: usize, threshold: f64, threads: usize) -> (Loss, Vec<E>) {
+    fn call<E: Element>(
+        z: &[E],
+        y: &[E],
+        cols: usize,
+        threshold: f64,
+        threads: usize,
+    ) -> (Loss, Vec<E>) {
         let rows = z.len() / cols;
         let mut grad = vec![E::store(E::Acc::ONE); z.len()];
         let view = |data| Rows::contiguous(data, rows, cols).unwrap();
@@ -167,23 +200,41 @@ mod tests {
     #[test]
     fn values_and_gradients() {
         let (rows, cols) = (9, 4);
-        let z: Vec<f64> = (0..rows * cols).map(|k| ((k * 37 + 5) % 23) as f64 / 5.0 - 2.0).collect();
-        let y: Vec<f64> = (0..rows * cols).map(|k| ((k * 11) % 13) as f64 / 4.0).collect();
-        let selected: Vec<bool> =
-            y.chunks(cols).map(|y| softmax(y, 1.0).into_iter().any(|q| q > 0.5)).collect();
+        let z: Vec<f64> = (0..rows * cols)
+            .map(|k| ((k * 37 + 5) % 23) as f64 / 5.0 - 2.0)
+            .collect();
+        let y: Vec<f64> = (0..rows * cols)
+            .map(|k| ((k * 11) % 13) as f64 / 4.0)
+            .collect();
+        let selected: Vec<bool> = y
+            .chunks(cols)
+            .map(|y| softmax(y, 1.0).into_iter().any(|q| q > 0.5))
+            .collect();
         let n = selected.iter().filter(|&&s| s).count();
         assert!(n > 0 && n < rows);
         let mut expected = 0.0;
         let mut gradient = Vec::new();
         for ((z, y), &chosen) in z.chunks(cols).zip(y.chunks(cols)).zip(&selected) {
             for (p, q) in softmax(z, 0.4).into_iter().zip(softmax(y, 1.0)) {
-                expected += if chosen { q * (q / p).ln() / n as f64 } else { 0.0 };
-                gradient.push(if chosen { (p - q) / 0.4 / n as f64 } else { 0.0 });
+                expected += if chosen {
+                    q * (q / p).ln() / n as f64
+                } else {
+                    0.0
+                };
+                gradient.push(if chosen {
+                    (p - q) / 0.4 / n as f64
+                } else {
+                    0.0
+                });
             }
         }
         for threads in [1, 4] {
             let (loss, grad) = call(&z, &y, cols, 0.5, threads);
-            assert!((loss.value - expected).abs() < 1e-13, "{} {expected}", loss.value);
+            assert!(
+                (loss.value - expected).abs() < 1e-13,
+                "{} {expected}",
+                loss.value
+            );
             for (g, e) in grad.iter().zip(&gradient) {
                 assert!((g / loss.scale - e).abs() < 1e-14);
             }
@@ -221,7 +272,9 @@ mod tests {
     fn half_types_agree_with_f64() {
         fn check<E: Element>(tolerance: f64) {
             let stored = |step: usize| -> Vec<E> {
-                (0..33 * 7).map(|k| E::store(E::Acc::of(((k * step) % 31) as f64 / 8.0))).collect()
+                (0..33 * 7)
+                    .map(|k| E::store(E::Acc::of(((k * step) % 31) as f64 / 8.0)))
+                    .collect()
             };
             let exact = |x: &[E]| x.iter().map(|z| z.load().to_f64()).collect::<Vec<_>>();
             let (z, y) = (stored(7), stored(11));

@@ -15,7 +15,9 @@ pub fn check_eta_prime(eta_prime: f64) -> Result<()> {
     if eta_prime.is_finite() {
         return Ok(());
     }
-    Err(Error::Value(format!("{CLASS}: eta_prime must be a finite number, got {eta_prime}")))
+    Err(Error::Value(format!(
+        "{CLASS}: eta_prime must be a finite number, got {eta_prime}"
+    )))
 }
 
 /// Logits of both heads on the same rows, (minibatch, C).
@@ -26,8 +28,14 @@ struct Heads<'a> {
 }
 
 impl<'a> Heads<'a> {
-    fn new(main: (&'static str, &'a Tensor), adversarial: (&'static str, &'a Tensor)) -> Result<Self> {
-        let (y, adv) = (Input::new(CLASS, main.0, main.1)?, Input::new(CLASS, adversarial.0, adversarial.1)?);
+    fn new(
+        main: (&'static str, &'a Tensor),
+        adversarial: (&'static str, &'a Tensor),
+    ) -> Result<Self> {
+        let (y, adv) = (
+            Input::new(CLASS, main.0, main.1)?,
+            Input::new(CLASS, adversarial.0, adversarial.1)?,
+        );
         y.floating()?;
         let dtype = adv.floating()?;
         y.matrix()?;
@@ -36,7 +44,11 @@ impl<'a> Heads<'a> {
         if adv.shape() != y.shape() {
             return Err(adv.wrong(&format!("have the shape of {}, {:?}", main.0, y.shape())));
         }
-        Ok(Self { main: y, adversarial: adv, dtype })
+        Ok(Self {
+            main: y,
+            adversarial: adv,
+            dtype,
+        })
     }
 
     /// Whether there is a kernel for both tensors in `dtype`.
@@ -48,7 +60,13 @@ impl<'a> Heads<'a> {
 
 /// The loss on labeled (`y_l`, `y_l_adv`) and unlabeled rows, differentiable with respect to the
 /// logits of the adversarial head.
-pub fn dst(y_l: &Tensor, y_l_adv: &Tensor, y_u: &Tensor, y_u_adv: &Tensor, eta_prime: f64) -> Result<Tensor> {
+pub fn dst(
+    y_l: &Tensor,
+    y_l_adv: &Tensor,
+    y_u: &Tensor,
+    y_u_adv: &Tensor,
+    eta_prime: f64,
+) -> Result<Tensor> {
     let labeled = Heads::new(("y_l", y_l), ("y_l_adv", y_l_adv))?;
     let unlabeled = Heads::new(("y_u", y_u), ("y_u_adv", y_u_adv))?;
     unlabeled.adversarial.same_device(&labeled.adversarial)?;
@@ -57,7 +75,12 @@ pub fn dst(y_l: &Tensor, y_l_adv: &Tensor, y_u: &Tensor, y_u_adv: &Tensor, eta_p
     let out = loss_dtype(&labeled.adversarial, dtype);
     if !labeled.fusable(dtype) || !unlabeled.fusable(dtype) {
         let (labels_l, labels_u) = (predictions(y_l)?, predictions(y_u)?);
-        return composite(&[y_l_adv, y_u_adv], &[&labels_l, &labels_u], eta_prime, out.kind());
+        return composite(
+            &[y_l_adv, y_u_adv],
+            &[&labels_l, &labels_u],
+            eta_prime,
+            out.kind(),
+        );
     }
     let agree = fused(Goal::Agree, &labeled, dtype, eta_prime)?;
     let disagree = fused(Goal::Disagree, &unlabeled, dtype, 1.0)?;
@@ -65,9 +88,20 @@ pub fn dst(y_l: &Tensor, y_l_adv: &Tensor, y_u: &Tensor, y_u_adv: &Tensor, eta_p
     if agree.grad.is_some() || disagree.grad.is_some() {
         let labels = [Constant(agree.labels), Constant(disagree.labels)];
         let formula = Box::new(move |t: &[Tensor]| {
-            composite(&[&t[0], &t[1]], &[labels[0].get(), labels[1].get()], eta_prime, out.kind())
+            composite(
+                &[&t[0], &t[1]],
+                &[labels[0].get(), labels[1].get()],
+                eta_prime,
+                out.kind(),
+            )
         });
-        attach(c"DstBackward", &loss, &[y_l_adv, y_u_adv], vec![agree.grad, disagree.grad], formula)?;
+        attach(
+            c"DstBackward",
+            &loss,
+            &[y_l_adv, y_u_adv],
+            vec![agree.grad, disagree.grad],
+            formula,
+        )?;
     }
     Ok(loss)
 }
@@ -99,17 +133,36 @@ fn predictions(y: &Tensor) -> Result<Tensor> {
 
 /// The same in libtorch operations, from the logits and predictions of the labeled and the unlabeled
 /// rows.
-fn composite(logits: &[&Tensor; 2], labels: &[&Tensor; 2], eta_prime: f64, kind: Kind) -> Result<Tensor> {
-    let inside = if kind == Kind::Double { Kind::Double } else { Kind::Float };
+fn composite(
+    logits: &[&Tensor; 2],
+    labels: &[&Tensor; 2],
+    eta_prime: f64,
+    kind: Kind,
+) -> Result<Tensor> {
+    let inside = if kind == Kind::Double {
+        Kind::Double
+    } else {
+        Kind::Float
+    };
     let (z_l, z_u) = (logits[0].f_to_kind(inside)?, logits[1].f_to_kind(inside)?);
     let agree = z_l.f_cross_entropy_loss(labels[0], None::<Tensor>, Reduction::Mean, -100, 0.0)?;
     let p = z_u.f_softmax(1, inside)?;
     let index = labels[1].f_unsqueeze(1)?;
     let own = p.f_gather(1, &index, false)?.f_squeeze_dim(1)?;
-    let others = p.f_scatter_value(1, &index, 0.0)?.f_sum_dim_intlist(1, false, inside)?;
+    let others = p
+        .f_scatter_value(1, &index, 0.0)?
+        .f_sum_dim_intlist(1, false, inside)?;
     // Each form of 1 - p_a where it does not cancel, gradients included.
     let difference = own.f_neg()?.f_add_scalar(1.0)?;
     let remainder = difference.f_where_self(&own.f_lt(0.5)?, &others)?;
-    let disagree = remainder.f_add_scalar(OFFSET)?.f_clamp_max(1.0)?.f_log()?.f_neg()?.f_mean(inside)?;
-    Ok(agree.f_mul_scalar(eta_prime)?.f_add(&disagree)?.f_to_kind(kind)?)
+    let disagree = remainder
+        .f_add_scalar(OFFSET)?
+        .f_clamp_max(1.0)?
+        .f_log()?
+        .f_neg()?
+        .f_mean(inside)?;
+    Ok(agree
+        .f_mul_scalar(eta_prime)?
+        .f_add(&disagree)?
+        .f_to_kind(kind)?)
 }

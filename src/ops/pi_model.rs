@@ -7,7 +7,7 @@ use crate::kernels::pi_model::{Outputs, pi_model as kernel};
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const CLASS: &str = "L2ConsistencyLoss";
 
@@ -71,8 +71,9 @@ pub fn pi_model(p1: &Tensor, p2: &Tensor, mask: &Mask, reduction: Reduction) -> 
         let mut inputs = vec![p1, p2];
         inputs.extend(call.mask.as_ref().map(|m| m.tensor));
         grads.truncate(inputs.len());
-        let formula =
-            Box::new(move |t: &[Tensor]| composite(&t[0], &t[1], t.get(2), number, reduction, kind));
+        let formula = Box::new(move |t: &[Tensor]| {
+            composite(&t[0], &t[1], t.get(2), number, reduction, kind)
+        });
         attach(c"L2ConsistencyBackward", &loss, &inputs, grads, formula)?;
     }
     Ok(loss)
@@ -104,8 +105,18 @@ impl<'a> Call<'a> {
                 out = mask.dtype().map_or(out, |m| out.promoted(m));
             }
         }
-        out = loss_dtype(&p1, out);
-        Ok(Self { p1, p2, mask, number, reduction, out })
+        // Autocast runs the square in float32 on devices, and leaves it alone on the CPU.
+        if p1.tensor.device() != Device::Cpu {
+            out = loss_dtype(&p1, out);
+        }
+        Ok(Self {
+            p1,
+            p2,
+            mask,
+            number,
+            reduction,
+            out,
+        })
     }
 
     /// The dtype of the kernel, if there is one.
@@ -121,9 +132,17 @@ impl<'a> Call<'a> {
     /// The loss, and the gradients for `p1`, `p2` and the mask.
     fn fused(&self, dtype: Dtype) -> Result<(Tensor, Vec<Option<StoredGrad>>)> {
         let rows = self.p1.shape()[0] as usize;
-        let weights = self.mask.as_ref().map(|m| weights(m.tensor, rows)).transpose()?;
+        let weights = self
+            .mask
+            .as_ref()
+            .map(|m| weights(m.tensor, rows))
+            .transpose()?;
         let mut distances = vec![0.0; rows];
-        let mean = if self.reduction == Reduction::Mean { 1.0 / rows as f64 } else { 1.0 };
+        let mean = if self.reduction == Reduction::Mean {
+            1.0 / rows as f64
+        } else {
+            1.0
+        };
         let mut grads = self.sweep(dtype, weights.as_deref(), mean, &mut distances)?;
         grads.push(match &self.mask {
             Some(mask) if mask.wants_grad() => Some(mask_grad(&distances, mean, mask.floating()?)?),
@@ -172,7 +191,10 @@ impl<'a> Call<'a> {
 
 /// The mask as one f64 a row.
 fn weights(mask: &Tensor, rows: usize) -> Result<Vec<f64>> {
-    let rows = mask.f_detach()?.f_to_kind(Kind::Double)?.f_expand([rows as i64], false)?;
+    let rows = mask
+        .f_detach()?
+        .f_to_kind(Kind::Double)?
+        .f_expand([rows as i64], false)?;
     Ok(Vec::try_from(&rows)?)
 }
 
@@ -181,7 +203,10 @@ fn mask_grad(distances: &[f64], mean: f64, dtype: Dtype) -> Result<StoredGrad> {
     let largest = distances.iter().fold(0.0, |a: f64, d| a.max(*d));
     let scale = by_dtype!(dtype, E => stored_scale::<E>(largest * mean));
     let scaled: Vec<_> = distances.iter().map(|d| d * mean * scale).collect();
-    Ok(StoredGrad { tensor: vector(&scaled, dtype)?, scale })
+    Ok(StoredGrad {
+        tensor: vector(&scaled, dtype)?,
+        scale,
+    })
 }
 
 /// The same in libtorch operations.
@@ -194,11 +219,17 @@ fn composite(
     kind: Kind,
 ) -> Result<Tensor> {
     let inside = |p: &Tensor| {
-        let kind = if p.f_kind()? == Kind::Double { Kind::Double } else { Kind::Float };
+        let kind = if p.f_kind()? == Kind::Double {
+            Kind::Double
+        } else {
+            Kind::Float
+        };
         p.f_to_kind(kind)
     };
     let difference = inside(p1)?.f_sub(&inside(p2)?)?;
-    let distance = difference.f_square()?.f_sum_dim_intlist(1, false, None::<Kind>)?;
+    let distance = difference
+        .f_square()?
+        .f_sum_dim_intlist(1, false, None::<Kind>)?;
     let each = match mask {
         Some(mask) => distance.f_mul(mask)?,
         None => distance.f_mul_scalar(number)?,

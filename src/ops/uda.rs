@@ -13,7 +13,9 @@ const CLASS: &str = "StrongWeakConsistencyLoss";
 /// `ValueError` for a threshold that is NaN or a temperature that is not above 0.
 pub fn check(threshold: f64, temperature: f64) -> Result<()> {
     if threshold.is_nan() {
-        return Err(Error::Value(format!("{CLASS}: threshold must be a number, got {threshold}")));
+        return Err(Error::Value(format!(
+            "{CLASS}: threshold must be a number, got {threshold}"
+        )));
     }
     positive(CLASS, "temperature", temperature)
 }
@@ -21,7 +23,10 @@ pub fn check(threshold: f64, temperature: f64) -> Result<()> {
 /// The loss of the logits `y_strong` against those of `y`, both (minibatch, C), differentiable with
 /// respect to `y_strong`.
 pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> Result<Tensor> {
-    let (strong, weak) = (Input::new(CLASS, "y_strong", y_strong)?, Input::new(CLASS, "y", y)?);
+    let (strong, weak) = (
+        Input::new(CLASS, "y_strong", y_strong)?,
+        Input::new(CLASS, "y", y)?,
+    );
     check(threshold, temperature)?;
     let (dtype, weak_dtype) = (strong.floating()?, weak.floating()?);
     strong.matrix()?;
@@ -39,8 +44,9 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
     if grad.is_some() {
         // As an input of the node y is guarded against writes; detached, it gets no gradient.
         let inputs = [y_strong, &y.f_detach()?];
-        let formula =
-            Box::new(move |t: &[Tensor]| composite(&t[0], &t[1], threshold, temperature, out.kind()));
+        let formula = Box::new(move |t: &[Tensor]| {
+            composite(&t[0], &t[1], threshold, temperature, out.kind())
+        });
         attach(c"UdaBackward", &loss, &inputs, vec![grad, None], formula)?;
     }
     Ok(loss)
@@ -65,14 +71,25 @@ fn fused(
 }
 
 /// The same in libtorch operations.
-fn composite(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64, kind: Kind) -> Result<Tensor> {
+fn composite(
+    y_strong: &Tensor,
+    y: &Tensor,
+    threshold: f64,
+    temperature: f64,
+    kind: Kind,
+) -> Result<Tensor> {
     let y = y.f_detach()?;
     // In the dtype of y, which decides what is selected.
     let (confidence, _) = y.f_softmax(1, None::<Kind>)?.f_max_dim(1, false)?;
     let mask = confidence.f_gt(threshold)?.f_to_kind(kind)?;
     let q = y.f_to_kind(kind)?.f_softmax(1, kind)?;
-    let log_p = y_strong.f_to_kind(kind)?.f_div_scalar(temperature)?.f_log_softmax(1, kind)?;
+    let log_p = y_strong
+        .f_to_kind(kind)?
+        .f_div_scalar(temperature)?
+        .f_log_softmax(1, kind)?;
     let terms = q.f_xlogy(&q)?.f_sub(&q.f_mul(&log_p)?)?;
     let each = terms.f_sum_dim_intlist(1, false, kind)?.f_mul(&mask)?;
-    Ok(each.f_sum(kind)?.f_div(&mask.f_sum(kind)?.f_clamp_min(1.0)?)?)
+    Ok(each
+        .f_sum(kind)?
+        .f_div(&mask.f_sum(kind)?.f_clamp_min(1.0)?)?)
 }

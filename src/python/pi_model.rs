@@ -21,7 +21,10 @@ pub fn pi_model(
         Err(_) => Mask::Number(number(CLASS, "mask", mask)?),
     };
     let reduction = parse(CLASS, reduction)?;
-    without_gil(py, 2 * elements(&p1), move || ops::pi_model(&p1, &p2, &mask, reduction)).map(PyTensor)
+    without_gil(py, 2 * elements(&p1), move || {
+        ops::pi_model(&p1, &p2, &mask, reduction)
+    })
+    .map(PyTensor)
 }
 
 /// Raises unless `reduction` is one that the class named `class` accepts.
@@ -32,7 +35,10 @@ pub fn check_reduction(class: &str, reduction: &Bound<'_, PyAny>) -> PyResult<()
 
 fn parse(class: &str, reduction: &Bound<'_, PyAny>) -> PyResult<Reduction> {
     let name: Option<String> = reduction.extract().map_err(|_| {
-        let kind = reduction.get_type().name().map_or_else(|_| "?".to_owned(), |n| n.to_string());
+        let kind = reduction
+            .get_type()
+            .name()
+            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
         PyTypeError::new_err(format!("{class}: reduction must be a str, got {kind}"))
     })?;
     Ok(Reduction::parse(class, name.as_deref())?)

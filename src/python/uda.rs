@@ -18,11 +18,17 @@ pub fn uda(
     let threshold = number(CLASS, "threshold", threshold)?;
     let temperature = number(CLASS, "temperature", temperature)?;
     let work = 2 * elements(&strong);
-    without_gil(py, work, move || ops::uda(&strong, &y, threshold, temperature)).map(PyTensor)
+    without_gil(py, work, move || {
+        ops::uda(&strong, &y, threshold, temperature)
+    })
+    .map(PyTensor)
 }
 
 /// Raises unless both are ones that the class accepts.
 #[pyfunction]
 pub fn check_uda(threshold: &Bound<'_, PyAny>, temperature: &Bound<'_, PyAny>) -> PyResult<()> {
-    Ok(ops::check(number(CLASS, "threshold", threshold)?, number(CLASS, "temperature", temperature)?)?)
+    Ok(ops::check(
+        number(CLASS, "threshold", threshold)?,
+        number(CLASS, "temperature", temperature)?,
+    )?)
 }

@@ -107,10 +107,26 @@ class WarmStartGradientReverseLayer(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """See the class."""
         # 2 / (1 + e^-x) - 1 = tanh(x / 2), which cannot overflow.
-        coeff = (self.hi - self.lo) * math.tanh(0.5 * self.alpha * self.iter_num / self.max_iters) + self.lo
+        half = 0.5 * self.alpha / self.max_iters
+        if torch.compiler.is_compiling() and not self.auto_step:
+            progress = torch.tanh(half * self._iterations)
+        else:
+            progress = math.tanh(half * self.iter_num)
         if self.auto_step:
             self.step()
-        return GradientReverseFunction.apply(input, coeff)
+        return GradientReverseFunction.apply(input, (self.hi - self.lo) * progress + self.lo)
+
+    @property
+    def iter_num(self) -> int:
+        """The number of iterations so far. May be set."""
+        return self._iter_num
+
+    @iter_num.setter
+    def iter_num(self, value: int) -> None:
+        self._iter_num = value
+        # torch.compile makes every number on a module a constant of the graph, and would compile again
+        # at each step; a tensor is an argument. A new one each time: a backward may still need the old.
+        self._iterations = torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
     def step(self) -> None:
         """Increase the number of iterations by 1."""
