@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 
+from tests.plain.dst import worst_case as plain_dst
 from tests.plain.entropy import entropy as plain_entropy
 from tests.plain.mcc import mcc as plain_mcc
+from tests.plain.pi_model import l2_consistency as plain_l2
 from tests.plain.pseudo_label import pseudo_label as plain_pseudo_label
+from tests.plain.uda import uda as plain_uda
 from tllib_rs.modules.entropy import entropy
+from tllib_rs.self_training.dst import WorstCaseEstimationLoss
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+from tllib_rs.self_training.pi_model import L2ConsistencyLoss
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
+from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,16 @@ def probabilities(count=1):
     return make
 
 
+def masked(inputs):
+    """``inputs`` and a weight for each row."""
+
+    def make(generator, rows=7, classes=5):
+        weights = torch.rand(rows, generator=generator, dtype=torch.float64)
+        return (*inputs(generator, rows, classes), weights)
+
+    return make
+
+
 LOSSES = [
     # The entropy weights are held constant, so finite differences of the whole do not match.
     Loss("mcc", MinimumClassConfusionLoss(2.5), lambda z: plain_mcc(z, 2.5), logits(), gradcheck=False),
@@ -70,6 +86,28 @@ LOSSES = [
         logits(2),
         constant=(1,),
     ),
+    Loss(
+        "dst",
+        WorstCaseEstimationLoss(2.0),
+        lambda y_l, y_l_adv, y_u, y_u_adv: plain_dst(y_l, y_l_adv, y_u, y_u_adv, 2.0),
+        logits(4),
+        constant=(0, 2),
+    ),
     Loss("entropy", entropy, plain_entropy, probabilities()),
     Loss("entropy_mean", lambda p: entropy(p, "mean"), lambda p: plain_entropy(p, "mean"), probabilities()),
+    Loss("pi_model", L2ConsistencyLoss(), plain_l2, probabilities(2)),
+    Loss(
+        "pi_model_none",
+        L2ConsistencyLoss("none"),
+        lambda p1, p2: plain_l2(p1, p2, reduction="none"),
+        probabilities(2),
+    ),
+    Loss("pi_model_mask", L2ConsistencyLoss("sum"), lambda *x: plain_l2(*x, "sum"), masked(probabilities(2))),
+    Loss(
+        "uda",
+        StrongWeakConsistencyLoss(0.5, 0.4),
+        lambda y_strong, y: plain_uda(y_strong, y, 0.5, 0.4),
+        logits(2),
+        constant=(1,),
+    ),
 ]

@@ -18,7 +18,7 @@
 use super::Loss;
 use super::element::{Element, stored_scale};
 use super::isa::{Isa, Kernel, dispatch};
-use super::parallel::{cut, run, split};
+use super::parallel::{cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::{Rows, store_row};
@@ -61,7 +61,7 @@ pub fn mcc<E: Element>(
         };
     }
     let ranges = split(rows, threads);
-    let mut probabilities = pieces(grad.as_deref_mut(), &ranges, cols);
+    let mut probabilities = cut_optional(grad.as_deref_mut(), &ranges, cols);
     let sweeps: Vec<_> = ranges
         .iter()
         .zip(&mut probabilities)
@@ -114,7 +114,7 @@ pub fn mcc<E: Element>(
         let jobs: Vec<_> = ranges
             .into_iter()
             .zip(kept)
-            .zip(pieces(grad, &split(rows, threads), cols))
+            .zip(cut_optional(grad, &split(rows, threads), cols))
             .filter_map(|((range, kept), out)| {
                 let out = out?;
                 let job = Gradient {
@@ -133,18 +133,6 @@ pub fn mcc<E: Element>(
         run(jobs);
     }
     Loss { value, scale }
-}
-
-/// The rows of `grad` that each range owns, or as many `None`.
-fn pieces<'a, E>(
-    grad: Option<&'a mut [E]>,
-    ranges: &[Range<usize>],
-    cols: usize,
-) -> Vec<Option<&'a mut [E]>> {
-    match grad {
-        Some(grad) => cut(grad, ranges, cols).into_iter().map(Some).collect(),
-        None => ranges.iter().map(|_| None).collect(),
-    }
 }
 
 /// First sweep: probabilities (into `out` where they fit there), weights and class sums.

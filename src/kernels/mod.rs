@@ -2,7 +2,7 @@
 //!
 //! The foundation: [`isa`] picks an instruction set at run time, [`real`] has the arithmetic and
 //! the vectorisable `exp` and `ln`, [`element`] the storage types, [`rows`] strided matrices,
-//! [`reduce`] the sweeps over one row, [`parallel`] the threads. Every other module is a method.
+//! [`reduce`] the sweeps over one row, [`softmax`] a row of probabilities, [`parallel`] the threads. Every other module is a method.
 
 pub mod element;
 pub mod isa;
@@ -11,18 +11,23 @@ pub mod real;
 pub mod reduce;
 pub mod rows;
 pub mod scale;
+pub mod softmax;
 
+pub mod dst;
 pub mod entropy;
 pub mod flexmatch;
 pub mod mcc;
 pub mod mean_teacher;
+pub mod pi_model;
 pub mod pseudo_label;
+pub mod uda;
 
 /// A scalar loss, and how its gradient is stored.
 #[derive(Clone, Copy, Debug)]
 pub struct Loss {
     /// The loss.
     pub value: f64,
-    /// The stored gradient is the gradient times this power of two (1 except for float16).
+    /// The stored gradient is the gradient times this: a power of two for float16, and the divisor of
+    /// a mean over rows that are counted in the same sweep.
     pub scale: f64,
 }

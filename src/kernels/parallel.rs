@@ -72,6 +72,18 @@ pub fn cut<'a, T>(slice: &'a mut [T], ranges: &[Range<usize>], width: usize) -> 
         .collect()
 }
 
+/// As [`cut`], or as many `None` where there is nothing to cut.
+pub fn cut_optional<'a, T>(
+    slice: Option<&'a mut [T]>,
+    ranges: &[Range<usize>],
+    width: usize,
+) -> Vec<Option<&'a mut [T]>> {
+    match slice {
+        Some(slice) => cut(slice, ranges, width).into_iter().map(Some).collect(),
+        None => ranges.iter().map(|_| None).collect(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -18,7 +18,8 @@ use super::isa::{Isa, Kernel, dispatch};
 use super::parallel::{cut, run, split};
 use super::real::Real;
 use super::reduce;
-use super::rows::{Rows, store_row};
+use super::rows::Rows;
+use super::softmax::{Split, confidence, split_with_gradient};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
@@ -121,8 +122,10 @@ impl<E: Element> Kernel for Sweep<'_, E> {
                     }
                 };
                 if let Some(grad) = grad {
-                    norm.total =
-                        selected_row::<I, E>(z, norm.max, label, self.weight, &mut spare, grad);
+                    let weight = |_: &Split| self.weight;
+                    let row =
+                        split_with_gradient::<I, E>(z, norm.max, label, weight, &mut spare, grad);
+                    norm.total = row.total();
                 } else if !same {
                     norm.total = reduce::sum_exp_shifted::<I, _>(z, norm.max);
                 }
@@ -166,7 +169,7 @@ impl<F: Real> Target<F> {
     /// The largest probability, as the storage type holds it.
     #[inline(always)]
     fn confidence<E: Element<Acc = F>>(self) -> F {
-        round_to::<E>(F::ONE / F::of(self.total))
+        confidence::<E>(self.total)
     }
 
     /// The first class whose rounded probability is the largest one; the first NaN, if any.
@@ -182,36 +185,6 @@ impl<F: Real> Target<F> {
         let ties =
             |z: F| z == self.max || round_to::<E>((z - self.max).exp::<I>() / total) == confidence;
         row.iter().position(|&z| z >= near && ties(z)).unwrap_or(0)
-    }
-}
-
-/// Gradient of a selected row, `weight (p - onehot)`; returns `sum_c e^{z_c - max}`.
-#[inline(always)]
-fn selected_row<I: Isa, E: Element>(
-    z: &[E::Acc],
-    max: E::Acc,
-    label: usize,
-    weight: f64,
-    spare: &mut [E::Acc],
-    grad: &mut [E],
-) -> f64 {
-    let fill = |p: &mut [E::Acc]| {
-        let total = reduce::exp_shifted::<I, _>(z, max, E::Acc::ONE, p);
-        let factor = E::Acc::of(weight / total);
-        // p - 1 where p is near 1 is minus the sum of the others, which does not cancel.
-        let others = reduce::sum(&p[..label]) + reduce::sum(&p[label + 1..]);
-        for p in &mut *p {
-            *p *= factor;
-        }
-        p[label] = E::Acc::of(-others * (weight / total));
-        total
-    };
-    if E::exact_mut(&mut []).is_some() {
-        E::exact_mut(grad).map_or(f64::NAN, fill)
-    } else {
-        let total = fill(spare);
-        store_row(spare, E::Acc::ONE, grad);
-        total
     }
 }
 

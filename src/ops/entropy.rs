@@ -2,13 +2,11 @@
 
 use super::threads;
 use crate::error::{Error, Result};
-use crate::kernels::element::Element;
 use crate::kernels::entropy::entropy as kernel;
 use crate::kernels::mcc::ENTROPY_EPSILON;
-use crate::kernels::real::Real;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, by_dtype, scalar};
+use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
 use tch::{Kind, Tensor};
 
 const CLASS: &str = "entropy";
@@ -51,11 +49,7 @@ fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<
         let out = if mean {
             scalar(each.iter().sum::<f64>() / batch as f64, dtype)?
         } else {
-            let mut out = Owned::<E>::new(&[batch as i64])?;
-            for (o, &h) in out.slice().iter_mut().zip(&each) {
-                *o = E::store(<E as Element>::Acc::of(h));
-            }
-            out.into_tensor()
+            vector(&each, dtype)?
         };
         Ok((out, grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale })))
     })

@@ -1,6 +1,6 @@
 //! Minimum class confusion on tensors. The mathematics is in [`crate::kernels::mcc`].
 
-use super::{positive, threads};
+use super::{loss_dtype, positive, threads};
 use crate::error::Result;
 use crate::kernels::mcc::{ENTROPY_EPSILON, mcc as kernel};
 use crate::torch::autograd::{StoredGrad, attach};
@@ -22,7 +22,7 @@ pub fn mcc(logits: &Tensor, temperature: f64) -> Result<Tensor> {
     let dtype = input.floating()?;
     input.matrix()?;
     if !input.on_cpu() {
-        return composite(logits, temperature, out_dtype(&input, dtype).kind());
+        return composite(logits, temperature, loss_dtype(&input, dtype).kind());
     }
     let wants_grad = input.wants_grad();
     let (loss, grad) = fused(&input, dtype, temperature, wants_grad)?;
@@ -32,15 +32,6 @@ pub fn mcc(logits: &Tensor, temperature: f64) -> Result<Tensor> {
         attach(c"MccBackward", &loss, &[logits], vec![grad], formula)?;
     }
     Ok(loss)
-}
-
-/// tllib's formula gives the dtype of the logits, and float32 where autocast runs its sums.
-fn out_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {
-    if input.autocast() {
-        dtype.at_least_f32()
-    } else {
-        dtype
-    }
 }
 
 fn fused(
@@ -55,7 +46,7 @@ fn fused(
         let slice = grad.as_mut().map(Owned::slice);
         let loss = kernel(rows, temperature, slice, threads(input.numel()));
         let grad = grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale: loss.scale });
-        Ok((scalar(loss.value, out_dtype(input, dtype))?, grad))
+        Ok((scalar(loss.value, loss_dtype(input, dtype))?, grad))
     })
 }
 

@@ -4,15 +4,19 @@
 //! node over both ([`crate::torch::autograd::attach`]), and a composite in libtorch operations for
 //! everything else: other devices, `torch.func`, second derivatives.
 
+pub mod dst;
 pub mod entropy;
 pub mod flexmatch;
 pub mod mcc;
 pub mod mean_teacher;
+pub mod pi_model;
 pub mod pseudo_label;
+pub mod uda;
 
 use crate::error::{Error, Result};
 use crate::kernels::parallel::threads_for;
-use crate::torch::max_threads;
+use crate::torch::input::Input;
+use crate::torch::{Dtype, max_threads};
 use std::num::NonZeroUsize;
 
 /// Elements of exponential and logarithm that one thread computes in the time that makes another
@@ -22,6 +26,16 @@ const GRAIN: usize = 1 << 16;
 /// Threads for a row loss over `elements` logits.
 fn threads(elements: usize) -> NonZeroUsize {
     threads_for(elements, GRAIN, max_threads())
+}
+
+/// The dtype of a loss that has the dtype of its inputs in tllib's formula, or float32 where autocast
+/// runs its sums.
+fn loss_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {
+    if input.autocast() {
+        dtype.at_least_f32()
+    } else {
+        dtype
+    }
 }
 
 /// `ValueError` unless `value` is a finite number above 0.

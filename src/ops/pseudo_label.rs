@@ -3,7 +3,7 @@
 use super::threads;
 use crate::error::{Error, Result};
 use crate::kernels::pseudo_label::{Outputs, pseudo_label as kernel};
-use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::autograd::{Constant, StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar};
 use tch::{Kind, Reduction, Tensor};
@@ -51,7 +51,7 @@ pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Out
     let (output, grad) = fused(&input, &target, dtype, threshold)?;
     if let Some(grad) = grad {
         let (labels, mask) = (output.labels.shallow_clone(), output.mask.shallow_clone());
-        let held = Held(labels, mask);
+        let held = Held(Constant(labels), Constant(mask));
         let formula = Box::new(move |t: &[Tensor]| held.loss(&t[0], dtype));
         attach(
             c"PseudoLabelBackward",
@@ -93,14 +93,11 @@ fn fused(
 }
 
 /// Pseudo labels and mask, held fixed.
-struct Held(Tensor, Tensor);
-
-// SAFETY: at::Tensor's reference count is atomic, and nothing writes these two tensors' metadata.
-unsafe impl Sync for Held {}
+struct Held(Constant, Constant);
 
 impl Held {
     fn loss(&self, y: &Tensor, dtype: Dtype) -> Result<Tensor> {
-        let Held(labels, mask) = self;
+        let (labels, mask) = (self.0.get(), self.1.get());
         let y = y.f_to_kind(dtype.at_least_f32().kind())?;
         let each = y.f_cross_entropy_loss(labels, None::<Tensor>, Reduction::None, -100, 0.0)?;
         Ok(each.f_mul(mask)?.f_mean(dtype.at_least_f32().kind())?)
@@ -112,8 +109,8 @@ fn composite(y: &Tensor, y_target: &Tensor, threshold: f64, dtype: Dtype) -> Res
     let q = y_target.f_detach()?.f_softmax(1, None::<Kind>)?;
     let (confidence, labels) = q.f_max_dim(1, false)?;
     let mask = confidence.f_gt(threshold)?.f_to_kind(Kind::Float)?;
-    let held = Held(labels, mask);
+    let held = Held(Constant(labels), Constant(mask));
     let loss = held.loss(y, dtype)?;
-    let Held(labels, mask) = held;
+    let Held(Constant(labels), Constant(mask)) = held;
     Ok(Output { loss, mask, labels })
 }

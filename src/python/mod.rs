@@ -1,11 +1,14 @@
 //! The Python module `tllib_rs._core`: extract, release the GIL, call, wrap. No logic lives here.
 
+mod dst;
 mod entropy;
 mod flexmatch;
 mod info;
 mod mcc;
 mod mean_teacher;
+mod pi_model;
 mod pseudo_label;
+mod uda;
 
 use crate::error::{Error, Result};
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
@@ -75,6 +78,8 @@ fn elements(tensor: &Tensor) -> usize {
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<flexmatch::FlexMatch>()?;
+    m.add_function(wrap_pyfunction!(dst::check_eta_prime, m)?)?;
+    m.add_function(wrap_pyfunction!(dst::dst, m)?)?;
     m.add_function(wrap_pyfunction!(entropy::entropy, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::check_temperature, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::check_threshold, m)?)?;
@@ -82,6 +87,10 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(info::build_info, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::mcc, m)?)?;
     m.add_function(wrap_pyfunction!(mean_teacher::ema_update, m)?)?;
+    m.add_function(wrap_pyfunction!(pi_model::check_reduction, m)?)?;
+    m.add_function(wrap_pyfunction!(pi_model::pi_model, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::pseudo_label, m)?)?;
+    m.add_function(wrap_pyfunction!(uda::check_uda, m)?)?;
+    m.add_function(wrap_pyfunction!(uda::uda, m)?)?;
     Ok(())
 }

@@ -21,11 +21,25 @@ const GRAIN: usize = 1 << 18;
 /// A loss in differentiable operations, as a function of the node's inputs.
 pub type Composite = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
 
+/// A tensor of its own that a [`Composite`] holds fixed.
+pub struct Constant(pub Tensor);
+
+// SAFETY: at::Tensor's reference count is atomic, and nothing writes the metadata of a tensor that
+// only the composite holds.
+unsafe impl Sync for Constant {}
+
+impl Constant {
+    /// The tensor. A method, so that a closure captures the whole and not the field.
+    pub fn get(&self) -> &Tensor {
+        &self.0
+    }
+}
+
 /// A gradient as forward stored it: contiguous, and times `scale`.
 pub struct StoredGrad {
     /// The gradient times `scale`.
     pub tensor: Tensor,
-    /// A power of two.
+    /// Positive; what [`crate::kernels::Loss::scale`] says.
     pub scale: f64,
 }
 

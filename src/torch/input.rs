@@ -138,6 +138,29 @@ impl<'a> Input<'a> {
         )))
     }
 
+    /// `TypeError` unless the tensor holds real numbers, integers or booleans.
+    pub fn real(&self) -> Result<()> {
+        if matches!(self.facts.kind, 0..=7 | 11 | 15) {
+            return Ok(());
+        }
+        Err(Error::Type(format!(
+            "{}: {} must hold real numbers or booleans, got {}",
+            self.class,
+            self.name,
+            scalar_type_name(self.facts.kind)
+        )))
+    }
+
+    /// `ValueError` unless it broadcasts to `shape` and does not change it.
+    pub fn broadcasts_to(&self, shape: &[i64]) -> Result<()> {
+        let fits = |(own, other): (&i64, &i64)| *own == 1 || own == other;
+        let own = self.shape();
+        if own.len() <= shape.len() && own.iter().rev().zip(shape.iter().rev()).all(fits) {
+            return Ok(());
+        }
+        Err(self.wrong(&format!("broadcast to the shape of the rows, {shape:?}")))
+    }
+
     /// (minibatch, C) with at least one class.
     pub fn matrix(&self) -> Result<(usize, usize)> {
         match *self.shape() {

@@ -83,6 +83,17 @@ impl Dtype {
         }
     }
 
+    /// What the two types promote to.
+    pub fn promoted(self, other: Self) -> Self {
+        if self == other {
+            self
+        } else if self == Self::F64 || other == Self::F64 {
+            Self::F64
+        } else {
+            Self::F32
+        }
+    }
+
     /// What a float32 tensor promotes it to.
     pub fn at_least_f32(self) -> Self {
         if self == Self::F64 { self } else { Self::F32 }
@@ -177,6 +188,18 @@ pub fn scalar(value: f64, dtype: Dtype) -> Result<Tensor> {
         use crate::kernels::real::Real;
         let mut out = Owned::<E>::new(&[])?;
         out.slice()[0] = E::store(<E as Element>::Acc::of(value));
+        Ok(out.into_tensor())
+    })
+}
+
+/// A CPU tensor of one dimension.
+pub fn vector(values: &[f64], dtype: Dtype) -> Result<Tensor> {
+    by_dtype!(dtype, E => {
+        use crate::kernels::real::Real;
+        let mut out = Owned::<E>::new(&[values.len() as i64])?;
+        for (o, &value) in out.slice().iter_mut().zip(values) {
+            *o = E::store(<E as Element>::Acc::of(value));
+        }
         Ok(out.into_tensor())
     })
 }

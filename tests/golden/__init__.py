@@ -105,7 +105,7 @@ def _error(got, reference):
         return math.inf
     if not np.array_equal(got[~finite], reference[~finite], equal_nan=True):
         return math.inf
-    return float(np.abs(got - reference)[finite].max(initial=0.0))
+    return float(np.abs(got[finite] - reference[finite]).max(initial=0.0))
 
 
 def cases(method, where=lambda case: True):

@@ -1,0 +1,170 @@
+"""Pi model: `Temporal Ensembling for Semi-Supervised Learning (ICLR 2017)
+<https://arxiv.org/abs/1610.02242>`_."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from tllib_rs import _core
+from tllib_rs._library import register
+
+__all__ = ["ConsistencyLoss", "L2ConsistencyLoss", "sigmoid_warm_up"]
+
+
+class WarmUpError(ValueError, AssertionError):
+    """A negative warm-up. tllib asserts here, so it can be caught as AssertionError too."""
+
+
+def sigmoid_warm_up(current_epoch: float, warm_up_epochs: int) -> float:
+    r"""Weight of the consistency loss during warm-up, from :math:`e^{-5}` to 1.
+
+    .. math::
+        \exp\left(-5 \left(1 - \frac{\min(\max(t, 0), T)}{T}\right)^2\right)
+
+    Args:
+        current_epoch (float): :math:`t`.
+        warm_up_epochs (int): :math:`T`; the weight is always 1 where it is 0.
+
+    Raises:
+        ValueError: a negative :math:`T` (also an AssertionError, as in tllib).
+
+    Examples::
+
+        >>> sigmoid_warm_up(80, 80)
+        1.0
+    """
+    if not warm_up_epochs >= 0:
+        raise WarmUpError(f"sigmoid_warm_up: warm_up_epochs must be at least 0, got {warm_up_epochs}")
+    if warm_up_epochs == 0:
+        return 1.0
+    # NaN comes first in both, and so passes through.
+    epoch = min(max(float(current_epoch), 0.0), float(warm_up_epochs))
+    return math.exp(-5.0 * (1.0 - epoch / warm_up_epochs) ** 2)
+
+
+class ConsistencyLoss(nn.Module):
+    r"""Distance between two predictions of the same samples, times a mask.
+
+    .. math::
+        l_i = D(p_1, p_2)_i \, m_i
+
+    Args:
+        distance_measure (callable): :math:`D`, from two tensors to one that ``mask`` broadcasts with,
+            usually one number a row.
+        reduction (str, optional): ``'mean'`` over all elements (whatever the mask), ``'sum'``, or
+            ``'none'``. Default: ``'mean'``
+
+    Inputs:
+        - p1 (tensor): the first prediction, :math:`(N, C)` or what ``distance_measure`` takes.
+        - p2 (tensor): the second prediction.
+        - mask (tensor or float): weights of the rows, :math:`(N,)`. Default: 1.0
+
+    Returns:
+        A scalar, or the unreduced losses for ``'none'``.
+
+    Raises:
+        TypeError: the distance measure is not callable.
+        ValueError: an unknown reduction (tllib silently takes it for ``'none'``).
+
+    Examples::
+
+        >>> loss = ConsistencyLoss(lambda p1, p2: (p1 - p2).abs().sum(dim=1))
+        >>> p1, p2 = torch.rand(32, 31).softmax(1), torch.rand(32, 31).softmax(1)
+        >>> output = loss(p1, p2, mask=torch.ones(32))
+    """
+
+    def __init__(
+        self,
+        distance_measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        reduction: str | None = "mean",
+    ):
+        super().__init__()
+        if not callable(distance_measure):
+            raise TypeError(
+                f"{type(self).__name__}: distance_measure must be callable, "
+                f"got {type(distance_measure).__name__}"
+            )
+        _core.check_reduction(type(self).__name__, reduction)
+        self.distance_measure = distance_measure
+        self.reduction = reduction
+
+    def forward(self, p1: torch.Tensor, p2: torch.Tensor, mask: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """See the class."""
+        losses = self.distance_measure(p1, p2) * mask
+        if self.reduction == "mean":
+            return losses.mean()
+        if self.reduction == "sum":
+            return losses.sum()
+        if not torch.compiler.is_compiling():
+            _core.check_reduction(type(self).__name__, self.reduction)
+        return losses
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``repr``."""
+        return f"reduction={self.reduction!r}"
+
+
+_compiled = register(
+    "pi_model",
+    "(Tensor p1, Tensor p2)",
+    lambda p1, p2: _core.pi_model(p1, p2, 1.0, "none"),
+    lambda p1, p2: (p1.new_empty(p1.shape[:1], dtype=torch.promote_types(p1.dtype, p2.dtype)),),
+    differentiable=2,
+)
+
+
+def _squared_distance(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
+    """The squared distance of each row, over dimension 1."""
+    if not torch.compiler.is_compiling():
+        return _core.pi_model(p1, p2, 1.0, "none")
+    if p1.dim() == 2 and p1.shape == p2.shape:
+        return _compiled(p1, p2)
+    return (p1 - p2).square().sum(dim=1)
+
+
+class L2ConsistencyLoss(ConsistencyLoss):
+    r"""Squared distance between two predictions of the same samples, times a mask.
+
+    .. math::
+        l_i = m_i \sum_c (p_{1,ic} - p_{2,ic})^2
+
+    Gradients flow to both predictions, and to a mask that requires them.
+
+    Args:
+        reduction (str, optional): ``'mean'`` over all rows (whatever the mask), ``'sum'``, or ``'none'``.
+            Default: ``'mean'``
+
+    Inputs:
+        - p1 (tensor): the first prediction, :math:`(N, C)`, float32, float64, float16 or bfloat16; further
+          dimensions may follow.
+        - p2 (tensor): the second prediction, same shape.
+        - mask (tensor or float): weights of the rows, :math:`(N,)`, of any real dtype. Default: 1.0
+
+    Returns:
+        A scalar, or :math:`(N,)` for ``'none'``, in the dtype that the inputs promote to (float32 for
+        half types in an autocast region). The mean of no rows is NaN.
+
+    Raises:
+        TypeError: a prediction is not a floating-point tensor, or the mask neither tensor nor number.
+        ValueError: shapes differ, the mask does not broadcast to the rows, or an unknown reduction (tllib
+            silently takes it for ``'none'``).
+        RuntimeError: the devices differ.
+
+    Examples::
+
+        >>> loss = L2ConsistencyLoss()
+        >>> p1 = torch.rand(32, 31, requires_grad=True)
+        >>> p2, mask = torch.rand(32, 31), torch.ones(32)
+        >>> loss(p1.softmax(1), p2.softmax(1), mask).backward()
+    """
+
+    def __init__(self, reduction: str | None = "mean"):
+        super().__init__(_squared_distance, reduction)
+
+    def forward(self, p1: torch.Tensor, p2: torch.Tensor, mask: torch.Tensor | float = 1.0) -> torch.Tensor:
+        """See the class."""
+        if torch.compiler.is_compiling():
+            return super().forward(p1, p2, mask)
+        return _core.pi_model(p1, p2, mask, self.reduction)

@@ -1,0 +1,168 @@
+//! Worst-case estimation on tensors. The mathematics is in [`crate::kernels::dst`].
+
+use super::{loss_dtype, threads};
+use crate::error::{Error, Result};
+use crate::kernels::dst::{Goal, OFFSET, Outputs, dst as kernel};
+use crate::torch::autograd::{Constant, StoredGrad, attach};
+use crate::torch::input::Input;
+use crate::torch::{Dtype, Owned, by_dtype, scalar};
+use tch::{Kind, Reduction, Tensor};
+
+const CLASS: &str = "WorstCaseEstimationLoss";
+
+/// `ValueError` for a trade-off that is not finite.
+pub fn check_eta_prime(eta_prime: f64) -> Result<()> {
+    if eta_prime.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Value(format!(
+        "{CLASS}: eta_prime must be a finite number, got {eta_prime}"
+    )))
+}
+
+/// Logits of both heads on the same rows, (minibatch, C).
+struct Heads<'a> {
+    main: Input<'a>,
+    adversarial: Input<'a>,
+    dtype: Dtype,
+}
+
+impl<'a> Heads<'a> {
+    fn new(
+        main: (&'static str, &'a Tensor),
+        adversarial: (&'static str, &'a Tensor),
+    ) -> Result<Self> {
+        let (y, adv) = (
+            Input::new(CLASS, main.0, main.1)?,
+            Input::new(CLASS, adversarial.0, adversarial.1)?,
+        );
+        y.floating()?;
+        let dtype = adv.floating()?;
+        y.matrix()?;
+        adv.matrix()?;
+        adv.same_device(&y)?;
+        if adv.shape() != y.shape() {
+            return Err(adv.wrong(&format!("have the shape of {}, {:?}", main.0, y.shape())));
+        }
+        Ok(Self {
+            main: y,
+            adversarial: adv,
+            dtype,
+        })
+    }
+
+    /// Whether there is a kernel for both tensors in `dtype`.
+    fn fusable(&self, dtype: Dtype) -> bool {
+        let fits = |i: &Input<'_>| i.on_cpu() && i.dtype() == Some(dtype);
+        fits(&self.main) && fits(&self.adversarial)
+    }
+}
+
+/// The loss on labeled (`y_l`, `y_l_adv`) and unlabeled rows, differentiable with respect to the
+/// logits of the adversarial head.
+pub fn dst(
+    y_l: &Tensor,
+    y_l_adv: &Tensor,
+    y_u: &Tensor,
+    y_u_adv: &Tensor,
+    eta_prime: f64,
+) -> Result<Tensor> {
+    let labeled = Heads::new(("y_l", y_l), ("y_l_adv", y_l_adv))?;
+    let unlabeled = Heads::new(("y_u", y_u), ("y_u_adv", y_u_adv))?;
+    unlabeled.adversarial.same_device(&labeled.adversarial)?;
+    check_eta_prime(eta_prime)?;
+    let dtype = labeled.dtype.promoted(unlabeled.dtype);
+    let out = loss_dtype(&labeled.adversarial, dtype);
+    if !labeled.fusable(dtype) || !unlabeled.fusable(dtype) {
+        let (labels_l, labels_u) = (predictions(y_l)?, predictions(y_u)?);
+        return composite(
+            &[y_l_adv, y_u_adv],
+            &[&labels_l, &labels_u],
+            eta_prime,
+            out.kind(),
+        );
+    }
+    let agree = fused(Goal::Agree, &labeled, dtype, eta_prime)?;
+    let disagree = fused(Goal::Disagree, &unlabeled, dtype, 1.0)?;
+    let loss = scalar(agree.value + disagree.value, out)?;
+    if agree.grad.is_some() || disagree.grad.is_some() {
+        let labels = [Constant(agree.labels), Constant(disagree.labels)];
+        let formula = Box::new(move |t: &[Tensor]| {
+            composite(
+                &[&t[0], &t[1]],
+                &[labels[0].get(), labels[1].get()],
+                eta_prime,
+                out.kind(),
+            )
+        });
+        attach(
+            c"DstBackward",
+            &loss,
+            &[y_l_adv, y_u_adv],
+            vec![agree.grad, disagree.grad],
+            formula,
+        )?;
+    }
+    Ok(loss)
+}
+
+struct Part {
+    value: f64,
+    labels: Tensor,
+    grad: Option<StoredGrad>,
+}
+
+fn fused(goal: Goal, heads: &Heads<'_>, dtype: Dtype, weight: f64) -> Result<Part> {
+    by_dtype!(dtype, E => {
+        let Heads { main, adversarial, .. } = heads;
+        let logits = adversarial.rows::<E>().ok_or_else(|| adversarial.wrong("be a dense matrix"))?;
+        let y = main.rows::<E>().ok_or_else(|| main.wrong("be a dense matrix"))?;
+        let mut labels = Owned::<i64>::new(&[y.rows() as i64])?;
+        let wanted = adversarial.wants_grad();
+        let mut grad = wanted.then(|| Owned::<E>::new(adversarial.shape())).transpose()?;
+        let out = Outputs { labels: labels.slice(), grad: grad.as_mut().map(Owned::slice) };
+        let loss = kernel(goal, logits, y, weight, out, threads(2 * adversarial.numel()));
+        let grad = grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale: loss.scale });
+        Ok(Part { value: loss.value, labels: labels.into_tensor(), grad })
+    })
+}
+
+fn predictions(y: &Tensor) -> Result<Tensor> {
+    Ok(y.f_detach()?.f_max_dim(1, false)?.1)
+}
+
+/// The same in libtorch operations, from the logits and predictions of the labeled and the unlabeled
+/// rows.
+fn composite(
+    logits: &[&Tensor; 2],
+    labels: &[&Tensor; 2],
+    eta_prime: f64,
+    kind: Kind,
+) -> Result<Tensor> {
+    let inside = if kind == Kind::Double {
+        Kind::Double
+    } else {
+        Kind::Float
+    };
+    let (z_l, z_u) = (logits[0].f_to_kind(inside)?, logits[1].f_to_kind(inside)?);
+    let agree = z_l.f_cross_entropy_loss(labels[0], None::<Tensor>, Reduction::Mean, -100, 0.0)?;
+    let p = z_u.f_softmax(1, inside)?;
+    let index = labels[1].f_unsqueeze(1)?;
+    let own = p.f_gather(1, &index, false)?.f_squeeze_dim(1)?;
+    let others = p
+        .f_scatter_value(1, &index, 0.0)?
+        .f_sum_dim_intlist(1, false, inside)?;
+    // Each form of 1 - p_a where it does not cancel, gradients included.
+    let difference = own.f_neg()?.f_add_scalar(1.0)?;
+    let remainder = difference.f_where_self(&own.f_lt(0.5)?, &others)?;
+    let disagree = remainder
+        .f_add_scalar(OFFSET)?
+        .f_clamp_max(1.0)?
+        .f_log()?
+        .f_neg()?
+        .f_mean(inside)?;
+    Ok(agree
+        .f_mul_scalar(eta_prime)?
+        .f_add(&disagree)?
+        .f_to_kind(kind)?)
+}

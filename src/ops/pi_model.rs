@@ -1,0 +1,243 @@
+//! L2 consistency on tensors. The mathematics is in [`crate::kernels::pi_model`].
+
+use super::{loss_dtype, threads};
+use crate::error::{Error, Result};
+use crate::kernels::element::stored_scale;
+use crate::kernels::pi_model::{Outputs, pi_model as kernel};
+use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::input::Input;
+use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
+use tch::{Device, Kind, Tensor};
+
+const CLASS: &str = "L2ConsistencyLoss";
+
+/// What becomes of the losses of the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// They are returned.
+    None,
+    /// Their mean, over all rows whatever the mask.
+    Mean,
+    /// Their sum.
+    Sum,
+}
+
+impl Reduction {
+    /// By its name. tllib takes any other name for `'none'`; here it is a mistake.
+    pub fn parse(class: &str, name: Option<&str>) -> Result<Self> {
+        match name {
+            None | Some("none") => Ok(Self::None),
+            Some("mean") => Ok(Self::Mean),
+            Some("sum") => Ok(Self::Sum),
+            Some(other) => Err(Error::Value(format!(
+                "{class}: reduction must be 'none', 'mean' or 'sum', got {other:?}"
+            ))),
+        }
+    }
+}
+
+/// What the losses of the rows are multiplied by.
+pub enum Mask {
+    /// One number for all.
+    Number(f64),
+    /// A tensor that broadcasts to the rows.
+    Tensor(Tensor),
+}
+
+/// The arguments, checked.
+struct Call<'a> {
+    p1: Input<'a>,
+    p2: Input<'a>,
+    /// The mask where it is a tensor.
+    mask: Option<Input<'a>>,
+    /// The mask where it is none, else 1.
+    number: f64,
+    reduction: Reduction,
+    /// What tllib's formula gives.
+    out: Dtype,
+}
+
+/// The distance between the rows of `p1` and `p2`, (minibatch, C, ...), over dimension 1, times
+/// `mask`, reduced. Differentiable with respect to all three.
+pub fn pi_model(p1: &Tensor, p2: &Tensor, mask: &Mask, reduction: Reduction) -> Result<Tensor> {
+    let call = Call::new(p1, p2, mask, reduction)?;
+    let (number, kind) = (call.number, call.out.kind());
+    let Some(dtype) = call.fusable() else {
+        let tensor = call.mask.as_ref().map(|m| m.tensor);
+        return composite(p1, p2, tensor, number, reduction, kind);
+    };
+    let (loss, mut grads) = call.fused(dtype)?;
+    if grads.iter().any(Option::is_some) {
+        let mut inputs = vec![p1, p2];
+        inputs.extend(call.mask.as_ref().map(|m| m.tensor));
+        grads.truncate(inputs.len());
+        let formula = Box::new(move |t: &[Tensor]| {
+            composite(&t[0], &t[1], t.get(2), number, reduction, kind)
+        });
+        attach(c"L2ConsistencyBackward", &loss, &inputs, grads, formula)?;
+    }
+    Ok(loss)
+}
+
+impl<'a> Call<'a> {
+    fn new(p1: &'a Tensor, p2: &'a Tensor, mask: &'a Mask, reduction: Reduction) -> Result<Self> {
+        let (p1, p2) = (Input::new(CLASS, "p1", p1)?, Input::new(CLASS, "p2", p2)?);
+        let mut out = p1.floating()?.promoted(p2.floating()?);
+        if p1.shape().len() < 2 {
+            return Err(p1.wrong("have shape (minibatch, C, ...)"));
+        }
+        p2.same_device(&p1)?;
+        if p2.shape() != p1.shape() {
+            return Err(p2.wrong(&format!("have the shape of p1, {:?}", p1.shape())));
+        }
+        let (number, mask) = match mask {
+            Mask::Number(number) => (*number, None),
+            Mask::Tensor(tensor) => (1.0, Some(Input::new(CLASS, "mask", tensor)?)),
+        };
+        if let Some(mask) = &mask {
+            mask.real()?;
+            let mut rows = p1.shape().to_vec();
+            rows.remove(1);
+            mask.broadcasts_to(&rows)?;
+            // A tensor of no dimensions is a number to torch: on any device, of no weight in the dtype.
+            if !mask.shape().is_empty() {
+                mask.same_device(&p1)?;
+                out = mask.dtype().map_or(out, |m| out.promoted(m));
+            }
+        }
+        // Autocast runs the square in float32 on devices, and leaves it alone on the CPU.
+        if p1.tensor.device() != Device::Cpu {
+            out = loss_dtype(&p1, out);
+        }
+        Ok(Self {
+            p1,
+            p2,
+            mask,
+            number,
+            reduction,
+            out,
+        })
+    }
+
+    /// The dtype of the kernel, if there is one.
+    fn fusable(&self) -> Option<Dtype> {
+        let dtype = self.p1.dtype()?;
+        let matrices = self.p1.on_cpu() && self.p2.on_cpu() && self.p1.shape().len() == 2;
+        let mask = self.mask.as_ref().is_none_or(|mask| {
+            mask.on_cpu() && (!mask.wants_grad() || mask.shape() == &self.p1.shape()[..1])
+        });
+        (matrices && mask && self.p2.dtype() == Some(dtype)).then_some(dtype)
+    }
+
+    /// The loss, and the gradients for `p1`, `p2` and the mask.
+    fn fused(&self, dtype: Dtype) -> Result<(Tensor, Vec<Option<StoredGrad>>)> {
+        let rows = self.p1.shape()[0] as usize;
+        let weights = self
+            .mask
+            .as_ref()
+            .map(|m| weights(m.tensor, rows))
+            .transpose()?;
+        let mut distances = vec![0.0; rows];
+        let mean = if self.reduction == Reduction::Mean {
+            1.0 / rows as f64
+        } else {
+            1.0
+        };
+        let mut grads = self.sweep(dtype, weights.as_deref(), mean, &mut distances)?;
+        grads.push(match &self.mask {
+            Some(mask) if mask.wants_grad() => Some(mask_grad(&distances, mean, mask.floating()?)?),
+            _ => None,
+        });
+        for (i, d) in distances.iter_mut().enumerate() {
+            *d *= weights.as_ref().map_or(self.number, |w| w[i]);
+        }
+        let loss = match self.reduction {
+            Reduction::None => vector(&distances, self.out)?,
+            Reduction::Sum => scalar(distances.iter().sum(), self.out)?,
+            Reduction::Mean => scalar(distances.iter().sum::<f64>() / rows as f64, self.out)?,
+        };
+        Ok((loss, grads))
+    }
+
+    /// Runs the kernel: the distances, and the gradients for `p1` and `p2`.
+    fn sweep(
+        &self,
+        dtype: Dtype,
+        weights: Option<&[f64]>,
+        mean: f64,
+        distances: &mut [f64],
+    ) -> Result<Vec<Option<StoredGrad>>> {
+        by_dtype!(dtype, E => {
+            let a = self.p1.rows::<E>().ok_or_else(|| self.p1.wrong("be a dense matrix"))?;
+            let b = self.p2.rows::<E>().ok_or_else(|| self.p2.wrong("be a dense matrix"))?;
+            // Differences of up to 128 before the scaled gradient leaves the headroom of float16,
+            // and four times as much before it overflows. Only a mean makes gradients small.
+            let largest = weights.map_or(self.number, |w| w.iter().fold(0.0, |a: f64, w| a.max(w.abs())));
+            let averaged = self.reduction == Reduction::Mean;
+            let scale = if averaged { stored_scale::<E>(256.0 * mean * largest.abs()) } else { 1.0 };
+            let room = |i: &Input<'_>| i.wants_grad().then(|| Owned::<E>::new(i.shape())).transpose();
+            let (mut grad_a, mut grad_b) = (room(&self.p1)?, room(&self.p2)?);
+            let out = Outputs {
+                distances,
+                grad_a: grad_a.as_mut().map(Owned::slice),
+                grad_b: grad_b.as_mut().map(Owned::slice),
+            };
+            kernel(a, b, weights, scale * mean * self.number, out, threads(self.p1.numel()));
+            let stored = |g: Owned<E>| StoredGrad { tensor: g.into_tensor(), scale };
+            Ok(vec![grad_a.map(stored), grad_b.map(stored)])
+        })
+    }
+}
+
+/// The mask as one f64 a row.
+fn weights(mask: &Tensor, rows: usize) -> Result<Vec<f64>> {
+    let rows = mask
+        .f_detach()?
+        .f_to_kind(Kind::Double)?
+        .f_expand([rows as i64], false)?;
+    Ok(Vec::try_from(&rows)?)
+}
+
+/// The gradient with respect to a mask of one number a row.
+fn mask_grad(distances: &[f64], mean: f64, dtype: Dtype) -> Result<StoredGrad> {
+    let largest = distances.iter().fold(0.0, |a: f64, d| a.max(*d));
+    let scale = by_dtype!(dtype, E => stored_scale::<E>(largest * mean));
+    let scaled: Vec<_> = distances.iter().map(|d| d * mean * scale).collect();
+    Ok(StoredGrad {
+        tensor: vector(&scaled, dtype)?,
+        scale,
+    })
+}
+
+/// The same in libtorch operations.
+fn composite(
+    p1: &Tensor,
+    p2: &Tensor,
+    mask: Option<&Tensor>,
+    number: f64,
+    reduction: Reduction,
+    kind: Kind,
+) -> Result<Tensor> {
+    let inside = |p: &Tensor| {
+        let kind = if p.f_kind()? == Kind::Double {
+            Kind::Double
+        } else {
+            Kind::Float
+        };
+        p.f_to_kind(kind)
+    };
+    let difference = inside(p1)?.f_sub(&inside(p2)?)?;
+    let distance = difference
+        .f_square()?
+        .f_sum_dim_intlist(1, false, None::<Kind>)?;
+    let each = match mask {
+        Some(mask) => distance.f_mul(mask)?,
+        None => distance.f_mul_scalar(number)?,
+    };
+    let loss = match reduction {
+        Reduction::None => each,
+        Reduction::Mean => each.f_mean(None::<Kind>)?,
+        Reduction::Sum => each.f_sum(None::<Kind>)?,
+    };
+    Ok(loss.f_to_kind(kind)?)
+}

@@ -1,0 +1,45 @@
+use super::{elements, number, tensor, without_gil};
+use crate::ops::pi_model::{self as ops, Mask, Reduction};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3_tch::PyTensor;
+
+const CLASS: &str = "L2ConsistencyLoss";
+
+/// The L2 consistency of `p1` and `p2`, (minibatch, C, ...), times `mask`, reduced.
+#[pyfunction]
+pub fn pi_model(
+    py: Python<'_>,
+    p1: &Bound<'_, PyAny>,
+    p2: &Bound<'_, PyAny>,
+    mask: &Bound<'_, PyAny>,
+    reduction: &Bound<'_, PyAny>,
+) -> PyResult<PyTensor> {
+    let (p1, p2) = (tensor(CLASS, "p1", p1)?, tensor(CLASS, "p2", p2)?);
+    let mask = match mask.extract::<PyTensor>() {
+        Ok(tensor) => Mask::Tensor(tensor.0),
+        Err(_) => Mask::Number(number(CLASS, "mask", mask)?),
+    };
+    let reduction = parse(CLASS, reduction)?;
+    without_gil(py, 2 * elements(&p1), move || {
+        ops::pi_model(&p1, &p2, &mask, reduction)
+    })
+    .map(PyTensor)
+}
+
+/// Raises unless `reduction` is one that the class named `class` accepts.
+#[pyfunction]
+pub fn check_reduction(class: &str, reduction: &Bound<'_, PyAny>) -> PyResult<()> {
+    parse(class, reduction).map(|_| ())
+}
+
+fn parse(class: &str, reduction: &Bound<'_, PyAny>) -> PyResult<Reduction> {
+    let name: Option<String> = reduction.extract().map_err(|_| {
+        let kind = reduction
+            .get_type()
+            .name()
+            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
+        PyTypeError::new_err(format!("{class}: reduction must be a str, got {kind}"))
+    })?;
+    Ok(Reduction::parse(class, name.as_deref())?)
+}

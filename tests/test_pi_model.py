@@ -1,0 +1,146 @@
+"""Consistency losses of the Pi model."""
+
+import math
+
+import pytest
+import torch
+
+from tests import golden
+from tllib_rs.self_training.pi_model import ConsistencyLoss, L2ConsistencyLoss, sigmoid_warm_up
+
+#: The distances that the manifest describes in words.
+DISTANCES = {
+    "(p1 - p2).abs().sum(dim=1)": lambda p1, p2: (p1 - p2).abs().sum(dim=1),
+    "(p2 * (log p2 - log p1)).sum(dim=1)": lambda p1, p2: (p2 * (p2.log() - p1.log())).sum(dim=1),
+    "(p1 - p2) ** 2, shape (N, C)": lambda p1, p2: (p1 - p2) ** 2,
+}
+
+
+@pytest.mark.parametrize("case", golden.cases("pi_model", lambda c: "p1" in c.entry["inputs"]), ids=repr)
+def test_golden(case, precision):
+    inputs = case.requires_grad(case.inputs(precision))
+    arguments = dict(case.ctor)
+    if case.name == "l2_reduction_other":
+        # tllib takes any unknown name for 'none'; here it is an error, and 'none' gives its values.
+        with pytest.raises(ValueError, match="reduction must be 'none', 'mean' or 'sum', got \"batchmean\""):
+            L2ConsistencyLoss(**arguments)
+        arguments["reduction"] = "none"
+    if "distance_measure" in arguments:
+        arguments["distance_measure"] = DISTANCES[arguments["distance_measure"]]
+        criterion = ConsistencyLoss(**arguments)
+    else:
+        criterion = L2ConsistencyLoss(**arguments)
+    mask = {"mask": inputs["mask"]} if "mask" in inputs else {}
+    loss = criterion(inputs["p1"], inputs["p2"], **mask)
+    case.backward(loss, inputs, precision)
+    case.check("loss", loss, precision)
+    case.check_grads(inputs, precision)
+
+
+def test_golden_warm_up():
+    (case,) = golden.cases("pi_model", lambda c: c.name == "sigmoid_warm_up_table")
+    inputs = case.inputs(torch.float64)
+    lengths = inputs["warm_up_epochs"].tolist()
+    table = [[sigmoid_warm_up(epoch, length) for length in lengths] for epoch in inputs["epochs"].tolist()]
+    case.check("table", torch.tensor(table, dtype=torch.float64), torch.float64)
+    table = [[sigmoid_warm_up(epoch, length) for length in lengths] for epoch in range(101)]
+    case.check("table_int", torch.tensor(table, dtype=torch.float64), torch.float64)
+
+
+def test_warm_up_is_a_float_and_refuses_negative_lengths():
+    assert type(sigmoid_warm_up(3, 7)) is float
+    assert math.isnan(sigmoid_warm_up(math.nan, 7))
+    for error in (AssertionError, ValueError):  # the first as in tllib
+        with pytest.raises(error, match="warm_up_epochs must be at least 0, got -1"):
+            sigmoid_warm_up(0, -1)
+
+
+@pytest.mark.parametrize(
+    ("p1", "p2", "mask", "error", "message"),
+    [
+        ([1.0], torch.zeros(2, 3), 1.0, TypeError, "L2ConsistencyLoss: p1 must be a torch.Tensor, got list"),
+        (torch.zeros(2, 3), None, 1.0, TypeError, "p2 must be a torch.Tensor, got NoneType"),
+        (torch.zeros(2, 3).long(), torch.zeros(2, 3), 1.0, TypeError, r"p1 must be float32, .*, got int64"),
+        (torch.zeros(3), torch.zeros(3), 1.0, ValueError, r"p1 must have shape \(minibatch, C, ...\)"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 4),
+            1.0,
+            ValueError,
+            r"p2 must have the shape of p1, \[2, 3\], got shape \[2, 4\]",
+        ),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+            torch.ones(3),
+            ValueError,
+            r"mask must broadcast to the shape of the rows, \[2\], got shape \[3\]",
+        ),
+        (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 1), ValueError, r"got shape \[2, 1\]"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), "1", TypeError, "mask must be a number, got str"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+            torch.ones(2, dtype=torch.complex64),
+            TypeError,
+            "mask must hold real numbers or booleans, got a complex dtype",
+        ),
+        (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), 1.0, RuntimeError, "p2 must be on the device"),
+    ],
+)
+def test_bad_inputs(p1, p2, mask, error, message):
+    with pytest.raises(error, match=message):
+        L2ConsistencyLoss()(p1, p2, mask)
+
+
+def test_bad_arguments():
+    for make in (L2ConsistencyLoss, lambda reduction: ConsistencyLoss(torch.sub, reduction)):
+        with pytest.raises(ValueError, match="ConsistencyLoss: reduction must be 'none', 'mean' or 'sum'"):
+            make("avg")
+        with pytest.raises(TypeError, match="ConsistencyLoss: reduction must be a str, got int"):
+            make(1)
+        loss = make("mean")
+        loss.reduction = "avg"
+        with pytest.raises(ValueError, match="reduction must be"):
+            loss(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="ConsistencyLoss: distance_measure must be callable, got str"):
+        ConsistencyLoss("l2")
+
+
+@pytest.mark.parametrize("reduction", ["none", None, "mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.int64, torch.float16, torch.float64])
+def test_types_promote_as_in_the_formula(reduction, dtype, mask_dtype):
+    p1, p2 = torch.rand(5, 3).to(dtype), torch.rand(5, 3).to(dtype)
+    mask = 0.5 if mask_dtype is None else (torch.arange(5) % 2).to(mask_dtype)
+    got = L2ConsistencyLoss(reduction)(p1, p2, mask)
+    rows = ((p1 - p2) ** 2).sum(dim=1) * mask
+    expected = {"mean": rows.mean, "sum": rows.sum}.get(reduction, lambda: rows)()
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=0.02, atol=1e-3)
+
+
+@pytest.mark.parametrize("mask", [torch.tensor(0.3), torch.tensor([0.3]), torch.rand(4), torch.rand(8)[::2]])
+def test_mask_of_any_layout_gets_its_gradient(mask):
+    p1, p2 = torch.rand(4, 3, requires_grad=True), torch.rand(3, 4).t().requires_grad_()
+    mask = mask.clone().requires_grad_() if mask.dim() != 1 or len(mask) != 4 else mask.requires_grad_()
+    L2ConsistencyLoss()(p1, p2, mask).backward()
+    got = (p1.grad, p2.grad, mask.grad)
+    expected = torch.autograd.grad((((p1 - p2) ** 2).sum(dim=1) * mask).mean(), (p1, p2, mask))
+    torch.testing.assert_close(got, expected)
+
+
+def test_more_dimensions_and_empty_batches():
+    p1, p2 = torch.rand(2, 3, 4, 5, requires_grad=True), torch.rand(2, 3, 4, 5)
+    loss = L2ConsistencyLoss("sum")(p1, p2, torch.ones(5))
+    torch.testing.assert_close(loss, (p1 - p2).pow(2).sum())
+    empty = torch.zeros(0, 3, requires_grad=True)
+    assert L2ConsistencyLoss()(empty, empty.detach()).isnan()
+    assert L2ConsistencyLoss("sum")(empty, empty.detach()) == 0
+    assert L2ConsistencyLoss("none")(empty, empty.detach(), torch.ones(0)).shape == (0,)
+
+
+def test_small_float16_gradients_survive_a_large_mean():
+    p1 = torch.full((65_536, 2), 0.5, dtype=torch.float16, requires_grad=True)
+    L2ConsistencyLoss()(p1, p1.detach() - 0.25).backward(torch.tensor(1024.0, dtype=torch.float16))
+    torch.testing.assert_close(p1.grad, torch.full_like(p1, 1024 * 2 * 0.25 / 65_536))
