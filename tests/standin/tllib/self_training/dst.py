@@ -21,7 +21,7 @@ class ImageClassifier(Classifier):
         self.adv_head = _head(bottleneck_dim, width, num_classes)
 
     def forward(self, x):
-        f = self.features(x)
+        f = self.bottleneck(self.pool_layer(self.backbone(x)))
         adversarial = self.adv_head(self.grl_layer(f))
         y, pseudo = self.head(f), self.pseudo_head(f)
         return (y, adversarial, pseudo) if self.training else y

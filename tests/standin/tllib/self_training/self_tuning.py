@@ -27,7 +27,7 @@ class Classifier(ClassifierBase):
         self.projection_dim = projection_dim
 
     def forward(self, x):
-        f = self.features(x)
+        f = self.bottleneck(self.pool_layer(self.backbone(x)))
         h = normalize(self.projector(f), dim=1)
         y = self.head(f)
         return (h, y) if self.training else y
