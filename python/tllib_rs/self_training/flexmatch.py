@@ -1,7 +1,7 @@
 """FlexMatch: `FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseudo Labeling (NIPS 2021)
 <https://arxiv.org/abs/2110.08263>`_."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -81,9 +81,7 @@ class DynamicThresholdingModule:
         shape of ``pseudo_labels`` (int64)."""
         return self.threshold * self.mapping_func(self._state.status(pseudo_labels, bool(self.warmup)))
 
-    def update(
-        self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor
-    ) -> None:
+    def update(self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor) -> None:
         """Note the labels of the selected samples.
 
         Args:
@@ -97,6 +95,36 @@ class DynamicThresholdingModule:
     def class_counts(self) -> torch.Tensor:
         """(num_classes + 1,), int64: samples without a label, then samples per class. A copy."""
         return self._state.counts()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """``{"net_outputs": ...}``, a copy; the arguments of the constructor are not part of it."""
+        return {"net_outputs": self.net_outputs.clone()}
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor] | torch.Tensor) -> None:
+        """Load what :meth:`state_dict` returned, or a bare ``net_outputs`` as scripts for tllib save it.
+
+        The tensor is copied to :attr:`device`. State is unchanged after an error.
+
+        Raises:
+            TypeError: neither a mapping nor a tensor, or not int64.
+            ValueError: other keys than ``net_outputs``, or the labels of another number of samples.
+            IndexError: a label that is neither -1 nor a class.
+        """
+        if isinstance(state_dict, Mapping):
+            if set(state_dict) != {"net_outputs"}:
+                raise ValueError(
+                    "DynamicThresholdingModule: state_dict must have the one key 'net_outputs', "
+                    f"got {sorted(map(str, state_dict))}"
+                )
+            labels = state_dict["net_outputs"]
+        else:
+            labels = state_dict
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(
+                "DynamicThresholdingModule: state_dict must be a mapping with net_outputs, or that "
+                f"torch.Tensor itself, got {type(labels).__name__}"
+            )
+        self.net_outputs = labels.detach().clone()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -1,0 +1,5 @@
+from .classifier import *
+from .entropy import *
+from .grl import *
+
+__all__ = ["classifier", "entropy", "grl"]

@@ -1,0 +1,3 @@
+from .resnet import *
+
+__all__ = ["resnet"]

@@ -1,0 +1,1 @@
+"""Beside the module that we provide; it needs the packages above to import."""

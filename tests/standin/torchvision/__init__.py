@@ -1,0 +1,1 @@
+"""A torchvision of today: no ``model_urls``."""

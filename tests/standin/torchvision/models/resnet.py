@@ -1,0 +1,1 @@
+"""The residual networks, without the addresses of their weights."""
