@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
+from tests.plain.cc_loss import cc_loss as plain_cc_loss
 from tests.plain.entropy import entropy as plain_entropy
 from tests.plain.mcc import mcc as plain_mcc
 from tests.plain.pseudo_label import pseudo_label as plain_pseudo_label
+from tests.plain.self_ensemble import class_balance as plain_class_balance
 from tllib_rs.modules.entropy import entropy
+from tllib_rs.self_training.cc_loss import CCConsistency
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
+from tllib_rs.self_training.self_ensemble import ClassBalanceLoss
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,21 @@ LOSSES = [
         lambda y, t: plain_pseudo_label(y, t, 0.5),
         logits(2),
         constant=(1,),
+    ),
+    # The entropy weights are held constant here too. A threshold of 0 selects every row.
+    Loss(
+        "cc_loss",
+        CCConsistency(2.5, 0.0),
+        lambda z, s: plain_cc_loss(z, s, 2.5, 0.0),
+        logits(2),
+        constant=(0,),
+        gradcheck=False,
+    ),
+    Loss(
+        "class_balance",
+        lambda p: ClassBalanceLoss(p.shape[1])(p),
+        lambda p: plain_class_balance(p, p.shape[1]),
+        probabilities(),
     ),
     Loss("entropy", entropy, plain_entropy, probabilities()),
     Loss("entropy_mean", lambda p: entropy(p, "mean"), lambda p: plain_entropy(p, "mean"), probabilities()),

@@ -12,11 +12,13 @@ pub mod reduce;
 pub mod rows;
 pub mod scale;
 
+pub mod cc_loss;
 pub mod entropy;
 pub mod flexmatch;
 pub mod mcc;
 pub mod mean_teacher;
 pub mod pseudo_label;
+pub mod self_ensemble;
 
 /// A scalar loss, and how its gradient is stored.
 #[derive(Clone, Copy, Debug)]

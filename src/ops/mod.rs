@@ -4,11 +4,13 @@
 //! node over both ([`crate::torch::autograd::attach`]), and a composite in libtorch operations for
 //! everything else: other devices, `torch.func`, second derivatives.
 
+pub mod cc_loss;
 pub mod entropy;
 pub mod flexmatch;
 pub mod mcc;
 pub mod mean_teacher;
 pub mod pseudo_label;
+pub mod self_ensemble;
 
 use crate::error::{Error, Result};
 use crate::kernels::parallel::threads_for;

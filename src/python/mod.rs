@@ -1,11 +1,13 @@
 //! The Python module `tllib_rs._core`: extract, release the GIL, call, wrap. No logic lives here.
 
+mod cc_loss;
 mod entropy;
 mod flexmatch;
 mod info;
 mod mcc;
 mod mean_teacher;
 mod pseudo_label;
+mod self_ensemble;
 
 use crate::error::{Error, Result};
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
@@ -47,6 +49,14 @@ fn number(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<f64> {
     })
 }
 
+/// The integer behind `object`, or a `TypeError` that names the argument.
+fn integer(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<i64> {
+    object.extract().map_err(|_| {
+        let kind = object.get_type().name().map_or_else(|_| "?".to_owned(), |n| n.to_string());
+        PyTypeError::new_err(format!("{class}: {name} must be an integer, got {kind}"))
+    })
+}
+
 /// Runs `body` without the GIL where it touches enough `elements` to be worth it.
 fn without_gil<T: Send>(
     py: Python<'_>,
@@ -64,13 +74,18 @@ fn elements(tensor: &Tensor) -> usize {
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<flexmatch::FlexMatch>()?;
+    m.add_function(wrap_pyfunction!(cc_loss::cc_loss, m)?)?;
+    m.add_function(wrap_pyfunction!(cc_loss::check_cc_loss, m)?)?;
     m.add_function(wrap_pyfunction!(entropy::entropy, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::check_temperature, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::check_threshold, m)?)?;
     m.add_function(wrap_pyfunction!(mean_teacher::check_alpha, m)?)?;
     m.add_function(wrap_pyfunction!(info::build_info, m)?)?;
+    m.add_function(wrap_pyfunction!(mcc::confusion_matrix, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::mcc, m)?)?;
     m.add_function(wrap_pyfunction!(mean_teacher::ema_update, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::pseudo_label, m)?)?;
+    m.add_function(wrap_pyfunction!(self_ensemble::check_num_classes, m)?)?;
+    m.add_function(wrap_pyfunction!(self_ensemble::class_balance, m)?)?;
     Ok(())
 }

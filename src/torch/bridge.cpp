@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -16,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -99,7 +101,10 @@ char* tllib_describe(const Tensor* t, tllib_facts* out) {
     out->device_index = t->device().index();
     out->requires_grad = t->requires_grad();
     out->wants_grad = out->requires_grad && at::GradMode::is_enabled();
-    out->autocast = at::autocast::is_autocast_enabled(t->device().type());
+    // Asking about a device without autocast (meta) would throw.
+    const auto device = t->device().type();
+    out->autocast = at::autocast::is_autocast_available(device) &&
+        at::autocast::is_autocast_enabled(device);
   });
 }
 
@@ -228,5 +233,14 @@ bool tllib_aliased(const Tensor* t, size_t owned) {
 }
 
 void tllib_free(char* text) { std::free(text); }
+
+// Thread-local: both calls must come from one thread.
+void* tllib_autocast_off() {
+  return new (std::nothrow) c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
+}
+
+void tllib_autocast_back(void* guard) {
+  delete static_cast<c10::impl::ExcludeDispatchKeyGuard*>(guard);
+}
 
 }  // extern "C"
