@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tests.plain.dst import worst_case as plain_dst
+from tests.plain.cc_loss import cc_loss as plain_cc_loss
 from tests.plain.entropy import entropy as plain_entropy
 from tests.plain.mcc import mcc as plain_mcc
 from tests.plain.pi_model import l2_consistency as plain_l2
@@ -16,10 +17,14 @@ from tests.plain.pseudo_label import pseudo_label as plain_pseudo_label
 from tests.plain.uda import uda as plain_uda
 from tllib_rs.modules.entropy import entropy
 from tllib_rs.self_training.dst import WorstCaseEstimationLoss
+from tests.plain.self_ensemble import class_balance as plain_class_balance
+from tllib_rs.modules.entropy import entropy
+from tllib_rs.self_training.cc_loss import CCConsistency
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.self_training.pi_model import L2ConsistencyLoss
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
 from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
+from tllib_rs.self_training.self_ensemble import ClassBalanceLoss
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,21 @@ LOSSES = [
         lambda y_l, y_l_adv, y_u, y_u_adv: plain_dst(y_l, y_l_adv, y_u, y_u_adv, 2.0),
         logits(4),
         constant=(0, 2),
+    ),
+    # The entropy weights are held constant here too. A threshold of 0 selects every row.
+    Loss(
+        "cc_loss",
+        CCConsistency(2.5, 0.0),
+        lambda z, s: plain_cc_loss(z, s, 2.5, 0.0),
+        logits(2),
+        constant=(0,),
+        gradcheck=False,
+    ),
+    Loss(
+        "class_balance",
+        lambda p: ClassBalanceLoss(p.shape[1])(p),
+        lambda p: plain_class_balance(p, p.shape[1]),
+        probabilities(),
     ),
     Loss("entropy", entropy, plain_entropy, probabilities()),
     Loss("entropy_mean", lambda p: entropy(p, "mean"), lambda p: plain_entropy(p, "mean"), probabilities()),

@@ -54,3 +54,37 @@ def test_bad_temperature(temperature):
 
 def test_empty_batch_is_nan_as_in_tllib():
     assert MinimumClassConfusionLoss(1.0)(torch.zeros(0, 3)).isnan()
+
+
+def test_confusion_matrix_is_what_the_loss_reads(generator):
+    logits = 2 * torch.randn(9, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    loss = MinimumClassConfusionLoss(2.0)
+    matrix = loss.confusion_matrix(logits)
+    assert not matrix.requires_grad
+    torch.testing.assert_close(matrix.sum(dim=0), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(1 - matrix.trace() / 5, loss(logits).detach(), rtol=1e-12, atol=0)
+    p = (logits / 2).softmax(dim=1).detach()
+    weight = 1 + (p * (p + 1e-5).log()).sum(dim=1, keepdim=True).exp()
+    plain = (p * weight).T @ p
+    torch.testing.assert_close(matrix, plain / plain.sum(dim=1))
+
+
+def test_confusion_matrix_has_zeros_for_absent_classes():
+    loss = MinimumClassConfusionLoss(1.0)
+    logits = torch.tensor([[900.0, 0.0, -900.0], [0.0, 900.0, -900.0]])
+    assert torch.equal(loss.confusion_matrix(logits), torch.diag(torch.tensor([1.0, 1.0, 0.0])))
+    assert loss.confusion_matrix(torch.zeros(0, 3)).eq(0).all()
+    assert loss.confusion_matrix(torch.tensor([[float("nan"), 0.0]])).isnan().all()
+
+
+def test_confusion_matrix_dtypes_and_bad_logits():
+    loss = MinimumClassConfusionLoss(1.0)
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        matrix = loss.confusion_matrix(torch.zeros(4, 2, dtype=dtype))
+        assert torch.equal(matrix, torch.full((2, 2), 0.5, dtype=dtype))
+    with torch.autocast("cpu"):
+        matrix = loss.confusion_matrix(torch.full((1, 3), 0.1))
+    assert matrix.dtype == torch.float32
+    torch.testing.assert_close(matrix, torch.full((3, 3), 1 / 3), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"logits must have shape \(minibatch, C\)"):
+        loss.confusion_matrix(torch.zeros(3))

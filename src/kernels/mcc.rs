@@ -197,7 +197,7 @@ impl<E: Element> Kernel for Sweep<'_, E> {
 
 /// `-sum_c p_c ln(p_c + 1e-5)`
 #[inline(always)]
-fn entropy<I: Isa, F: Real>(p: &[F]) -> f64 {
+pub(super) fn entropy<I: Isa, F: Real>(p: &[F]) -> f64 {
     let epsilon = F::of(ENTROPY_EPSILON);
     -reduce::sum_of(p, |p| p * (p + epsilon).ln::<I>())
 }

@@ -13,6 +13,7 @@ pub mod rows;
 pub mod scale;
 pub mod softmax;
 
+pub mod cc_loss;
 pub mod dst;
 pub mod entropy;
 pub mod flexmatch;
@@ -20,6 +21,7 @@ pub mod mcc;
 pub mod mean_teacher;
 pub mod pi_model;
 pub mod pseudo_label;
+pub mod self_ensemble;
 pub mod uda;
 
 /// A scalar loss, and how its gradient is stored.

@@ -58,6 +58,35 @@ impl<'a, E: Element> Rows<'a, E> {
         self.cols
     }
 
+    /// The rows of `range`, which lies within them.
+    pub fn slice(&self, range: std::ops::Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= self.height,
+            "row range"
+        );
+        let data = self
+            .data
+            .wrapping_offset(range.start as isize * self.row_stride);
+        Self {
+            data,
+            height: range.len(),
+            ..*self
+        }
+    }
+
+    /// `count` rows at a time as one long row, a rest of fewer left out. `None` unless the rows
+    /// follow each other in memory.
+    pub fn grouped(&self, count: usize) -> Option<Self> {
+        let (rows, cols) = (self.height / count.max(1), self.cols * count);
+        let adjacent = self.col_stride == 1 && self.row_stride == self.cols as isize;
+        adjacent.then_some(Self {
+            height: rows,
+            cols,
+            row_stride: cols as isize,
+            ..*self
+        })
+    }
+
     /// Whether both are the same memory, read the same way.
     pub fn same(&self, other: &Self) -> bool {
         std::ptr::eq(self.data, other.data)
@@ -126,6 +155,10 @@ mod tests {
         assert_eq!(transposed.row(1, &mut scratch), &[1.0, 7.0, 13.0, 19.0]);
         assert!(!plain.same(&transposed) && plain.same(&plain));
         assert!(Rows::contiguous(&data, 5, 5).is_none());
+        assert_eq!(plain.slice(1..3).row(1, &mut []), &data[12..18]);
+        assert_eq!(plain.grouped(2).unwrap().row(1, &mut []), &data[12..24]);
+        assert_eq!(plain.grouped(3).unwrap().rows(), 1);
+        assert!(transposed.grouped(2).is_none());
 
         let half: Vec<Bf16> = data.iter().map(|&x| Bf16::store(x)).collect();
         let rows = Rows::contiguous(&half, 4, 6).unwrap();

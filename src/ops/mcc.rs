@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::kernels::mcc::{ENTROPY_EPSILON, mcc as kernel};
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, by_dtype, scalar};
+use crate::torch::{Dtype, FullPrecision, Owned, by_dtype, scalar};
 use tch::{Kind, Tensor};
 
 const CLASS: &str = "MinimumClassConfusionLoss";
@@ -57,17 +57,7 @@ fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
     } else {
         Kind::Float
     };
-    let p = logits
-        .f_to_kind(inside)?
-        .f_div_scalar(temperature)?
-        .f_softmax(1, inside)?;
-    let held = p.f_detach()?;
-    let plogp = held.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(&held)?;
-    let weight = plogp
-        .f_sum_dim_intlist(1, true, inside)?
-        .f_exp()?
-        .f_add_scalar(1.0)?;
-    let wp = p.f_mul(&weight)?;
+    let (p, wp) = weighted(logits, temperature, inside)?;
     let s = wp.f_sum_dim_intlist(0, false, inside)?;
     let d = wp.f_mul(&p)?.f_sum_dim_intlist(0, false, inside)?;
     // A class that no row predicts: 0/0, whose limit is 0. A divisor of 1 keeps NaN out of the
@@ -82,4 +72,44 @@ fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
         loss
     };
     Ok(loss.f_to_kind(kind)?)
+}
+
+/// The probabilities of `logits`, and the same times their row's entropy weight, which is not
+/// differentiated.
+pub(super) fn weighted(logits: &Tensor, temperature: f64, kind: Kind) -> Result<(Tensor, Tensor)> {
+    let p = logits
+        .f_to_kind(kind)?
+        .f_div_scalar(temperature)?
+        .f_softmax(1, kind)?;
+    let held = p.f_detach()?;
+    let plogp = held.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(&held)?;
+    let weight = plogp
+        .f_sum_dim_intlist(1, true, kind)?
+        .f_exp()?
+        .f_add_scalar(1.0)?;
+    let wp = p.f_mul(&weight)?;
+    Ok((p, wp))
+}
+
+/// The confusion matrix of probabilities and weighted probabilities, columns of sum 1; a class that
+/// no row predicts has a column of zeros.
+pub(super) fn confusion(p: &Tensor, wp: &Tensor) -> Result<Tensor> {
+    let _full = FullPrecision::enter();
+    let s = wp.f_sum_dim_intlist(0, false, p.f_kind()?)?;
+    let absent = s.f_eq(0.0)?;
+    Ok(wp.f_tr()?.f_mm(p)?.f_div(&s.f_masked_fill(&absent, 1.0)?)?)
+}
+
+/// The normalised class confusion matrix of `logits`, for reading: C x C, without a gradient.
+pub fn confusion_matrix(logits: &Tensor, temperature: f64) -> Result<Tensor> {
+    let input = Input::new(CLASS, "logits", logits)?;
+    check_temperature(temperature)?;
+    let dtype = input.floating()?;
+    input.matrix()?;
+    let (p, wp) = weighted(
+        &logits.f_detach()?,
+        temperature,
+        dtype.at_least_f32().kind(),
+    )?;
+    Ok(confusion(&p, &wp)?.f_to_kind(loss_dtype(&input, dtype).kind())?)
 }

@@ -4,6 +4,7 @@
 //! node over both ([`crate::torch::autograd::attach`]), and a composite in libtorch operations for
 //! everything else: other devices, `torch.func`, second derivatives.
 
+pub mod cc_loss;
 pub mod dst;
 pub mod entropy;
 pub mod flexmatch;
@@ -11,6 +12,7 @@ pub mod mcc;
 pub mod mean_teacher;
 pub mod pi_model;
 pub mod pseudo_label;
+pub mod self_ensemble;
 pub mod uda;
 
 use crate::error::{Error, Result};

@@ -29,3 +29,18 @@ pub fn check_temperature(temperature: &Bound<'_, PyAny>) -> PyResult<()> {
         temperature,
     )?)?)
 }
+
+/// The class confusion matrix of `logits` (minibatch, C), columns of sum 1.
+#[pyfunction]
+pub fn confusion_matrix(
+    py: Python<'_>,
+    logits: &Bound<'_, PyAny>,
+    temperature: &Bound<'_, PyAny>,
+) -> PyResult<PyTensor> {
+    let logits = tensor(CLASS, "logits", logits)?;
+    let temperature = number(CLASS, "temperature", temperature)?;
+    without_gil(py, elements(&logits), move || {
+        ops::confusion_matrix(&logits, temperature)
+    })
+    .map(PyTensor)
+}

@@ -1,5 +1,6 @@
 //! The Python module `tllib_rs._core`: extract, release the GIL, call, wrap. No logic lives here.
 
+mod cc_loss;
 mod dst;
 mod entropy;
 mod flexmatch;
@@ -8,6 +9,7 @@ mod mcc;
 mod mean_teacher;
 mod pi_model;
 mod pseudo_label;
+mod self_ensemble;
 mod uda;
 
 use crate::error::{Error, Result};
@@ -53,6 +55,17 @@ fn number(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<f64> {
     })
 }
 
+/// The integer behind `object`, or a `TypeError` that names the argument.
+fn integer(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<i64> {
+    object.extract().map_err(|_| {
+        let kind = object
+            .get_type()
+            .name()
+            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
+        PyTypeError::new_err(format!("{class}: {name} must be an integer, got {kind}"))
+    })
+}
+
 /// Runs `body` without the GIL where it touches enough `elements` to be worth it.
 fn without_gil<T: Send>(
     py: Python<'_>,
@@ -80,11 +93,14 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<flexmatch::FlexMatch>()?;
     m.add_function(wrap_pyfunction!(dst::check_eta_prime, m)?)?;
     m.add_function(wrap_pyfunction!(dst::dst, m)?)?;
+    m.add_function(wrap_pyfunction!(cc_loss::cc_loss, m)?)?;
+    m.add_function(wrap_pyfunction!(cc_loss::check_cc_loss, m)?)?;
     m.add_function(wrap_pyfunction!(entropy::entropy, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::check_temperature, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::check_threshold, m)?)?;
     m.add_function(wrap_pyfunction!(mean_teacher::check_alpha, m)?)?;
     m.add_function(wrap_pyfunction!(info::build_info, m)?)?;
+    m.add_function(wrap_pyfunction!(mcc::confusion_matrix, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::mcc, m)?)?;
     m.add_function(wrap_pyfunction!(mean_teacher::ema_update, m)?)?;
     m.add_function(wrap_pyfunction!(pi_model::check_reduction, m)?)?;
@@ -92,5 +108,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(pseudo_label::pseudo_label, m)?)?;
     m.add_function(wrap_pyfunction!(uda::check_uda, m)?)?;
     m.add_function(wrap_pyfunction!(uda::uda, m)?)?;
+    m.add_function(wrap_pyfunction!(self_ensemble::check_num_classes, m)?)?;
+    m.add_function(wrap_pyfunction!(self_ensemble::class_balance, m)?)?;
     Ok(())
 }

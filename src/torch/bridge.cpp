@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -16,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -231,5 +233,14 @@ bool tllib_aliased(const Tensor* t) {
 }
 
 void tllib_free(char* text) { std::free(text); }
+
+// Thread-local: both calls must come from one thread.
+void* tllib_autocast_off() {
+  return new (std::nothrow) c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
+}
+
+void tllib_autocast_back(void* guard) {
+  delete static_cast<c10::impl::ExcludeDispatchKeyGuard*>(guard);
+}
 
 }  // extern "C"

@@ -203,16 +203,17 @@ impl<'a> Input<'a> {
     /// `RuntimeError` unless both are on one device.
     pub fn same_device(&self, other: &Input<'_>) -> Result<()> {
         let of = |i: &Input<'_>| (i.facts.device_type, i.facts.device_index);
+        let device = |i: &Input<'_>| device_name(i.facts.device_type, i.facts.device_index);
         if of(self) == of(other) {
             return Ok(());
         }
         Err(Error::Device(format!(
-            "{}: {} must be on the device of {}, {:?}, got {:?}",
+            "{}: {} must be on the device of {}, {}, got {}",
             self.class,
             self.name,
             other.name,
-            other.tensor.device(),
-            self.tensor.device()
+            device(other),
+            device(self)
         )))
     }
 
@@ -233,6 +234,23 @@ impl<'a> Input<'a> {
         // borrowed for the lifetime of the view. Writing to an argument from another thread during
         // the call is a race in torch itself and excluded there too.
         Some(unsafe { Rows::strided(self.facts.data.cast_const().cast(), shape, strides) })
+    }
+}
+
+/// As torch spells it; tch panics for the kinds it does not know.
+fn device_name(kind: i32, index: i32) -> String {
+    let name = match kind {
+        0 => "cpu",
+        1 => "cuda",
+        12 => "xpu",
+        13 => "mps",
+        14 => "meta",
+        _ => "another device",
+    };
+    if index < 0 {
+        name.to_owned()
+    } else {
+        format!("{name}:{index}")
     }
 }
 

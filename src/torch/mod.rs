@@ -6,7 +6,7 @@ pub mod input;
 
 use crate::error::{Error, Result};
 use crate::kernels::element::{Bf16, Element, F16};
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_void};
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
@@ -15,6 +15,8 @@ unsafe extern "C" {
     fn tllib_version(tensor: *const C_tensor) -> i64;
     fn tllib_aliased(tensor: *const C_tensor) -> bool;
     fn tllib_free(text: *mut c_char);
+    fn tllib_autocast_off() -> *mut c_void;
+    fn tllib_autocast_back(guard: *mut c_void);
 }
 
 /// A failure reported by the bridge: null, or a message that is ours to free.
@@ -46,6 +48,28 @@ pub fn version(tensor: &Tensor) -> i64 {
 pub fn aliased(tensor: &Tensor) -> bool {
     // SAFETY: as above.
     unsafe { tllib_aliased(tensor.as_ptr()) }
+}
+
+/// While it lives, autocast leaves this thread's operations as they are.
+pub struct FullPrecision {
+    guard: *mut c_void,
+}
+
+impl FullPrecision {
+    /// Until it is dropped, on the same thread (it is not `Send`).
+    pub fn enter() -> Self {
+        // SAFETY: it takes nothing; the guard is given back once, in `drop`.
+        Self {
+            guard: unsafe { tllib_autocast_off() },
+        }
+    }
+}
+
+impl Drop for FullPrecision {
+    fn drop(&mut self) {
+        // SAFETY: the guard comes from `tllib_autocast_off` on this thread.
+        unsafe { tllib_autocast_back(self.guard) }
+    }
 }
 
 /// The element types that have kernels.
@@ -174,6 +198,11 @@ impl<T: Stored> Owned<T> {
         // SAFETY: the tensor is contiguous, has `len` elements of `T` (any bits are a valid T), and
         // is not shared: `self` is its only owner until `into_tensor`.
         unsafe { std::slice::from_raw_parts_mut(self.tensor.data_ptr().cast(), self.len) }
+    }
+
+    /// The tensor, for an operation that writes it and keeps no reference.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
     }
 
     /// The tensor, to be given away.

@@ -66,6 +66,19 @@ class MinimumClassConfusionLoss(nn.Module):
             return _compiled(logits, self.temperature)
         return _core.mcc(logits, self.temperature)
 
+    def confusion_matrix(self, logits: torch.Tensor) -> torch.Tensor:
+        r"""The matrix that the loss is about, for reading: which classes the predictions mix up.
+
+        Args:
+            logits (tensor): as in a call, (minibatch, C).
+
+        Returns:
+            :math:`M_{ab} / \sum_k M_{kb}`, (C, C), without a gradient, in the dtype of the loss. Column
+            :math:`b` is what goes along with class :math:`b`: it sums to 1, or is 0 where no row predicts the
+            class. The loss is the mean over the columns of what is off the diagonal.
+        """
+        return _core.confusion_matrix(logits, self.temperature)
+
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""
         return f"temperature={self.temperature}"

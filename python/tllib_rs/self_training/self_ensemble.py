@@ -1,0 +1,80 @@
+"""Self-ensembling: `Self-ensembling for Visual Domain Adaptation (ICLR 2018)
+<https://arxiv.org/abs/1706.05208>`_. Its teacher is in :mod:`tllib_rs.self_training.mean_teacher`."""
+
+import torch
+from torch import nn
+
+from tllib_rs import _core
+from tllib_rs._library import register
+from tllib_rs.self_training import mcc
+
+__all__ = ["ClassBalanceLoss", "ImageClassifier"]
+
+
+_compiled = register(
+    "class_balance",
+    "(Tensor p, int num_classes)",
+    _core.class_balance,
+    lambda p, num_classes: (p.new_empty(()),),
+)
+
+
+class ClassBalanceLoss(nn.Module):
+    r"""Penalty for predictions that favour some classes over a batch.
+
+    The mean probability of each class, :math:`m_c = \frac{1}{B} \sum_i p_{ic}`, against the uniform
+    :math:`u = 1/C`:
+
+    .. math::
+        \mathrm{loss} = -\frac{1}{C} \sum_c u \log m_c + (1 - u) \log(1 - m_c)
+
+    No logarithm is taken for less than -100, and the gradient's :math:`m_c (1 - m_c)` for no less than
+    :math:`10^{-12}`, as in ``torch.nn.functional.binary_cross_entropy``.
+
+    Args:
+        num_classes (int): :math:`C`, the number of classes.
+
+    Inputs:
+        - p (tensor): probabilities, (minibatch, C), float32, float64, float16 or bfloat16 (tllib: float32).
+
+    Returns:
+        A scalar in the dtype of the probabilities (float32 in an autocast region). NaN for an empty batch.
+
+    Raises:
+        TypeError: p is not a floating-point tensor, or num_classes no integer.
+        ValueError: p is not (minibatch, C), the mean of a column is outside [0, 1], or num_classes is below
+            1.
+
+    The means are checked on the CPU only: elsewhere the check would wait for the device, and the loss is
+    NaN instead.
+
+    Examples::
+
+        >>> loss = ClassBalanceLoss(num_classes=31)
+        >>> p = torch.randn(32, 31, requires_grad=True).softmax(dim=1)
+        >>> loss(p).backward()
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        _core.check_num_classes(num_classes)
+        self.num_classes = num_classes
+
+    @property
+    def uniform_distribution(self) -> torch.Tensor:
+        """The probabilities that the means are compared with, (C,); not a part of the state, as in tllib."""
+        return torch.full((self.num_classes,), 1 / self.num_classes)
+
+    def forward(self, p: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if torch.compiler.is_compiling():
+            return _compiled(p, self.num_classes)
+        return _core.class_balance(p, self.num_classes)
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``repr``."""
+        return f"num_classes={self.num_classes}"
+
+
+class ImageClassifier(mcc.ImageClassifier):
+    """The classifier that the self-ensembling examples train, built like that of MCC."""

@@ -1,0 +1,204 @@
+//! Class balance: binary cross entropy of the mean probabilities of a batch against the uniform ones.
+//!
+//! With `u = 1/C`:
+//!
+//! ```text
+//! m_c      = 1/B sum_i p_ic
+//! loss     = -1/C sum_c (u ln m_c + (1 - u) ln(1 - m_c))        no logarithm below -100
+//! dL/dp_ic = (m_c - u) / (B C max(m_c (1 - m_c), 1e-12))        the same in every row
+//! ```
+//!
+//! Both clamps are those of torch's `binary_cross_entropy`, which holds the 1e-12 in float32.
+
+use super::element::Element;
+use super::isa::{Isa, Kernel, dispatch};
+use super::parallel::{cut, run, split};
+use super::real::Real;
+use super::rows::Rows;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+/// No logarithm is taken for less.
+pub const LOG_FLOOR: f64 = -100.0;
+/// No divisor of the gradient is taken for less.
+pub const SLOPE_FLOOR: f64 = 9.999_999_960_041_972e-13;
+/// Narrow rows are taken several at a time, as one of about this width.
+const WIDTH: usize = 128;
+
+/// The mean of each column; NaN over no rows.
+pub fn column_means<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64> {
+    let jobs: Vec<_> = split(p.rows(), threads)
+        .into_iter()
+        .map(|range| move || dispatch(ColumnSums { p, range }))
+        .collect();
+    let mut means = vec![0.0; p.cols()];
+    for part in run(jobs) {
+        for (mean, sum) in means.iter_mut().zip(part) {
+            *mean += sum;
+        }
+    }
+    for mean in &mut means {
+        *mean /= p.rows() as f64;
+    }
+    means
+}
+
+struct ColumnSums<'a, E> {
+    p: Rows<'a, E>,
+    range: Range<usize>,
+}
+
+impl<E: Element> Kernel for ColumnSums<'_, E> {
+    type Output = Vec<f64>;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> Vec<f64> {
+        let (p, cols) = (self.p.slice(self.range), self.p.cols());
+        let group = (WIDTH / cols).max(1);
+        let mut sums = vec![0.0; cols];
+        let mut start = 0;
+        if let Some(wide) = p.grouped(group) {
+            let mut partial = vec![0.0; group * cols];
+            add_rows(wide, 0, &mut partial);
+            for part in partial.chunks_exact(cols) {
+                for (sum, part) in sums.iter_mut().zip(part) {
+                    *sum += part;
+                }
+            }
+            start = wide.rows() * group;
+        }
+        add_rows(p, start, &mut sums);
+        sums
+    }
+}
+
+/// Adds the rows from `start` on to `sums`, in f64 throughout: what a mean near 1 leaves of 1 is in
+/// the last digits.
+#[inline(always)]
+fn add_rows<E: Element>(p: Rows<'_, E>, start: usize, sums: &mut [f64]) {
+    let mut scratch = p.scratch();
+    for i in start..p.rows() {
+        for (sum, &p) in sums.iter_mut().zip(p.row(i, &mut scratch)) {
+            *sum += p.to_f64();
+        }
+    }
+}
+
+/// The loss over `rows` rows with these means, and the gradient with respect to any one of them.
+pub fn class_balance(means: &[f64], rows: usize) -> (f64, Vec<f64>) {
+    let classes = means.len() as f64;
+    let u = 1.0 / classes;
+    // Comparisons that are false for NaN, so that NaN passes through.
+    let at_least = |floor: f64, x: f64| if x < floor { floor } else { x };
+    let ln = |x: f64| at_least(LOG_FLOOR, x.ln());
+    let total: f64 = means
+        .iter()
+        .map(|&m| u * ln(m) + (1.0 - u) * ln(1.0 - m))
+        .sum();
+    let count = rows as f64 * classes;
+    let slope = |&m: &f64| (m - u) / (at_least(SLOPE_FLOOR, m * (1.0 - m)) * count);
+    (-total / classes, means.iter().map(slope).collect())
+}
+
+/// Writes `row`, times `scale`, into every row of `out` (contiguous).
+pub fn repeat_row<E: Element>(row: &[f64], scale: f64, out: &mut [E], threads: NonZeroUsize) {
+    let group = (WIDTH / row.len().max(1)).max(1);
+    let pattern: Vec<E> = row
+        .iter()
+        .map(|&g| E::store(E::Acc::of(g * scale)))
+        .collect::<Vec<_>>()
+        .repeat(group);
+    let ranges = split(out.len() / row.len().max(1), threads);
+    let pattern = &pattern;
+    let jobs: Vec<_> = cut(out, &ranges, row.len())
+        .into_iter()
+        .map(|out| {
+            move || {
+                for rows in out.chunks_mut(pattern.len().max(1)) {
+                    rows.copy_from_slice(&pattern[..rows.len()]);
+                }
+            }
+        })
+        .collect();
+    run(jobs);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::element::Bf16;
+    use super::*;
+
+    fn probabilities(rows: usize, cols: usize) -> Vec<f64> {
+        (0..rows * cols)
+            .map(|k| ((k * 7919 + 13) % 97 + 1) as f64 / 100.0)
+            .collect()
+    }
+
+    fn loss(p: &[f64], rows: usize, cols: usize) -> f64 {
+        let view = Rows::contiguous(p, rows, cols).unwrap();
+        class_balance(&column_means(view, NonZeroUsize::MIN), rows).0
+    }
+
+    #[test]
+    fn matches_the_formula_and_finite_differences() {
+        for (rows, cols) in [(1, 3), (7, 2), (129, 5), (11, 130), (64, 1)] {
+            let p = probabilities(rows, cols);
+            for threads in [1, 3] {
+                let threads = NonZeroUsize::new(threads).unwrap();
+                let means = column_means(Rows::contiguous(&p, rows, cols).unwrap(), threads);
+                for c in 0..cols {
+                    let exact = (0..rows).map(|i| p[i * cols + c]).sum::<f64>() / rows as f64;
+                    assert!((means[c] - exact).abs() < 1e-14, "{rows} {cols} {c}");
+                }
+                let (value, slope) = class_balance(&means, rows);
+                let u = 1.0 / cols as f64;
+                let each = |m: &f64| -u * m.ln() - (1.0 - u) * (1.0 - m).ln();
+                assert!((value - means.iter().map(each).sum::<f64>() * u).abs() < 1e-12);
+                let mut grad = vec![9.0; rows * cols];
+                repeat_row(&slope, 2.0, &mut grad, threads);
+                for k in (0..grad.len()).step_by(7) {
+                    let (mut up, mut down) = (p.clone(), p.clone());
+                    up[k] += 1e-6;
+                    down[k] -= 1e-6;
+                    let difference = (loss(&up, rows, cols) - loss(&down, rows, cols)) / 2e-6;
+                    assert!(
+                        (grad[k] / 2.0 - difference).abs() < 1e-7,
+                        "{k}: {} {difference}",
+                        grad[k]
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn clamps_are_those_of_torch() {
+        let (value, slope) = class_balance(&[1.0, 0.0], 4);
+        assert_eq!(value, 50.0);
+        assert_eq!(
+            slope,
+            [0.5 / (SLOPE_FLOOR * 8.0), -0.5 / (SLOPE_FLOOR * 8.0)]
+        );
+    }
+
+    #[test]
+    fn strides_half_types_nan_and_no_rows() {
+        let data: Vec<f32> = (0..6).map(|k| k as f32 / 8.0).collect();
+        // SAFETY: the transpose of a 2 x 3 matrix addresses the same 6 elements.
+        let transposed = unsafe { Rows::strided(data.as_ptr(), (3, 2), (1, 3)) };
+        assert_eq!(column_means(transposed, NonZeroUsize::MIN), [0.125, 0.5]);
+        let half: Vec<Bf16> = data.iter().map(|&p| Bf16::store(p)).collect();
+        let rows = Rows::contiguous(&half, 3, 2).unwrap();
+        assert_eq!(
+            column_means(rows, NonZeroUsize::new(2).unwrap()),
+            [0.25, 0.375]
+        );
+
+        let empty = Rows::<f32>::contiguous(&[], 0, 3).unwrap();
+        let (value, slope) = class_balance(&column_means(empty, NonZeroUsize::MIN), 0);
+        assert!(value.is_nan());
+        repeat_row::<f32>(&slope, 1.0, &mut [], NonZeroUsize::MIN);
+        let (value, slope) = class_balance(&[f64::NAN, 0.5], 2);
+        assert!(value.is_nan() && slope[0].is_nan() && slope[1] == 0.0);
+    }
+}

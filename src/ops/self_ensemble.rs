@@ -1,0 +1,115 @@
+//! Class balance on tensors. The mathematics is in [`crate::kernels::self_ensemble`].
+
+use super::{loss_dtype, threads};
+use crate::error::{Error, Result};
+use crate::kernels::element::stored_scale;
+use crate::kernels::self_ensemble::{
+    LOG_FLOOR, SLOPE_FLOOR, class_balance as kernel, column_means, repeat_row,
+};
+use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::input::Input;
+use crate::torch::{Dtype, Owned, by_dtype, scalar};
+use tch::{Kind, Tensor};
+
+const CLASS: &str = "ClassBalanceLoss";
+/// Elements that are added or written in the time in which one exponential is computed.
+const CHEAP: usize = 4;
+
+/// `ValueError` for a number of classes below 1.
+pub fn check_num_classes(num_classes: i64) -> Result<()> {
+    if num_classes > 0 {
+        return Ok(());
+    }
+    Err(Error::Value(format!(
+        "{CLASS}: num_classes must be above 0, got {num_classes}"
+    )))
+}
+
+/// The loss of the probabilities `p` (minibatch, `num_classes`), differentiable.
+pub fn class_balance(p: &Tensor, num_classes: i64) -> Result<Tensor> {
+    let input = Input::new(CLASS, "p", p)?;
+    check_num_classes(num_classes)?;
+    let dtype = input.floating()?;
+    let (_, cols) = input.matrix()?;
+    if cols as i64 != num_classes {
+        return Err(input.wrong(&format!("have shape (minibatch, {num_classes})")));
+    }
+    let out = loss_dtype(&input, dtype);
+    if !input.on_cpu() {
+        return composite(p, out.kind());
+    }
+    let (loss, grad) = fused(&input, dtype, out)?;
+    if let Some(grad) = grad {
+        let formula = Box::new(move |t: &[Tensor]| composite(&t[0], out.kind()));
+        attach(
+            c"ClassBalanceBackward",
+            &loss,
+            &[p],
+            vec![Some(grad)],
+            formula,
+        )?;
+    }
+    Ok(loss)
+}
+
+fn fused(input: &Input<'_>, dtype: Dtype, out: Dtype) -> Result<(Tensor, Option<StoredGrad>)> {
+    by_dtype!(dtype, E => {
+        let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+        let threads = threads(input.numel() / CHEAP);
+        let means = column_means(rows, threads);
+        if let Some(mean) = means.iter().find(|mean| **mean < 0.0 || **mean > 1.0) {
+            return Err(Error::Value(format!(
+                "{CLASS}: p must hold probabilities, with column means in [0, 1], got a mean of {mean} \
+                 in shape {:?}",
+                input.shape()
+            )));
+        }
+        let (value, slope) = kernel(&means, rows.rows());
+        let mut grad = None;
+        if input.wants_grad() {
+            let mut stored = Owned::<E>::new(input.shape())?;
+            let scale = stored_scale::<E>(slope.iter().fold(0.0, |bound, g| g.abs().max(bound)));
+            repeat_row(&slope, scale, stored.slice(), threads);
+            grad = Some(StoredGrad { tensor: stored.into_tensor(), scale });
+        }
+        Ok((scalar(value, out)?, grad))
+    })
+}
+
+/// The same in libtorch operations. Where a mean is outside [0, 1] the loss is NaN: raising would
+/// wait for the device. (torch's own `binary_cross_entropy` aborts the device context there, and
+/// refuses to run under CUDA autocast.)
+fn composite(p: &Tensor, kind: Kind) -> Result<Tensor> {
+    let inside = if kind == Kind::Double {
+        Kind::Double
+    } else {
+        Kind::Float
+    };
+    let mean = p.f_to_kind(inside)?.f_mean_dim(0, false, inside)?;
+    let outside = mean.f_lt(0.0)?.f_logical_or(&mean.f_gt(1.0)?)?;
+    let poison = mean
+        .f_detach()?
+        .f_zeros_like()?
+        .f_masked_fill(&outside, f64::NAN)?;
+    let m = mean.f_add(&poison)?;
+
+    let held = m.f_detach()?;
+    let u = 1.0 / p.size()[1] as f64;
+    let cross_entropy = |m: &Tensor, floor: f64| -> Result<Tensor> {
+        let ln = m.f_log()?.f_clamp_min(floor)?.f_mul_scalar(-u)?;
+        let rest = m.f_neg()?.f_add_scalar(1.0)?;
+        Ok(ln.f_add(&rest.f_log()?.f_clamp_min(floor)?.f_mul_scalar(u - 1.0)?)?)
+    };
+    // Where a clamp is active the gradient is (m - u) / 1e-12, that of a parabola.
+    let spread = held.f_neg()?.f_add_scalar(1.0)?.f_mul(&held)?;
+    let edge = spread.f_lt(SLOPE_FLOOR)?;
+    let parabola = m
+        .f_add_scalar(-u)?
+        .f_square()?
+        .f_mul_scalar(0.5 / SLOPE_FLOOR)?;
+    let at_edge =
+        cross_entropy(&held, LOG_FLOOR)?.f_add(&parabola.f_sub(&parabola.f_detach()?)?)?;
+    let between = cross_entropy(&m.f_masked_fill(&edge, 0.5)?, f64::NEG_INFINITY)?;
+    let each = at_edge.f_where_self(&edge, &between)?;
+    Ok(each.f_mean(inside)?.f_to_kind(kind)?)
+}

@@ -1,0 +1,41 @@
+"""Entropy of predictions."""
+
+import pytest
+import torch
+
+from tests import golden
+from tllib_rs.modules.entropy import entropy
+
+
+@pytest.mark.parametrize("case", golden.cases("entropy"), ids=repr)
+def test_golden(case, precision):
+    inputs = case.requires_grad(case.inputs(precision))
+    h = entropy(inputs["predictions"], **case.ctor)
+    case.backward(h, inputs, precision)
+    case.check("h", h, precision)
+    case.check_grads(inputs, precision)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ([[0.5, 0.5]], TypeError, "entropy: predictions must be a torch.Tensor, got list"),
+        (torch.ones(2, 3, dtype=torch.int64), TypeError, "must be float32, float64, .* got int64"),
+        (torch.ones(3), ValueError, r"must have shape \(minibatch, C, \.\.\.\), got shape \[3\]"),
+    ],
+)
+def test_bad_predictions(bad, error, message):
+    with pytest.raises(error, match=message):
+        entropy(bad)
+
+
+def test_bad_reduction():
+    with pytest.raises(ValueError, match="entropy: reduction must be 'none' or 'mean'"):
+        entropy(torch.ones(2, 3), "average")
+
+
+def test_default_is_one_entropy_a_row():
+    assert entropy(torch.ones(2, 3)).shape == (2,)
+    assert entropy(torch.ones(2, 3, 4, 5)).shape == (2, 4, 5)
+    assert entropy(torch.ones(0, 3)).shape == (0,)
+    assert entropy(torch.ones(0, 3), "mean").isnan()
