@@ -6,6 +6,7 @@ mod info;
 mod mcc;
 mod mean_teacher;
 mod pseudo_label;
+mod self_tuning;
 
 use crate::error::{Error, Result};
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
@@ -75,6 +76,8 @@ fn elements(tensor: &Tensor) -> usize {
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<flexmatch::FlexMatch>()?;
+    m.add_class::<self_tuning::SelfTuningHistory>()?;
+    m.add_class::<self_tuning::SelfTuningSettings>()?;
     m.add_function(wrap_pyfunction!(entropy::entropy, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::check_temperature, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::check_threshold, m)?)?;

@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/DefaultDtype.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -225,6 +226,11 @@ int64_t tllib_version(const Tensor* t) { return t->is_inference() ? 0 : t->_vers
 // Whether something besides `owned` references of ours can reach the tensor's memory.
 bool tllib_aliased(const Tensor* t, size_t owned) {
   return t->use_count() > owned || t->storage().use_count() > 1;
+}
+
+// torch.get_default_dtype()
+int32_t tllib_default_dtype() {
+  return static_cast<int32_t>(c10::get_default_dtype_as_scalartype());
 }
 
 void tllib_free(char* text) { std::free(text); }

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::rows::Rows;
 use std::ffi::c_char;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
 const CPU: i32 = 0;
@@ -137,6 +137,25 @@ impl<'a> Input<'a> {
             self.name,
             scalar_type_name(self.facts.kind)
         )))
+    }
+
+    /// Labels and indices: `TypeError` unless the tensor holds integers of 64 or 32 bits.
+    pub fn integer(&self) -> Result<()> {
+        if self.facts.kind == 3 {
+            return Ok(());
+        }
+        self.int64()
+    }
+
+    /// The values of a CPU tensor of integers, in order.
+    pub fn integers(&self) -> Result<Vec<i64>> {
+        let contiguous = self.tensor.f_to_kind(Kind::Int64)?.f_contiguous()?;
+        let len = self.numel();
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        // SAFETY: contiguous int64 with `len` elements, alive until the copy is made.
+        Ok(unsafe { std::slice::from_raw_parts(contiguous.data_ptr().cast(), len) }.to_vec())
     }
 
     /// (minibatch, C) with at least one class.
