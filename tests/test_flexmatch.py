@@ -156,7 +156,7 @@ def test_integer_types_negative_indices_and_shapes():
         ({"labels": torch.tensor([0, 5])}, IndexError, r"pseudo_labels must be in \[-1, 4\], got 5"),
         ({"labels": torch.tensor([-2, 0])}, IndexError, r"pseudo_labels must be in \[-1, 4\], got -2"),
         ({"mask": torch.ones(2, device="meta")}, RuntimeError, "selected_mask must be on the device of idxes"),
-        ({"mask": torch.ones(2, dtype=torch.complex64)}, TypeError, "selected_mask must be a numeric or boolean"),
+        ({"mask": torch.ones(2, dtype=torch.complex64)}, TypeError, "selected_mask must hold real numbers or booleans, got a complex dtype"),
     ],
 )
 def test_bad_update_changes_nothing(change, error, message):

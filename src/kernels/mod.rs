@@ -22,6 +22,7 @@ pub mod mean_teacher;
 pub mod pi_model;
 pub mod pseudo_label;
 pub mod self_ensemble;
+pub mod self_tuning;
 pub mod uda;
 
 /// A scalar loss, and how its gradient is stored.

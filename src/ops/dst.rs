@@ -71,7 +71,7 @@ pub fn dst(
     let unlabeled = Heads::new(("y_u", y_u), ("y_u_adv", y_u_adv))?;
     unlabeled.adversarial.same_device(&labeled.adversarial)?;
     check_eta_prime(eta_prime)?;
-    let dtype = labeled.dtype.promoted(unlabeled.dtype);
+    let dtype = labeled.dtype.promote(unlabeled.dtype);
     let out = loss_dtype(&labeled.adversarial, dtype);
     if !labeled.fusable(dtype) || !unlabeled.fusable(dtype) {
         let (labels_l, labels_u) = (predictions(y_l)?, predictions(y_u)?);

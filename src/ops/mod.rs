@@ -13,6 +13,7 @@ pub mod mean_teacher;
 pub mod pi_model;
 pub mod pseudo_label;
 pub mod self_ensemble;
+pub mod self_tuning;
 pub mod uda;
 
 use crate::error::{Error, Result};

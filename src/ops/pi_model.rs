@@ -82,7 +82,7 @@ pub fn pi_model(p1: &Tensor, p2: &Tensor, mask: &Mask, reduction: Reduction) -> 
 impl<'a> Call<'a> {
     fn new(p1: &'a Tensor, p2: &'a Tensor, mask: &'a Mask, reduction: Reduction) -> Result<Self> {
         let (p1, p2) = (Input::new(CLASS, "p1", p1)?, Input::new(CLASS, "p2", p2)?);
-        let mut out = p1.floating()?.promoted(p2.floating()?);
+        let mut out = p1.floating()?.promote(p2.floating()?);
         if p1.shape().len() < 2 {
             return Err(p1.wrong("have shape (minibatch, C, ...)"));
         }
@@ -102,7 +102,7 @@ impl<'a> Call<'a> {
             // A tensor of no dimensions is a number to torch: on any device, of no weight in the dtype.
             if !mask.shape().is_empty() {
                 mask.same_device(&p1)?;
-                out = mask.dtype().map_or(out, |m| out.promoted(m));
+                out = mask.dtype().map_or(out, |m| out.promote(m));
             }
         }
         // Autocast runs the square in float32 on devices, and leaves it alone on the CPU.

@@ -36,7 +36,7 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
         return Err(weak.wrong(&format!("have the shape of y_strong, {:?}", strong.shape())));
     }
     // The mask is float32, and so promotes half types, in tllib too.
-    let out = dtype.promoted(weak_dtype).at_least_f32();
+    let out = dtype.promote(weak_dtype).at_least_f32();
     if !strong.on_cpu() || !weak.on_cpu() || dtype != weak_dtype {
         return composite(y_strong, y, threshold, temperature, out.kind());
     }

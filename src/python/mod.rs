@@ -10,6 +10,7 @@ mod mean_teacher;
 mod pi_model;
 mod pseudo_label;
 mod self_ensemble;
+mod self_tuning;
 mod uda;
 
 use crate::error::{Error, Result};
@@ -95,6 +96,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(dst::dst, m)?)?;
     m.add_function(wrap_pyfunction!(cc_loss::cc_loss, m)?)?;
     m.add_function(wrap_pyfunction!(cc_loss::check_cc_loss, m)?)?;
+    m.add_class::<self_tuning::SelfTuningHistory>()?;
+    m.add_class::<self_tuning::SelfTuningSettings>()?;
     m.add_function(wrap_pyfunction!(entropy::entropy, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::check_temperature, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::check_threshold, m)?)?;

@@ -1,8 +1,10 @@
-//! The autograd node that all fused losses share.
+//! The autograd node that all fused operations share.
 //!
-//! Forward stores the gradient with respect to each input; backward multiplies it by the incoming
-//! one. Under `create_graph` the stored gradient would be a constant, so the bridge evaluates the
-//! composite instead and lets autograd derive it.
+//! What backward does is a [`Backward`] object. For a loss it is [`StoredGrads`]: forward stores the
+//! gradient with respect to each input, and backward multiplies it by the incoming one. An operation
+//! with more outputs than a gradient could be stored for brings its own. Under `create_graph` both
+//! would be constants to autograd, so the bridge evaluates the composite instead and lets autograd
+//! derive it.
 
 use super::input::Input;
 use super::{Owned, by_dtype, check, max_threads};
@@ -43,9 +45,37 @@ pub struct StoredGrad {
     pub scale: f64,
 }
 
+/// The backward pass of a node.
+pub trait Backward: Send {
+    /// The gradient with respect to each input of the node, `None` for one that wants none. `last`
+    /// says that the object is released after this call, so that its tensors may be given away.
+    fn grads(&mut self, incoming: &Tensor, last: bool) -> Result<Vec<Option<Tensor>>>;
+}
+
+/// One stored gradient for each input, `None` for an input that wants none.
+struct StoredGrads(Vec<Option<StoredGrad>>);
+
+impl Backward for StoredGrads {
+    fn grads(&mut self, incoming: &Tensor, last: bool) -> Result<Vec<Option<Tensor>>> {
+        let incoming = Input::new("backward", "grad_output", incoming)?;
+        self.0
+            .iter_mut()
+            .map(|slot| match slot {
+                Some(_) if last => slot
+                    .take()
+                    .map(|g| times(g.tensor, g.scale, &incoming, true)),
+                Some(g) => Some(times(g.tensor.shallow_clone(), g.scale, &incoming, false)),
+                None => None,
+            })
+            .map(Option::transpose)
+            .collect()
+    }
+}
+
 struct State {
-    grads: Vec<Option<StoredGrad>>,
-    composite: Option<Composite>,
+    inputs: usize,
+    /// `None` once released.
+    passes: Option<(Box<dyn Backward>, Composite)>,
 }
 
 /// Mirror of `tllib_vtable` in bridge.cpp.
@@ -87,16 +117,28 @@ pub fn attach(
     composite: Composite,
 ) -> Result<()> {
     debug_assert_eq!(inputs.len(), grads.len());
+    attach_with(label, loss, inputs, Box::new(StoredGrads(grads)), composite)
+}
+
+/// Makes `output` differentiable with respect to `inputs`, with a backward pass of its own.
+pub fn attach_with(
+    label: &'static CStr,
+    output: &Tensor,
+    inputs: &[&Tensor],
+    backward: Box<dyn Backward>,
+    composite: Composite,
+) -> Result<()> {
     let pointers: Vec<_> = inputs.iter().map(|t| t.as_ptr()).collect();
-    let state = Box::into_raw(Box::new(State {
-        grads,
-        composite: Some(composite),
-    }));
+    let state = State {
+        inputs: inputs.len(),
+        passes: Some((backward, composite)),
+    };
+    let state = Box::into_raw(Box::new(state));
     // SAFETY: all tensors are live; the bridge takes the state over and gives it back to `VTABLE`'s
     // functions only, `drop` last and once.
     check(unsafe {
         tllib_attach(
-            loss.as_ptr(),
+            output.as_ptr(),
             pointers.as_ptr(),
             pointers.len(),
             state.cast(),
@@ -135,20 +177,13 @@ unsafe extern "C" fn backward(
         let state = unsafe { &mut *state.cast::<State>() };
         // SAFETY: per contract; this adds a reference, so dropping it is balanced.
         let incoming = unsafe { Tensor::clone_from_ptr(incoming.cast_mut()) };
-        let incoming = Input::new("backward", "grad_output", &incoming)?;
-        let mut found = Vec::with_capacity(state.grads.len());
-        for slot in &mut state.grads {
-            found.push(match slot {
-                Some(_) if last => slot
-                    .take()
-                    .map(|g| times(g.tensor, g.scale, &incoming, true)),
-                Some(g) => Some(times(g.tensor.shallow_clone(), g.scale, &incoming, false)),
-                None => None,
-            });
-        }
-        for (k, grad) in found.into_iter().enumerate() {
+        let Some((pass, _)) = &mut state.passes else {
+            return Ok(());
+        };
+        let grads = pass.grads(&incoming, last)?;
+        for (k, grad) in grads.into_iter().take(state.inputs).enumerate() {
             if let Some(grad) = grad {
-                let leaked = std::mem::ManuallyDrop::new(grad?);
+                let leaked = std::mem::ManuallyDrop::new(grad);
                 // SAFETY: `out` has a place for each input, and the bridge deletes the tensor.
                 unsafe { *out.add(k) = leaked.as_ptr().cast_mut() };
             }
@@ -226,11 +261,11 @@ unsafe extern "C" fn composite(
     guarded(|| {
         // SAFETY: per contract; the bridge holds the node's mutex.
         let state = unsafe { &*state.cast::<State>() };
-        let inputs: Vec<_> = (0..state.grads.len())
+        let inputs: Vec<_> = (0..state.inputs)
             // SAFETY: per contract; each clone adds a reference.
             .map(|k| unsafe { Tensor::clone_from_ptr(*inputs.add(k)) })
             .collect();
-        let Some(formula) = &state.composite else {
+        let Some((_, formula)) = &state.passes else {
             return Ok(());
         };
         let loss = std::mem::ManuallyDrop::new(formula(&inputs)?);
@@ -245,8 +280,7 @@ unsafe extern "C" fn composite(
 unsafe extern "C" fn release(state: *mut c_void) {
     // SAFETY: per contract; the bridge holds the node's mutex.
     let state = unsafe { &mut *state.cast::<State>() };
-    state.grads.iter_mut().for_each(|g| *g = None);
-    state.composite = None;
+    state.passes = None;
 }
 
 /// # Safety

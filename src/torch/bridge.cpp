@@ -7,6 +7,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/DefaultDtype.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -230,6 +231,11 @@ bool tllib_aliased(const Tensor* t) {
   const auto& storage = t->storage();
   const bool idle_object = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference();
   return storage.use_count() > (idle_object ? 2u : 1u);
+}
+
+// torch.get_default_dtype()
+int32_t tllib_default_dtype() {
+  return static_cast<int32_t>(c10::get_default_dtype_as_scalartype());
 }
 
 void tllib_free(char* text) { std::free(text); }

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::rows::Rows;
 use std::ffi::c_char;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
 const CPU: i32 = 0;
@@ -161,6 +161,25 @@ impl<'a> Input<'a> {
         Err(self.wrong(&format!("broadcast to the shape of the rows, {shape:?}")))
     }
 
+    /// Labels and indices: `TypeError` unless the tensor holds integers of 64 or 32 bits.
+    pub fn integer(&self) -> Result<()> {
+        if self.facts.kind == 3 {
+            return Ok(());
+        }
+        self.int64()
+    }
+
+    /// The values of a CPU tensor of integers, in order.
+    pub fn integers(&self) -> Result<Vec<i64>> {
+        let contiguous = self.tensor.f_to_kind(Kind::Int64)?.f_contiguous()?;
+        let len = self.numel();
+        if len == 0 {
+            return Ok(Vec::new());
+        }
+        // SAFETY: contiguous int64 with `len` elements, alive until the copy is made.
+        Ok(unsafe { std::slice::from_raw_parts(contiguous.data_ptr().cast(), len) }.to_vec())
+    }
+
     /// (minibatch, C) with at least one class.
     pub fn matrix(&self) -> Result<(usize, usize)> {
         match *self.shape() {
@@ -175,29 +194,6 @@ impl<'a> Input<'a> {
             [n] => Ok(n as usize),
             _ => Err(self.wrong("have one dimension")),
         }
-    }
-
-    /// The same shape, dtype and device as `other`.
-    pub fn like(&self, other: &Input<'_>) -> Result<()> {
-        self.same_device(other)?;
-        if self.shape() != other.shape() {
-            return Err(self.wrong(&format!(
-                "have the shape of {}, {:?}",
-                other.name,
-                other.shape()
-            )));
-        }
-        if self.facts.kind != other.facts.kind {
-            return Err(Error::Type(format!(
-                "{}: {} must have the dtype of {}, {}, got {}",
-                self.class,
-                self.name,
-                other.name,
-                scalar_type_name(other.facts.kind),
-                scalar_type_name(self.facts.kind)
-            )));
-        }
-        Ok(())
     }
 
     /// `RuntimeError` unless both are on one device.

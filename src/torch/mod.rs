@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 unsafe extern "C" {
+    fn tllib_default_dtype() -> i32;
     fn tllib_bump_version(tensor: *const C_tensor);
     fn tllib_version(tensor: *const C_tensor) -> i64;
     fn tllib_aliased(tensor: *const C_tensor) -> bool;
@@ -107,14 +108,18 @@ impl Dtype {
         }
     }
 
-    /// What the two types promote to.
-    pub fn promoted(self, other: Self) -> Self {
-        if self == other {
-            self
-        } else if self == Self::F64 || other == Self::F64 {
-            Self::F64
-        } else {
-            Self::F32
+    /// `torch.get_default_dtype()`.
+    pub fn default() -> Self {
+        // SAFETY: reads one global.
+        Self::of(unsafe { tllib_default_dtype() }).unwrap_or(Self::F32)
+    }
+
+    /// What torch promotes a pair to.
+    pub fn promote(self, other: Self) -> Self {
+        match (self, other) {
+            (a, b) if a == b => a,
+            (Self::F64, _) | (_, Self::F64) => Self::F64,
+            _ => Self::F32,
         }
     }
 
@@ -188,6 +193,13 @@ impl<T: Stored> Owned<T> {
             len,
             element: std::marker::PhantomData,
         })
+    }
+
+    /// Allocates and lets libtorch write the contents. `write` may not keep the tensor.
+    pub fn written_by(shape: &[i64], write: impl FnOnce(&Tensor) -> Result<()>) -> Result<Self> {
+        let owned = Self::new(shape)?;
+        write(&owned.tensor)?;
+        Ok(owned)
     }
 
     /// The elements.

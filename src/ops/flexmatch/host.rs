@@ -32,7 +32,7 @@ pub fn count(net_outputs: &Tensor, classes: usize) -> Result<Counts> {
 
 /// The status of each label's class. Negative labels count from the end, as torch's indices do.
 pub fn status(counts: &Counts, labels: &Input<'_>, classes: usize, warmup: bool) -> Result<Tensor> {
-    let values = integers(labels)?;
+    let values = labels.integers()?;
     let largest = counts.largest(warmup);
     let mut out = Owned::<f32>::new(labels.shape())?;
     for (o, &label) in out.slice().iter_mut().zip(&values) {
@@ -56,7 +56,7 @@ impl Batch {
         samples: usize,
         classes: usize,
     ) -> Result<Self> {
-        let (idxes, labels) = (integers(idxes)?, integers(labels)?);
+        let (idxes, labels) = (idxes.integers()?, labels.integers()?);
         let mut pairs = Vec::with_capacity(idxes.len());
         for ((index, label), selected) in idxes.into_iter().zip(labels).zip(selected(mask)?) {
             if !selected {
@@ -101,17 +101,6 @@ fn out_of_range(name: &str, value: i64, low: i64, above: usize) -> Error {
     ))
 }
 
-/// The values of an int64 or int32 tensor, in order.
-fn integers(input: &Input<'_>) -> Result<Vec<i64>> {
-    let contiguous = input.tensor.f_to_kind(Kind::Int64)?.f_contiguous()?;
-    let len = input.numel();
-    if len == 0 {
-        return Ok(Vec::new());
-    }
-    // SAFETY: contiguous int64 with `len` elements, alive until the copy is made.
-    Ok(unsafe { std::slice::from_raw_parts(contiguous.data_ptr().cast(), len) }.to_vec())
-}
-
 /// `mask == 1`, for masks of any numeric dtype.
 fn selected(mask: &Input<'_>) -> Result<Vec<bool>> {
     let contiguous = mask.tensor.f_contiguous()?;
@@ -133,14 +122,7 @@ fn selected(mask: &Input<'_>) -> Result<Vec<bool>> {
         let values = unsafe { std::slice::from_raw_parts(data.cast::<u8>().cast_const(), len) };
         return Ok(values.iter().map(|&v| v != 0).collect());
     }
-    if matches!(
-        mask.tensor.f_kind()?,
-        Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64
-    ) {
-        return integers(mask).map(|values| values.into_iter().map(|v| v == 1).collect());
-    }
-    Err(Error::Type(format!(
-        "{CLASS}: selected_mask must be a numeric or boolean tensor, got {:?}",
-        mask.tensor.f_kind()?
-    )))
+    mask.real()?;
+    mask.integers()
+        .map(|values| values.into_iter().map(|v| v == 1).collect())
 }

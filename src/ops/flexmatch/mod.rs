@@ -113,7 +113,7 @@ impl FlexMatch {
     /// The status of the class of each label, float32, in the shape of `labels`.
     pub fn status(&mut self, labels: &Tensor) -> Result<Tensor> {
         let input = Input::new(CLASS, "pseudo_labels", labels)?;
-        integer(&input)?;
+        input.integer()?;
         input.same_device(&Input::new(CLASS, "net_outputs", &self.net_outputs)?)?;
         let (classes, warmup, samples) = (self.classes, self.warmup, self.samples);
         match self.tally()? {
@@ -127,8 +127,8 @@ impl FlexMatch {
         let index = Input::new(CLASS, "idxes", idxes)?;
         let selected = Input::new(CLASS, "selected_mask", mask)?;
         let label = Input::new(CLASS, "pseudo_labels", labels)?;
-        integer(&index)?;
-        integer(&label)?;
+        index.integer()?;
+        label.integer()?;
         index.vector()?;
         for other in [&selected, &label] {
             if other.shape() != index.shape() {
@@ -198,14 +198,6 @@ impl FlexMatch {
         self.tally
             .as_mut()
             .ok_or_else(|| Error::Value(format!("{CLASS}: no counts")))
-    }
-}
-
-/// Labels and indices: int64 or int32.
-fn integer(input: &Input<'_>) -> Result<()> {
-    match input.tensor.f_kind()? {
-        Kind::Int64 | Kind::Int => Ok(()),
-        _ => input.int64(),
     }
 }
 

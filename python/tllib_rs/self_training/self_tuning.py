@@ -1,0 +1,192 @@
+"""Self-tuning: `Self-Tuning for Data-Efficient Deep Learning (ICML 2021)
+<http://ise.thss.tsinghua.edu.cn/~mlong/doc/Self-Tuning-for-Data-Efficient-Deep-Learning-icml21.pdf>`_."""
+
+from typing import Any
+
+from torch.nn import functional as F
+
+import torch
+from tllib_rs import _core
+from tllib_rs.modules.classifier import Classifier as ClassifierBase
+from torch import nn
+
+__all__ = ["Classifier", "SelfTuning"]
+
+
+class Classifier(ClassifierBase):
+    """A classifier with a second head, the projector, for :class:`SelfTuning`.
+
+    Args:
+        backbone (torch.nn.Module): extracts features; has the attribute ``out_features``.
+        num_classes (int): number of classes.
+        projection_dim (int): width of the projections. Default: 1024
+        bottleneck_dim (int): width of the bottleneck. Default: 1024
+        finetune (bool): whether backbone and projector learn at a tenth of the rate. Default: True
+        pool_layer (torch.nn.Module, optional): after the backbone. Default: average pooling and flattening
+
+    Inputs:
+        - x (tensor): input of the backbone, (minibatch, ...).
+
+    Returns:
+        In training mode the projections, unit vectors (minibatch, projection_dim), and the predictions
+        (minibatch, num_classes); otherwise the predictions alone.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        projection_dim: int = 1024,
+        bottleneck_dim: int = 1024,
+        finetune: bool = True,
+        pool_layer: nn.Module | None = None,
+    ):
+        # The order of the layers is the order in which a seed's random numbers are drawn.
+        bottleneck = nn.Sequential(
+            nn.Linear(backbone.out_features, bottleneck_dim),
+            nn.BatchNorm1d(bottleneck_dim),
+            nn.ReLU(),
+            nn.Dropout(0.5),
+        )
+        nn.init.normal_(bottleneck[0].weight, 0, 0.005)
+        nn.init.constant_(bottleneck[0].bias, 0.1)
+        # tllib has 1024 in place of bottleneck_dim in the two heads, so that only the default works.
+        head = nn.Linear(bottleneck_dim, num_classes)
+        super().__init__(backbone, num_classes, bottleneck, bottleneck_dim, head, finetune, pool_layer)
+        self.projector = nn.Linear(bottleneck_dim, projection_dim)
+        self.projection_dim = projection_dim
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """See the class."""
+        features = self.bottleneck(self.pool_layer(self.backbone(x)))
+        projections = F.normalize(self.projector(features), dim=1)
+        predictions = self.head(features)
+        return (projections, predictions) if self.training else predictions
+
+    def get_parameters(self, base_lr: float = 1.0) -> list[dict[str, Any]]:
+        """Parameter groups with the learning rate of each part."""
+        projector = {
+            "params": self.projector.parameters(),
+            "lr": (0.1 if self.finetune else 1.0) * base_lr,
+        }
+        return [*super().get_parameters(base_lr), projector]
+
+
+class SelfTuning(nn.Module):
+    r"""Pseudo group contrast: each query against its own key and a queue of :math:`K` keys per class.
+
+    With projections :math:`q_i` of the query encoder and :math:`k_i` of the key encoder, unit vectors, and
+    the queue :math:`Q` of :math:`KC` keys ordered by class,
+
+    .. math::
+        \theta_k \leftarrow m \theta_k + (1 - m) \theta_q, \qquad
+        s_i = \left[\, q_i \cdot k_i,\; q_i \cdot Q_{y_i},\; q_i \cdot Q_{c \ne y_i} \,\right], \qquad
+        \mathrm{pgc\_logits}_i = \log \mathrm{softmax}(s_i / T)
+
+    The key and the :math:`K` entries of the own class come first and are the positives, the other classes
+    follow in order. All rows see the queue as it was before the batch; then its keys replace the oldest
+    of their classes, one by one.
+
+    The queue is written in place, and only the replaced columns are kept for backward. Several forwards
+    may come before a backward, as when labelled and unlabelled batches share one; any other write to
+    ``queue_list`` in between makes that backward raise.
+
+    Args:
+        encoder_q (Classifier): query encoder.
+        encoder_k (Classifier): key encoder. Starts as a copy of the query encoder and gets no gradient.
+        num_classes (int): number of classes :math:`C`.
+        K (int): keys per class. Default: 32
+        m (float): momentum of the key encoder, in [0, 1]. Default: 0.999
+        T (float): temperature, above 0. Default: 0.07
+
+    Inputs:
+        - im_q, im_k (tensor): two views of the same samples, (minibatch, ...).
+        - labels (tensor): their classes, (minibatch,), int64 or int32.
+
+    Returns:
+        A tuple of
+
+        - pgc_logits: log-probabilities, (minibatch, 1 + K * num_classes), in the dtype that projections and
+          torch's default dtype promote to.
+        - pgc_labels: their targets, same shape, default dtype: 1 / (K + 1) for the positives.
+        - y_q: predictions of the query encoder, (minibatch, num_classes).
+
+    Raises:
+        TypeError: an argument is no tensor or has the wrong dtype.
+        ValueError: shapes that differ; K or num_classes below 1, m outside [0, 1], T not above 0; encoders
+            that do not correspond or are in evaluation mode.
+        IndexError: a label that is no class (on the CPU; on other devices the device raises).
+        RuntimeError: devices that differ.
+
+    Examples::
+
+        >>> selftuning = SelfTuning(Classifier(backbone, 10), Classifier(copy.deepcopy(backbone), 10), 10)
+        >>> pgc_logits, pgc_labels, y = selftuning(im_q, im_k, labels)
+        >>> loss = F.cross_entropy(y, labels) + F.kl_div(pgc_logits, pgc_labels, reduction="batchmean")
+        >>> loss.backward()
+    """
+
+    def __init__(
+        self,
+        encoder_q: nn.Module,
+        encoder_k: nn.Module,
+        num_classes: int,
+        K: int = 32,
+        m: float = 0.999,
+        T: float = 0.07,
+    ):
+        super().__init__()
+        self.K = K
+        self.m = m
+        self.T = T
+        self.num_classes = num_classes
+        self._settings()
+        self.encoder_q = encoder_q
+        self.encoder_k = encoder_k
+        _copy_parameters(encoder_q, encoder_k)
+        queue = torch.randn(encoder_q.projection_dim, K * num_classes)
+        self.register_buffer("queue_list", F.normalize(queue, dim=0))
+        self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
+        self._history = _core.SelfTuningHistory()
+
+    def forward(
+        self, im_q: torch.Tensor, im_k: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See the class."""
+        settings = self._settings()
+        settings.check(im_q, im_k, labels)
+        h_q, y_q = _training_outputs("encoder_q", self.encoder_q(im_q))
+        with torch.no_grad():
+            _core.ema_update(self.encoder_k, self.encoder_q, self.m)
+            h_k, _ = _training_outputs("encoder_k", self.encoder_k(im_k))
+        pgc_logits = self._history.step(h_q, h_k, labels, self.queue_list, self.queue_ptr, settings)
+        pgc_labels = torch.zeros(len(labels), 1 + self.K * self.num_classes, device=h_q.device)
+        pgc_labels[:, : 1 + self.K] = 1.0 / (self.K + 1)
+        return pgc_logits, pgc_labels, y_q
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``repr``."""
+        return f"num_classes={self.num_classes}, K={self.K}, m={self.m}, T={self.T}"
+
+    def _settings(self) -> _core.SelfTuningSettings:
+        # Read at every step: they are public attributes.
+        return _core.SelfTuningSettings(self.num_classes, self.K, self.m, self.T)
+
+
+def _copy_parameters(encoder_q: nn.Module, encoder_k: nn.Module) -> None:
+    sources, targets = list(encoder_q.parameters()), list(encoder_k.parameters())
+    if [p.shape for p in sources] != [p.shape for p in targets]:
+        raise ValueError("SelfTuning: encoder_q and encoder_k must have parameters of the same shapes")
+    for source, target in zip(sources, targets, strict=True):
+        target.data.copy_(source.data)
+        target.requires_grad = False
+
+
+def _training_outputs(name: str, outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(outputs, tuple) and len(outputs) == 2:
+        return outputs
+    # A tensor with two rows would unpack as well, into nonsense.
+    raise ValueError(
+        f"SelfTuning: {name} must return (projections, predictions), as in training mode, "
+        f"got {type(outputs).__name__}"
+    )

@@ -1,0 +1,180 @@
+//! Self-tuning's contrastive log-probabilities and its queue, on tensors. The mathematics is in
+//! [`crate::kernels::self_tuning`], the queue's past in [`queue`].
+
+mod check;
+mod node;
+mod plan;
+mod queue;
+
+use super::threads;
+use crate::error::Result;
+use crate::kernels::element::Element;
+use crate::kernels::real::Real;
+use crate::kernels::self_tuning::{Shape, log_probabilities};
+use crate::torch::autograd::attach_with;
+use crate::torch::input::Input;
+use crate::torch::{Dtype, Owned, Stored};
+use check::Checked;
+use node::{Held, Node};
+use plan::Plan;
+pub use queue::History;
+use tch::{Kind, Tensor};
+
+const CLASS: &str = "SelfTuning";
+
+/// The hyper-parameters of the class.
+#[derive(Clone, Copy)]
+pub struct Settings {
+    /// Number of classes.
+    pub classes: i64,
+    /// Keys per class.
+    pub keys: i64,
+    /// Momentum of the key encoder.
+    pub momentum: f64,
+    /// Divides the scores.
+    pub temperature: f64,
+}
+
+/// The arguments of a step.
+pub struct Batch<'a> {
+    /// (minibatch, D), the queries.
+    pub h_q: &'a Tensor,
+    /// (minibatch, D), their keys.
+    pub h_k: &'a Tensor,
+    /// (minibatch,)
+    pub labels: &'a Tensor,
+    /// (D, K C)
+    pub queue_list: &'a Tensor,
+    /// (C,)
+    pub queue_ptr: &'a Tensor,
+}
+
+/// The log-probabilities of a batch against the queue, (minibatch, 1 + K C), differentiable with
+/// respect to the queries; then its keys are enqueued.
+pub fn self_tuning(batch: &Batch<'_>, settings: Settings, history: &History) -> Result<Tensor> {
+    let checked = Checked::new(batch, settings)?;
+    let Some((labels, pointers)) = checked.on_host(settings)? else {
+        // Labels may still be on the host: their copy to the device does not wait for it.
+        let labels = batch
+            .labels
+            .f_to_device(batch.h_q.device())?
+            .f_to_kind(Kind::Int64)?;
+        let plan = Plan::on_device(&labels, batch.queue_ptr, settings.keys)?;
+        return composite(batch, &labels, settings, checked.dtype, &plan);
+    };
+    let plan = Plan::on_host(&labels, pointers, settings.keys as usize)?;
+    match checked.dtype {
+        Dtype::F32 if checked.fusible => {
+            fused::<f32>(batch, &checked, labels, settings, &plan, history)
+        }
+        Dtype::F64 if checked.fusible => {
+            fused::<f64>(batch, &checked, labels, settings, &plan, history)
+        }
+        dtype => {
+            let labels = batch.labels.f_to_kind(Kind::Int64)?;
+            composite(batch, &labels, settings, dtype, &plan)
+        }
+    }
+}
+
+fn fused<E: Element<Acc = E> + Real + Stored>(
+    batch: &Batch<'_>,
+    checked: &Checked<'_>,
+    labels: Vec<usize>,
+    settings: Settings,
+    plan: &Plan,
+    history: &History,
+) -> Result<Tensor> {
+    let queries = batch.h_q.f_detach()?.f_to_kind(E::KIND)?;
+    let keys = batch.h_k.f_detach()?.f_to_kind(E::KIND)?;
+    let queue = batch.queue_list.f_detach()?;
+    let columns = settings.keys * settings.classes;
+    let shape = Shape {
+        keys: settings.keys as usize,
+        temperature: settings.temperature,
+    };
+    let forward = || {
+        // Behind the place of the own key: scores then move within their row only.
+        let mut scores = Owned::<E>::written_by(&[labels.len() as i64, 1 + columns], |out| {
+            let _ = queries.f_mm_out(&out.f_narrow(1, 1, columns)?, &queue)?;
+            Ok(())
+        })?;
+        let (q, k) = (
+            Input::new(CLASS, "h_q", &queries)?,
+            Input::new(CLASS, "h_k", &keys)?,
+        );
+        let q = q.rows::<E>().ok_or_else(|| q.wrong("be a dense matrix"))?;
+        let k = k.rows::<E>().ok_or_else(|| k.wrong("be a dense matrix"))?;
+        let work = threads(labels.len() * (1 + columns as usize));
+        log_probabilities(scores.slice(), q, k, &labels, shape, work);
+        Ok(scores.into_tensor())
+    };
+    let wanted = checked.h_q.wants_grad();
+    let (list, pointers) = (batch.queue_list, batch.queue_ptr);
+    let (out, snapshot) =
+        tch::no_grad(|| history.step(list, pointers, &keys, plan, wanted, forward))?;
+    if let Some(snapshot) = snapshot {
+        let classes = batch.labels.f_to_kind(Kind::Int64)?;
+        let held = Held::new(snapshot, &keys, &classes, settings)?;
+        let node = Node::<E>::new(&held, &out, labels, shape, batch.h_q.f_kind()?)?;
+        let formula = Box::new(move |t: &[Tensor]| held.formula(&t[0], E::KIND));
+        attach_with(
+            c"SelfTuningBackward",
+            &out,
+            &[batch.h_q],
+            Box::new(node),
+            formula,
+        )?;
+    }
+    Ok(out)
+}
+
+/// The step in libtorch operations. Autograd saves the queue, so it gets a copy.
+fn composite(
+    batch: &Batch<'_>,
+    labels: &Tensor,
+    settings: Settings,
+    dtype: Dtype,
+    plan: &Plan,
+) -> Result<Tensor> {
+    let (keys, queue) = (batch.h_k.f_detach()?, batch.queue_list.f_detach_copy()?);
+    let out = formula(batch.h_q, &keys, labels, &queue, settings, dtype.kind())?;
+    plan.apply(&keys, batch.queue_list, batch.queue_ptr)?;
+    Ok(out)
+}
+
+/// The log-probabilities from the definition. `labels` are int64.
+fn formula(
+    h_q: &Tensor,
+    h_k: &Tensor,
+    labels: &Tensor,
+    queue: &Tensor,
+    settings: Settings,
+    kind: Kind,
+) -> Result<Tensor> {
+    let inside = if kind == Kind::Double {
+        Kind::Double
+    } else {
+        Kind::Float
+    };
+    let q = h_q.f_to_kind(inside)?;
+    let own = q
+        .f_mul(&h_k.f_to_kind(inside)?)?
+        .f_sum_dim_intlist(1, true, inside)?;
+    let scores = q.f_mm(&queue.f_to_kind(inside)?)?.f_to_kind(inside)?;
+    let scores = scores.f_gather(1, &order(labels, settings)?, false)?;
+    let scores = Tensor::f_cat(&[own, scores], 1)?.f_div_scalar(settings.temperature)?;
+    Ok(scores.f_log_softmax(1, inside)?.f_to_kind(kind)?)
+}
+
+/// The columns of the queue in the order of the output: the own class, then the others.
+fn order(labels: &Tensor, settings: Settings) -> Result<Tensor> {
+    let keys = settings.keys;
+    let arange = |n: i64| Tensor::f_arange(n, (Kind::Int64, labels.device()));
+    let start = labels.f_mul_scalar(keys)?.f_unsqueeze(1)?;
+    let own = start.f_add(&arange(keys)?)?;
+    let others = arange(keys * (settings.classes - 1))?.f_unsqueeze(0)?;
+    let behind = others.f_ge_tensor(&start)?.f_to_kind(Kind::Int64)?;
+    let others = others.f_add(&behind.f_mul_scalar(keys)?)?;
+    Ok(Tensor::f_cat(&[own, others], 1)?)
+}

@@ -1,0 +1,163 @@
+//! The backward pass of self-tuning's log-probabilities.
+
+use super::queue::Snapshot;
+use super::{CLASS, Settings, formula, order};
+use crate::error::{Error, Result};
+use crate::kernels::element::Element;
+use crate::kernels::real::Real;
+use crate::kernels::rows::Rows;
+use crate::kernels::self_tuning::{Shape, log_probabilities_backward};
+use crate::ops::threads;
+use crate::torch::autograd::Backward;
+use crate::torch::input::Input;
+use crate::torch::{Owned, Stored, version};
+use std::marker::PhantomData;
+use std::sync::Arc;
+use tch::{Kind, Tensor};
+
+/// What forward saw besides the queries.
+#[derive(Clone)]
+pub struct Held(Arc<Parts>);
+
+struct Parts {
+    queue: Snapshot,
+    /// (minibatch, D), in the computing type.
+    keys: Tensor,
+    /// int64
+    labels: Tensor,
+    settings: Settings,
+}
+
+// SAFETY: at::Tensor's reference count is atomic, and nothing writes these tensors' metadata.
+unsafe impl Sync for Parts {}
+
+impl Held {
+    /// Keys and labels (int64) are copied: the caller may write theirs before backward.
+    pub fn new(
+        queue: Snapshot,
+        keys: &Tensor,
+        labels: &Tensor,
+        settings: Settings,
+    ) -> Result<Self> {
+        let (keys, labels) = (keys.f_detach_copy()?, labels.f_detach_copy()?);
+        Ok(Self(Arc::new(Parts {
+            queue,
+            keys,
+            labels,
+            settings,
+        })))
+    }
+
+    /// The log-probabilities again, in operations that autograd can differentiate.
+    pub fn formula(&self, h_q: &Tensor, kind: Kind) -> Result<Tensor> {
+        let Parts {
+            queue,
+            keys,
+            labels,
+            settings,
+        } = &*self.0;
+        formula(h_q, keys, labels, &queue.restored()?, *settings, kind)
+    }
+}
+
+/// The node's state: `out` is kept as torch's own log-softmax keeps its result.
+pub struct Node<E> {
+    held: Held,
+    out: Tensor,
+    version: i64,
+    labels: Vec<usize>,
+    shape: Shape,
+    /// The dtype of the queries.
+    kind: Kind,
+    element: PhantomData<E>,
+}
+
+impl<E> Node<E> {
+    /// `out` is contiguous and of type `E`.
+    pub fn new(
+        held: &Held,
+        out: &Tensor,
+        labels: Vec<usize>,
+        shape: Shape,
+        kind: Kind,
+    ) -> Result<Self> {
+        // Detached, it shares memory and version with what the user gets, but not the graph.
+        let (out, version) = (out.f_detach()?, version(out));
+        Ok(Self {
+            held: held.clone(),
+            out,
+            version,
+            labels,
+            shape,
+            kind,
+            element: PhantomData,
+        })
+    }
+}
+
+impl<E: Element<Acc = E> + Real + Stored> Backward for Node<E> {
+    fn grads(&mut self, incoming: &Tensor, _last: bool) -> Result<Vec<Option<Tensor>>> {
+        if version(&self.out) != self.version {
+            return Err(Error::Bridge(
+                "one of the variables needed for gradient computation has been modified by an \
+                 inplace operation: SelfTuning's pgc_logits"
+                    .to_owned(),
+            ));
+        }
+        let input = Input::new(CLASS, "grad_output", incoming)?;
+        let grad = match input.rows::<E>() {
+            Some(rows) => self.fused(rows)?,
+            None => self.composite(incoming)?,
+        };
+        Ok(vec![Some(grad.f_to_kind(self.kind)?)])
+    }
+}
+
+impl<E: Element<Acc = E> + Real + Stored> Node<E> {
+    fn fused(&self, incoming: Rows<'_, E>) -> Result<Tensor> {
+        let (rows, width) = (incoming.rows() as i64, incoming.cols() as i64);
+        let mut scores = Owned::<E>::new(&[rows, width])?;
+        let out = Input::new(CLASS, "pgc_logits", &self.out)?;
+        let len = out.numel();
+        let values: &[E] = if len == 0 {
+            &[]
+        } else {
+            // SAFETY: `out` is contiguous with `len` elements of `E`, and only read.
+            unsafe { std::slice::from_raw_parts(out.data().cast::<E>().cast_const(), len) }
+        };
+        let (labels, shape) = (&self.labels, self.shape);
+        log_probabilities_backward(
+            incoming,
+            values,
+            labels,
+            shape,
+            scores.slice(),
+            threads(len),
+        );
+        let scores = scores.into_tensor();
+        let Parts { queue, keys, .. } = &*self.held.0;
+        let mut grad = queue.times_transposed(&mut scores.f_narrow(1, 1, width - 1)?)?;
+        let _ = grad.f_addcmul_(&scores.f_narrow(1, 0, 1)?, keys)?;
+        Ok(grad)
+    }
+
+    /// The same in libtorch operations, for incoming gradients that no kernel may read (as under
+    /// `torch.func.vmap`).
+    fn composite(&self, incoming: &Tensor) -> Result<Tensor> {
+        let Parts {
+            queue,
+            keys,
+            labels,
+            settings,
+        } = &*self.held.0;
+        let total = incoming.f_sum_dim_intlist(1, true, None::<Kind>)?;
+        let scores = incoming.f_sub(&self.out.f_exp()?.f_mul(&total)?)?;
+        let scores = scores.f_div_scalar(self.shape.temperature)?;
+        let columns = scores.f_narrow(1, 1, settings.keys * settings.classes)?;
+        // Sorting the order inverts it.
+        let inverse = order(labels, *settings)?.f_argsort(1, false)?;
+        let columns = columns.f_gather(1, &inverse, false)?;
+        let own = scores.f_narrow(1, 0, 1)?.f_mul(keys)?;
+        Ok(columns.f_mm(&queue.restored()?.f_tr()?)?.f_add(&own)?)
+    }
+}

@@ -1,0 +1,167 @@
+//! The queue of keys, written in place although graphs still need what it held.
+//!
+//! Backward multiplies with the queue as its forward saw it. tllib clones the whole queue at every
+//! step for that. Here a step keeps only the columns that it replaced, in a [`Change`], and changes
+//! of one queue are linked forwards in time: a graph holds the change of its own step and finds all
+//! later ones from there. When the last graph goes, so do the changes.
+
+use super::plan::Plan;
+use crate::error::{Error, Result};
+use crate::torch::version;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use tch::Tensor;
+
+/// What one step replaced.
+struct Change {
+    queue: Tensor,
+    columns: Tensor,
+    /// (D, columns)
+    replaced: Tensor,
+    /// Whether all values written are finite.
+    finite: bool,
+    /// The version of the queue after the step.
+    version: i64,
+    next: OnceLock<Arc<Change>>,
+}
+
+// SAFETY: at::Tensor's reference count is atomic, and nothing writes the metadata of these tensors.
+// The memory of `queue` is only touched under the lock of the [`History`] that all holders share.
+unsafe impl Sync for Change {}
+
+impl Drop for Change {
+    /// One after the other: a graph that was kept for long may hold more changes than the stack
+    /// has room for nested drops.
+    fn drop(&mut self) {
+        let mut next = self.next.take();
+        while let Some(change) = next {
+            next = Arc::into_inner(change).and_then(|mut change| change.next.take());
+        }
+    }
+}
+
+/// The latest change of a queue, as long as a graph needs it.
+#[derive(Clone, Default)]
+pub struct History(Arc<Mutex<Weak<Change>>>);
+
+impl History {
+    fn lock(&self) -> MutexGuard<'_, Weak<Change>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `read` while no step of ours writes the queue, and then `plan`. The snapshot is of the
+    /// queue before the plan, and is made where `wanted`.
+    pub fn step<T>(
+        &self,
+        queue: &Tensor,
+        pointers: &Tensor,
+        keys: &Tensor,
+        plan: &Plan,
+        wanted: bool,
+        read: impl FnOnce() -> Result<T>,
+    ) -> Result<(T, Option<Snapshot>)> {
+        let mut latest = self.lock();
+        let out = read()?;
+        let queue = &queue.f_detach()?;
+        // Another tensor, or a write that was not ours: what graphs hold ends before it, and they
+        // will notice by the version.
+        let previous = latest.upgrade().filter(|change| {
+            change.queue.data_ptr() == queue.data_ptr() && change.version == version(queue)
+        });
+        if previous.is_none() && !wanted {
+            plan.apply(keys, queue, pointers)?;
+            return Ok((out, None));
+        }
+        let columns = plan.columns.shallow_clone();
+        let replaced = queue.f_index_select(1, &columns)?;
+        let finite = keys.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0;
+        plan.apply(keys, queue, pointers)?;
+        let change = Arc::new(Change {
+            queue: queue.shallow_clone(),
+            columns,
+            replaced,
+            finite,
+            version: version(queue),
+            next: OnceLock::new(),
+        });
+        if let Some(previous) = previous {
+            // Only the latest change gets a successor, and the lock is held.
+            let _ = previous.next.set(Arc::clone(&change));
+        }
+        *latest = Arc::downgrade(&change);
+        let snapshot = wanted.then(|| Snapshot {
+            since: change,
+            history: self.clone(),
+        });
+        Ok((out, snapshot))
+    }
+}
+
+/// The queue as it was before a step.
+pub struct Snapshot {
+    since: Arc<Change>,
+    history: History,
+}
+
+impl Snapshot {
+    /// All changes since, or an error where somebody else wrote the queue.
+    fn changes(&self) -> Result<Vec<&Change>> {
+        let mut changes = vec![&*self.since];
+        let mut last = &self.since;
+        while let Some(next) = last.next.get() {
+            changes.push(next);
+            last = next;
+        }
+        if last.version == version(&last.queue) {
+            return Ok(changes);
+        }
+        Err(Error::Bridge(
+            "one of the variables needed for gradient computation has been modified by an inplace \
+             operation: SelfTuning's queue_list, written between forward and backward by something \
+             other than its forward"
+                .to_owned(),
+        ))
+    }
+
+    /// A copy of the queue as it was.
+    pub fn restored(&self) -> Result<Tensor> {
+        let _lock = self.history.lock();
+        restored(&self.changes()?)
+    }
+
+    /// `grad` (minibatch, N; overwritten) times the transposed queue as it was, (minibatch, D).
+    pub fn times_transposed(&self, grad: &mut Tensor) -> Result<Tensor> {
+        let _lock = self.history.lock();
+        let changes = self.changes()?;
+        let queue = &self.since.queue;
+        let shape = [grad.size2()?.0, queue.size2()?.0];
+        // The variant that writes into `out` is the one that autocast leaves alone.
+        let out = Tensor::f_empty(shape, (grad.f_kind()?, grad.device()))?;
+        if !changes.iter().all(|change| change.finite) {
+            return Ok(grad.f_mm_out(&out, &restored(&changes)?.f_tr()?)?);
+        }
+        // Columns that were replaced count with their old values, and 0 times with the new ones.
+        // One that was replaced again later is 0 by then, so the earliest change counts.
+        let mut taken = Vec::with_capacity(changes.len());
+        for change in &changes {
+            taken.push(grad.f_index_select(1, &change.columns)?);
+            let _ = grad.f_index_fill_(1, &change.columns, 0.0)?;
+        }
+        let mut out = grad.f_mm_out(&out, &queue.f_tr()?)?;
+        for (part, change) in taken.iter().zip(&changes) {
+            let _ = out.f_addmm_(part, &change.replaced.f_tr()?)?;
+        }
+        Ok(out)
+    }
+}
+
+fn restored(changes: &[&Change]) -> Result<Tensor> {
+    let Some(first) = changes.first() else {
+        return Err(Error::Bridge("no change of the queue".to_owned()));
+    };
+    let mut queue = first.queue.f_detach_copy()?;
+    // The earliest change has the last word.
+    for change in changes.iter().rev() {
+        let _ = queue.f_index_copy_(1, &change.columns, &change.replaced)?;
+    }
+    Ok(queue)
+}

@@ -1,0 +1,105 @@
+use super::{elements, number, tensor, without_gil};
+use crate::ops::self_tuning as ops;
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::PyType;
+use pyo3_tch::PyTensor;
+
+const CLASS: &str = "SelfTuning";
+
+/// The hyper-parameters as the class has them at the moment of a call.
+#[pyclass(frozen, module = "tllib_rs._core")]
+pub struct SelfTuningSettings(ops::Settings);
+
+#[pymethods]
+impl SelfTuningSettings {
+    #[new]
+    fn new(
+        num_classes: &Bound<'_, PyAny>,
+        keys: &Bound<'_, PyAny>,
+        momentum: &Bound<'_, PyAny>,
+        temperature: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        let settings = ops::Settings {
+            classes: integer("num_classes", num_classes)?,
+            keys: integer("K", keys)?,
+            momentum: number(CLASS, "m", momentum)?,
+            temperature: number(CLASS, "T", temperature)?,
+        };
+        settings.check()?;
+        Ok(Self(settings))
+    }
+
+    /// Raises for a batch that a step would not take, as far as that is known before the encoders
+    /// ran.
+    fn check(
+        &self,
+        im_q: &Bound<'_, PyAny>,
+        im_k: &Bound<'_, PyAny>,
+        labels: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (im_q, im_k) = (tensor(CLASS, "im_q", im_q)?, tensor(CLASS, "im_k", im_k)?);
+        let labels = tensor(CLASS, "labels", labels)?;
+        Ok(self.0.check_batch(&im_q, &im_k, &labels)?)
+    }
+}
+
+fn integer(name: &str, object: &Bound<'_, PyAny>) -> PyResult<i64> {
+    object
+        .extract()
+        .map_err(|_| match object.get_type().name() {
+            Ok(kind) => {
+                PyTypeError::new_err(format!("{CLASS}: {name} must be an integer, got {kind}"))
+            }
+            Err(error) => error,
+        })
+}
+
+/// What graphs still need of a queue's past. A copy or a pickle of it starts anew.
+#[pyclass(frozen, module = "tllib_rs._core")]
+#[derive(Default)]
+pub struct SelfTuningHistory(ops::History);
+
+#[pymethods]
+impl SelfTuningHistory {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyType>, ()) {
+        (py.get_type::<Self>(), ())
+    }
+
+    /// The log-probabilities of a batch against the queue; then its keys are enqueued.
+    #[allow(clippy::too_many_arguments, reason = "the step's tensors, one by one")]
+    fn step(
+        &self,
+        py: Python<'_>,
+        h_q: &Bound<'_, PyAny>,
+        h_k: &Bound<'_, PyAny>,
+        labels: &Bound<'_, PyAny>,
+        queue_list: &Bound<'_, PyAny>,
+        queue_ptr: &Bound<'_, PyAny>,
+        settings: &SelfTuningSettings,
+    ) -> PyResult<PyTensor> {
+        let (h_q, h_k) = (tensor(CLASS, "h_q", h_q)?, tensor(CLASS, "h_k", h_k)?);
+        let labels = tensor(CLASS, "labels", labels)?;
+        let queue_list = tensor(CLASS, "queue_list", queue_list)?;
+        let queue_ptr = tensor(CLASS, "queue_ptr", queue_ptr)?;
+        let (settings, history) = (settings.0, &self.0);
+        // The product reads the queue once a step.
+        let work = elements(&queue_list);
+        without_gil(py, work, move || {
+            let batch = ops::Batch {
+                h_q: &h_q,
+                h_k: &h_k,
+                labels: &labels,
+                queue_list: &queue_list,
+                queue_ptr: &queue_ptr,
+            };
+            ops::self_tuning(&batch, settings, history)
+        })
+        .map(PyTensor)
+    }
+}
