@@ -80,14 +80,12 @@ pub fn split_with_gradient<I: Isa, E: Element>(
         p[label] = E::Acc::of(-split.others * factor);
         split
     };
-    match E::exact_mut(grad) {
-        Some(grad) => fill(grad),
-        None => {
-            let split = fill(spare);
-            store_row(spare, E::Acc::ONE, grad);
-            split
-        }
+    if let Some(grad) = E::exact_mut(grad) {
+        return fill(grad);
     }
+    let split = fill(spare);
+    store_row(spare, E::Acc::ONE, grad);
+    split
 }
 
 #[cfg(test)]
