@@ -255,7 +255,7 @@ mod tests {
     fn half_types_agree_with_f64() {
         fn check<E: Element>(goal: Goal, tolerance: f64) {
             let stored: Vec<E> = (0..33 * 7)
-                .map(|k| E::store(E::Acc::of(((k * 7) % 31) as f64 / 8.0)))
+                .map(|k| E::store(E::Acc::of(f64::from((k * 7) % 31) / 8.0)))
                 .collect();
             let exact: Vec<f64> = stored.iter().map(|z| z.load().to_f64()).collect();
             let (expected, _, gradient) = call(goal, &exact, &exact, 7, 1);

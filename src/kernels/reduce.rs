@@ -32,7 +32,7 @@ pub fn max<F: Real>(row: &[F]) -> F {
 #[inline(always)]
 pub fn argmax<F: Real>(row: &[F]) -> usize {
     let largest = max(row);
-    let found = |&x: &F| x == largest || x != x;
+    let found = |&x: &F| x == largest || x.nan();
     row.iter().position(found).unwrap_or(0)
 }
 

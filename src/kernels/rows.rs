@@ -59,6 +59,10 @@ impl<'a, E: Element> Rows<'a, E> {
     }
 
     /// The rows of `range`, which lies within them.
+    ///
+    /// # Panics
+    /// If the range leaves the matrix: a mistake in a kernel.
+    #[must_use]
     pub fn slice(&self, range: std::ops::Range<usize>) -> Self {
         assert!(
             range.start <= range.end && range.end <= self.height,

@@ -162,8 +162,8 @@ impl<F: Element<Acc = F> + Real> Kernel for Backward<'_, F> {
             let own = 1 + label * keys;
             // In the order of `out`: the own key, the own class, the classes before it, the rest.
             let (g, out) = (
-                (&g[..1 + keys], &g[1 + keys..]),
-                (&out[..1 + keys], &out[1 + keys..]),
+                (&g[..=keys], &g[1 + keys..]),
+                (&out[..=keys], &out[1 + keys..]),
             );
             let mut put = |at: usize, g: &[F], out: &[F]| {
                 for ((d, &g), &o) in grad[at..].iter_mut().zip(g).zip(out) {
@@ -192,7 +192,9 @@ pub struct Place {
 /// column occurs twice. The pointers are moved.
 pub fn enqueue(labels: &[usize], pointers: &mut [i64], keys: usize) -> Vec<Place> {
     let mut left = vec![0; pointers.len()];
-    labels.iter().for_each(|&label| left[label] += 1);
+    for &label in labels {
+        left[label] += 1;
+    }
     let totals = left.clone();
     let mut places = Vec::with_capacity(labels.len());
     for (row, &label) in labels.iter().enumerate() {
@@ -224,7 +226,7 @@ mod tests {
     /// The order in which a row's scores come out.
     fn order(label: usize, keys: usize, classes: usize) -> Vec<usize> {
         let own = 1 + label * keys..1 + (label + 1) * keys;
-        let others = (1..1 + keys * classes).filter(|n| !own.contains(n));
+        let others = (1..=keys * classes).filter(|n| !own.contains(n));
         std::iter::once(0)
             .chain(own.clone())
             .chain(others)

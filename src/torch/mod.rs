@@ -60,9 +60,8 @@ impl FullPrecision {
     /// Until it is dropped, on the same thread (it is not `Send`).
     pub fn enter() -> Self {
         // SAFETY: it takes nothing; the guard is given back once, in `drop`.
-        Self {
-            guard: unsafe { tllib_autocast_off() },
-        }
+        let guard = unsafe { tllib_autocast_off() };
+        Self { guard }
     }
 }
 
