@@ -35,14 +35,14 @@ def test_everything_agrees_with_the_stand_in():
 
 
 def test_a_difference_is_found(tmp_path):
-    """A tllib that sums otherwise fails the comparison, both of values and of trainings."""
+    """A tllib that scales otherwise fails the comparison, both of values and of trainings."""
     for file in (ROOT / "tests/standin/tllib").rglob("*.py"):
         target = tmp_path / file.relative_to(ROOT / "tests/standin")
         target.parent.mkdir(parents=True, exist_ok=True)
         source = file.read_text()
         if file.name == "mcc.py":
-            assert "1 + torch.exp" in source
-            source = source.replace("1 + torch.exp", "3 + torch.exp")
+            assert "/ logits.shape[1]" in source
+            source = source.replace("/ logits.shape[1]", "/ (1.01 * logits.shape[1])")
         target.write_text(source)
     done = _parity(tmp_path)
     assert done.returncode == 1

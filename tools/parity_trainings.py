@@ -90,7 +90,7 @@ def _supervised(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def train_pseudo_label(source: Source, start: Start) -> Training:
     model = classifier(source, start, "modules.classifier")
-    criterion = source("self_training.pseudo_label", "ConfidenceBasedSelfTrainingLoss")(0.25)
+    criterion = source("self_training.pseudo_label", "ConfidenceBasedSelfTrainingLoss")(0.18)
 
     def loss(batch: Batch) -> torch.Tensor:
         y = model(batch.weak)[0]
@@ -106,7 +106,7 @@ def train_pi_model(source: Source, start: Start) -> Training:
 
     def loss(batch: Batch) -> torch.Tensor:
         p, q = (F.softmax(model(x)[0], dim=1) for x in (batch.weak, batch.strong))
-        return _supervised(model, batch) + 10 * warm_up(batch.step, STEPS // 2) * criterion(p, q)
+        return _supervised(model, batch) + 100 * warm_up(batch.step, STEPS // 2) * criterion(p, q)
 
     return model, loss, lambda: None
 
@@ -139,7 +139,7 @@ def train_self_ensemble(source: Source, start: Start) -> Training:
 
 def train_uda(source: Source, start: Start) -> Training:
     model = classifier(source, start, "modules.classifier")
-    criterion = source("self_training.uda", "StrongWeakConsistencyLoss")(0.25, 0.7)
+    criterion = source("self_training.uda", "StrongWeakConsistencyLoss")(0.18, 0.7)
 
     def loss(batch: Batch) -> torch.Tensor:
         return _supervised(model, batch) + criterion(model(batch.strong)[0], model(batch.weak)[0])
@@ -155,10 +155,10 @@ def train_mcc(source: Source, start: Start) -> Training:
 
 def train_cc_loss(source: Source, start: Start) -> Training:
     model = classifier(source, start, "self_training.mcc", bottleneck_dim=8)
-    criterion = source("self_training.cc_loss", "CCConsistency")(0.5, 0.4)
+    criterion = source("self_training.cc_loss", "CCConsistency")(0.5, 0.25)
 
     def loss(batch: Batch) -> torch.Tensor:
-        return _supervised(model, batch) + 5 * criterion(model(batch.weak)[0], model(batch.strong)[0])[0]
+        return _supervised(model, batch) + 50 * criterion(model(batch.weak)[0], model(batch.strong)[0])[0]
 
     return model, loss, lambda: None
 
@@ -193,7 +193,7 @@ def train_self_tuning(source: Source, start: Start) -> Training:
 def train_dst(source: Source, start: Start) -> Training:
     model = classifier(source, start, "self_training.dst", bottleneck_dim=8, width=10)
     criterion = source("self_training.dst", "WorstCaseEstimationLoss")(2)
-    pseudo = source("self_training.pseudo_label", "ConfidenceBasedSelfTrainingLoss")(0.25)
+    pseudo = source("self_training.pseudo_label", "ConfidenceBasedSelfTrainingLoss")(0.18)
 
     def loss(batch: Batch) -> torch.Tensor:
         (y_l, adv_l, _), (y_u, adv_u, _) = model(batch.x), model(batch.weak)
