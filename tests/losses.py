@@ -8,23 +8,22 @@ from typing import Any
 
 import torch
 
-from tests.plain.dst import worst_case as plain_dst
 from tests.plain.cc_loss import cc_loss as plain_cc_loss
+from tests.plain.dst import worst_case as plain_dst
 from tests.plain.entropy import entropy as plain_entropy
 from tests.plain.mcc import mcc as plain_mcc
 from tests.plain.pi_model import l2_consistency as plain_l2
 from tests.plain.pseudo_label import pseudo_label as plain_pseudo_label
+from tests.plain.self_ensemble import class_balance as plain_class_balance
 from tests.plain.uda import uda as plain_uda
 from tllib_rs.modules.entropy import entropy
-from tllib_rs.self_training.dst import WorstCaseEstimationLoss
-from tests.plain.self_ensemble import class_balance as plain_class_balance
-from tllib_rs.modules.entropy import entropy
 from tllib_rs.self_training.cc_loss import CCConsistency
+from tllib_rs.self_training.dst import WorstCaseEstimationLoss
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.self_training.pi_model import L2ConsistencyLoss
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
-from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
 from tllib_rs.self_training.self_ensemble import ClassBalanceLoss
+from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
 
 
 @dataclass(frozen=True)

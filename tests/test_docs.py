@@ -31,7 +31,7 @@ def test_readme_has_snippets():
     assert any("README" in p.id for p in snippets())
 
 
-@pytest.mark.parametrize("code", snippets())
+@pytest.mark.parametrize("code", list(snippets()))
 def test_snippets_run(code, tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ

@@ -37,7 +37,9 @@ def test_golden(case):
     if "initial" in case.entry["outputs"]:
         case.check("initial", module.get_threshold(every), torch.float32)
     thresholds, outputs, class_thresholds = [], [], []
-    for idxes, mask, labels in zip(*(inputs[k] for k in ("idxes", "selected_mask", "pseudo_labels")), strict=True):
+    for idxes, mask, labels in zip(
+        *(inputs[k] for k in ("idxes", "selected_mask", "pseudo_labels")), strict=True
+    ):
         thresholds.append(module.get_threshold(labels))
         module.update(idxes, mask, labels)
         outputs.append(module.net_outputs.clone())
@@ -148,22 +150,46 @@ def test_integer_types_negative_indices_and_shapes():
         ({"idxes": [0, 1]}, TypeError, "DynamicThresholdingModule: idxes must be a torch.Tensor, got list"),
         ({"idxes": torch.zeros(2)}, TypeError, "idxes must be int64, got float32"),
         ({"labels": torch.zeros(2)}, TypeError, "pseudo_labels must be int64, got float32"),
-        ({"idxes": torch.zeros(1, 2, dtype=torch.long)}, ValueError, r"idxes must have one dimension, got shape \[1, 2\]"),
-        ({"mask": torch.ones(3)}, ValueError, r"selected_mask must have the shape of idxes, \[2\], got shape \[3\]"),
-        ({"labels": torch.tensor([1])}, ValueError, r"pseudo_labels must have the shape of idxes, \[2\], got shape \[1\]"),
+        (
+            {"idxes": torch.zeros(1, 2, dtype=torch.long)},
+            ValueError,
+            r"idxes must have one dimension, got shape \[1, 2\]",
+        ),
+        (
+            {"mask": torch.ones(3)},
+            ValueError,
+            r"selected_mask must have the shape of idxes, \[2\], got shape \[3\]",
+        ),
+        (
+            {"labels": torch.tensor([1])},
+            ValueError,
+            r"pseudo_labels must have the shape of idxes, \[2\], got shape \[1\]",
+        ),
         ({"idxes": torch.tensor([0, 50])}, IndexError, r"idxes must be in \[-50, 49\], got 50"),
         ({"idxes": torch.tensor([-51, 0])}, IndexError, r"idxes must be in \[-50, 49\], got -51"),
         ({"labels": torch.tensor([0, 5])}, IndexError, r"pseudo_labels must be in \[-1, 4\], got 5"),
         ({"labels": torch.tensor([-2, 0])}, IndexError, r"pseudo_labels must be in \[-1, 4\], got -2"),
-        ({"mask": torch.ones(2, device="meta")}, RuntimeError, "selected_mask must be on the device of idxes"),
-        ({"mask": torch.ones(2, dtype=torch.complex64)}, TypeError, "selected_mask must hold real numbers or booleans, got a complex dtype"),
+        (
+            {"mask": torch.ones(2, device="meta")},
+            RuntimeError,
+            "selected_mask must be on the device of idxes",
+        ),
+        (
+            {"mask": torch.ones(2, dtype=torch.complex64)},
+            TypeError,
+            "selected_mask must hold real numbers or booleans, got a complex dtype",
+        ),
     ],
 )
 def test_bad_update_changes_nothing(change, error, message):
     module = make()
     module.update(torch.arange(5), torch.ones(5), torch.arange(5))
     before = module.net_outputs.clone(), module.class_counts()
-    arguments = {"idxes": torch.tensor([7, 8]), "mask": torch.ones(2), "labels": torch.tensor([1, 1])} | change
+    arguments = {
+        "idxes": torch.tensor([7, 8]),
+        "mask": torch.ones(2),
+        "labels": torch.tensor([1, 1]),
+    } | change
     with pytest.raises(error, match=message):
         module.update(*arguments.values())
     assert torch.equal(module.net_outputs, before[0])

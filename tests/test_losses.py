@@ -201,7 +201,9 @@ def test_func_transforms(loss, generator):
         return loss.first(loss.plain(*x)).sum()
 
     for transform in (torch.func.grad, torch.func.jacrev):
-        torch.testing.assert_close(transform(ours, argnums=where)(*inputs), transform(plain, argnums=where)(*inputs))
+        torch.testing.assert_close(
+            transform(ours, argnums=where)(*inputs), transform(plain, argnums=where)(*inputs)
+        )
     batch = [torch.stack([x, x.flip(0), x * 0.5]) for x in inputs]
     expected = torch.stack([loss.first(loss.ours(*x)) for x in zip(*batch, strict=True)])
     torch.testing.assert_close(torch.vmap(lambda *x: loss.first(loss.ours(*x)))(*batch), expected)
@@ -210,7 +212,9 @@ def test_func_transforms(loss, generator):
 @every_loss
 def test_compile_without_graph_break(loss, generator):
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: loss.first(loss.ours(*[2 * z for z in x])), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *x: loss.first(loss.ours(*[2 * z for z in x])), fullgraph=True, backend="aot_eager"
+    )
     inputs = leaves(loss, [x / 2 for x in loss.inputs(generator)], torch.float32)
     expected = run(loss, lambda *x: loss.ours(*[2 * z for z in x]), inputs)
     got = run(loss, compiled, inputs)
@@ -232,7 +236,11 @@ def test_autocast(loss, generator, dtype):
 @every_loss
 def test_copies(loss, generator):
     if not isinstance(loss.ours, torch.nn.Module):
-        assert pickle.loads(pickle.dumps(getattr(loss.ours, "func", loss.ours))) if loss.name == "entropy" else True
+        assert (
+            pickle.loads(pickle.dumps(getattr(loss.ours, "func", loss.ours)))
+            if loss.name == "entropy"
+            else True
+        )
         return
     inputs = loss.inputs(generator)
     expected = loss.first(loss.ours(*inputs))
@@ -261,7 +269,9 @@ def test_several_python_threads(loss, generator):
     problems = [leaves(loss, loss.inputs(generator, 40, 500)) for _ in range(8)]
     expected = [run(loss, loss.ours, x) for x in problems]
     with ThreadPoolExecutor(4) as pool:
-        for got, right in zip(pool.map(lambda x: run(loss, loss.ours, x), problems * 4), expected * 4, strict=True):
+        for got, right in zip(
+            pool.map(lambda x: run(loss, loss.ours, x), problems * 4), expected * 4, strict=True
+        ):
             assert torch.equal(got[0], right[0])
 
 

@@ -108,12 +108,16 @@ def test_another_torch_is_refused_in_one_sentence():
 
 
 def test_the_import_checks_torch_before_the_extension():
-    code = "import torch; torch.__version__ = '2.3.1'\ntry:\n import tllib_rs\nexcept ImportError as e: print(e)"
+    code = (
+        "import torch; torch.__version__ = '2.3.1'\ntry:\n import tllib_rs\nexcept ImportError as e: print(e)"
+    )
     assert "2.3.1" in " ".join(python(code))
 
 
 def test_import_is_light():
-    code = "import sys, torch; before = set(sys.modules)\nimport tllib_rs\nprint(len(set(sys.modules) - before))"
+    code = (
+        "import sys, torch; before = set(sys.modules)\nimport tllib_rs\nprint(len(set(sys.modules) - before))"
+    )
     assert int(python(code)[0]) < 10
 
 

@@ -6,14 +6,14 @@ import pickle
 import threading
 
 import pytest
-from tllib_rs import _core
-from tllib_rs.self_training.self_tuning import Classifier, SelfTuning
+import torch
+from torch import nn
 from torch.nn import functional as F
 
-import torch
 from tests import golden
 from tests.plain import self_tuning as plain
-from torch import nn
+from tllib_rs import _core
+from tllib_rs.self_training.self_tuning import Classifier, SelfTuning
 
 CASES = {case.name: case for case in golden.cases("self_tuning")}
 PASSES = ["three_passes", "wrap_small_queue"]

@@ -1,6 +1,6 @@
 """Check what a wheel's extension links: libtorch by name only, no CUDA, no absolute path.
 
-    python tools/check_wheel.py dist/tllib_rs-*.whl
+python tools/check_wheel.py dist/tllib_rs-*.whl
 """
 
 import io

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from parity_trainings import REID, STEPS, TRAININGS, Source, compare_training
 
 ROWS, CLASSES = 24, 7

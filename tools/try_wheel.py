@@ -1,6 +1,6 @@
 """Install a wheel beside torch in a fresh environment of each Python at hand, and train a step with it.
 
-    python tools/try_wheel.py dist/tllib_rs-*.whl
+python tools/try_wheel.py dist/tllib_rs-*.whl
 """
 
 import os
@@ -39,7 +39,9 @@ def main(wheel: str) -> int:
     pythons = sorted(interpreters().items(), key=lambda item: int(item[0].split(".")[1]))
     if not os.environ.get("TLLIB_RS_ALL_PYTHONS"):
         pythons = [pythons[0], pythons[-1]] if len(pythons) > 1 else pythons
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "LIBTORCH_USE_PYTORCH")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV", "LIBTORCH_USE_PYTORCH")
+    }
     for version, python in pythons:
         with tempfile.TemporaryDirectory() as folder:
             print(f"python {version}: {python}", flush=True)

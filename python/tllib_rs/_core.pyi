@@ -16,6 +16,7 @@ def mcc(logits: torch.Tensor, temperature: float) -> torch.Tensor: ...
 def pseudo_label(
     y: torch.Tensor, y_target: torch.Tensor, threshold: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
 @final
 class FlexMatch:
     def __new__(

@@ -47,7 +47,11 @@ def register(
 
     def fake_compute(*args):
         loss, *rest = fake(*args)
-        return (loss, *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:count]), *rest)
+        return (
+            loss,
+            *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:count]),
+            *rest,
+        )
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*output[1 : 1 + count])
@@ -57,7 +61,11 @@ def register(
     def backward(ctx, incoming, *_):
         def scaled(grad):
             # A loss per row scales the rows.
-            rows = incoming.reshape(incoming.shape + (1,) * (grad.dim() - incoming.dim())) if incoming.dim() else incoming
+            rows = (
+                incoming.reshape(incoming.shape + (1,) * (grad.dim() - incoming.dim()))
+                if incoming.dim()
+                else incoming
+            )
             return (grad * rows).to(grad.dtype)
 
         return tuple(map(scaled, ctx.saved_tensors)) + (None,) * (ctx.arguments - count)

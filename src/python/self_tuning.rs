@@ -67,7 +67,10 @@ impl SelfTuningHistory {
         Self::default()
     }
 
-    #[allow(clippy::unused_self, reason = "a method to Python; the history starts anew in a copy")]
+    #[allow(
+        clippy::unused_self,
+        reason = "a method to Python; the history starts anew in a copy"
+    )]
     fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyType>, ()) {
         (py.get_type::<Self>(), ())
     }

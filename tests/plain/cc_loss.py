@@ -1,8 +1,7 @@
 """Consistency of class confusion in plain PyTorch, matrices and all."""
 
-from torch.nn import functional as F
-
 import torch
+from torch.nn import functional as F
 
 
 def _confusion(z, temperature):

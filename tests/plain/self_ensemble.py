@@ -1,8 +1,7 @@
 """Class balance in plain PyTorch."""
 
-from torch.nn import functional as F
-
 import torch
+from torch.nn import functional as F
 
 
 def class_balance(p, num_classes):

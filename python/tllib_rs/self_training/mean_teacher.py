@@ -114,7 +114,9 @@ def update_bn(model: nn.Module, ema_model: nn.Module) -> None:
             raise TypeError(f"update_bn: {name} must be a torch.nn.Module, got {type(net).__name__}")
     names = ("running_mean", "running_var", "num_batches_tracked")
     copies = []
-    for (ema_name, ema_module), (name, module) in zip(ema_model.named_modules(), model.named_modules(), strict=False):
+    for (ema_name, ema_module), (name, module) in zip(
+        ema_model.named_modules(), model.named_modules(), strict=False
+    ):
         if "bn" in ema_name and "bn" in name:
             target, source = ema_module.state_dict(), module.state_dict()
             copies += [(target[key], source[key]) for key in names]

@@ -3,12 +3,12 @@
 
 from typing import Any
 
+import torch
+from torch import nn
 from torch.nn import functional as F
 
-import torch
 from tllib_rs import _core
 from tllib_rs.modules.classifier import Classifier as ClassifierBase
-from torch import nn
 
 __all__ = ["Classifier", "SelfTuning"]
 

@@ -24,7 +24,10 @@ enum Tally {
 }
 
 /// The labels of all samples, and what they count up to.
-#[allow(clippy::struct_excessive_bools, reason = "four independent facts, not states of a machine")]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "four independent facts, not states of a machine"
+)]
 pub struct FlexMatch {
     net_outputs: Tensor,
     classes: usize,
