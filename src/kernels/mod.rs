@@ -17,6 +17,7 @@ pub mod flexmatch;
 pub mod mcc;
 pub mod mean_teacher;
 pub mod pseudo_label;
+pub mod reid_loss;
 
 /// A scalar loss, and how its gradient is stored.
 #[derive(Clone, Copy, Debug)]

@@ -26,6 +26,14 @@ pub fn max<F: Real>(row: &[F]) -> F {
     acc.into_iter().chain(rest.iter().copied()).fold(F::NEG_INFINITY, larger)
 }
 
+/// The index of the first maximum, or of the first NaN; 0 for an empty row.
+#[inline(always)]
+pub fn argmax<F: Real>(row: &[F]) -> usize {
+    let largest = max(row);
+    let found = |&x: &F| x == largest || x != x;
+    row.iter().position(found).unwrap_or(0)
+}
+
 /// The sum of at most [`BLOCK`] values.
 #[inline(always)]
 fn add_up<F: Real>(block: &[F]) -> f64 {
@@ -114,10 +122,13 @@ mod tests {
             let row: Vec<f32> = (0..n).map(|j| ((j * 7) % 11) as f32 - 5.0).collect();
             let expected = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             assert_eq!(max(&row), expected);
+            let first = row.iter().position(|&x| x == expected).unwrap_or(0);
+            assert_eq!(argmax(&row), first);
             for j in 0..n {
                 let mut poisoned = row.clone();
                 poisoned[j] = f32::NAN;
                 assert!(max(&poisoned).is_nan(), "{n} {j}");
+                assert_eq!(argmax(&poisoned), j);
             }
         }
     }
