@@ -35,7 +35,7 @@ pub fn mcc(logits: &Tensor, temperature: f64) -> Result<Tensor> {
 }
 
 /// tllib's formula gives the dtype of the logits, and float32 where autocast runs its sums.
-fn out_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {
+pub(super) fn out_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {
     if input.autocast() { dtype.at_least_f32() } else { dtype }
 }
 

@@ -9,6 +9,7 @@ pub mod flexmatch;
 pub mod mcc;
 pub mod mean_teacher;
 pub mod pseudo_label;
+pub mod reid_loss;
 
 use crate::error::{Error, Result};
 use crate::kernels::parallel::threads_for;

@@ -6,6 +6,7 @@ mod info;
 mod mcc;
 mod mean_teacher;
 mod pseudo_label;
+mod reid_loss;
 
 use crate::error::{Error, Result};
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
@@ -72,5 +73,13 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(mcc::mcc, m)?)?;
     m.add_function(wrap_pyfunction!(mean_teacher::ema_update, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::pseudo_label, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::check_margin, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::check_smoothing, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::hardest, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::label_smooth, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::soft_cross_entropy, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::soft_triplet, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::triplet, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::triplet_xbm, m)?)?;
     Ok(())
 }

@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -16,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -221,6 +223,13 @@ void tllib_bump_version(const Tensor* t) {
 }
 
 int64_t tllib_version(const Tensor* t) { return t->is_inference() ? 0 : t->_version(); }
+
+// Between the two calls, on one thread, no operation is autocast.
+void* tllib_autocast_off() {
+  return new (std::nothrow) c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
+}
+
+void tllib_autocast_on(void* guard) { delete static_cast<c10::impl::ExcludeDispatchKeyGuard*>(guard); }
 
 // Whether something besides `owned` references of ours can reach the tensor's memory.
 bool tllib_aliased(const Tensor* t, size_t owned) {

@@ -6,7 +6,7 @@ pub mod input;
 
 use crate::error::{Error, Result};
 use crate::kernels::element::{Bf16, Element, F16};
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_void};
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
@@ -14,6 +14,8 @@ unsafe extern "C" {
     fn tllib_bump_version(tensor: *const C_tensor);
     fn tllib_version(tensor: *const C_tensor) -> i64;
     fn tllib_aliased(tensor: *const C_tensor, owned: usize) -> bool;
+    fn tllib_autocast_off() -> *mut c_void;
+    fn tllib_autocast_on(guard: *mut c_void);
     fn tllib_free(text: *mut c_char);
 }
 
@@ -45,6 +47,25 @@ pub fn version(tensor: &Tensor) -> i64 {
 pub fn aliased(tensor: &Tensor, owned: usize) -> bool {
     // SAFETY: as above.
     unsafe { tllib_aliased(tensor.as_ptr(), owned) }
+}
+
+/// While it lives, operations on this thread are not autocast: a product of matrices keeps the
+/// precision of its factors.
+pub struct AutocastOff(*mut c_void);
+
+impl AutocastOff {
+    /// Begins.
+    pub fn new() -> Self {
+        // SAFETY: it has no preconditions; the raw pointer keeps the guard on this thread.
+        Self(unsafe { tllib_autocast_off() })
+    }
+}
+
+impl Drop for AutocastOff {
+    fn drop(&mut self) {
+        // SAFETY: the pointer comes from `tllib_autocast_off`, on this thread, and is given back once.
+        unsafe { tllib_autocast_on(self.0) }
+    }
 }
 
 /// The element types that have kernels.
