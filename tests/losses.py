@@ -10,10 +10,12 @@ import torch
 
 from tests.plain.entropy import entropy as plain_entropy
 from tests.plain.mcc import mcc as plain_mcc
+from tests.plain import reid_loss as plain_reid_loss
 from tests.plain.pseudo_label import pseudo_label as plain_pseudo_label
 from tllib_rs.modules.entropy import entropy
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
+from tllib_rs.vision.models.reid import loss as reid_loss
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ def probabilities(count=1):
     return make
 
 
+def cyclic(x, count=3):
+    """A label below ``count`` for each row of ``x``."""
+    return torch.arange(len(x), device=x.device) % count
+
+
 LOSSES = [
     # The entropy weights are held constant, so finite differences of the whole do not match.
     Loss("mcc", MinimumClassConfusionLoss(2.5), lambda z: plain_mcc(z, 2.5), logits(), gradcheck=False),
@@ -72,4 +79,42 @@ LOSSES = [
     ),
     Loss("entropy", entropy, plain_entropy, probabilities()),
     Loss("entropy_mean", lambda p: entropy(p, "mean"), lambda p: plain_entropy(p, "mean"), probabilities()),
+    Loss(
+        "triplet",
+        lambda f: reid_loss.TripletLoss(1.0)(f, cyclic(f)),
+        lambda f: plain_reid_loss.triplet(f, cyclic(f), 1.0),
+        logits(),
+    ),
+    Loss(
+        "triplet_xbm_normalized",
+        lambda f, m: reid_loss.TripletLossXBM(0.5, True)(f, cyclic(f), m, cyclic(m)),
+        lambda f, m: plain_reid_loss.triplet_xbm(f, cyclic(f), m, cyclic(m), 0.5, True),
+        logits(2),
+    ),
+    Loss(
+        "soft_triplet",
+        lambda f, t: reid_loss.SoftTripletLoss()(f, t, cyclic(f)),
+        lambda f, t: plain_reid_loss.soft_triplet(f, t, cyclic(f)),
+        logits(2),
+        constant=(1,),
+    ),
+    Loss(
+        "soft_triplet_margin_normalized",
+        lambda f: reid_loss.SoftTripletLoss(0.2, True)(f, None, cyclic(f)),
+        lambda f: plain_reid_loss.soft_triplet(f, f, cyclic(f), 0.2, True),
+        logits(),
+    ),
+    Loss(
+        "reid_cross_entropy",
+        reid_loss.CrossEntropyLoss(),
+        plain_reid_loss.cross_entropy,
+        logits(2),
+        constant=(1,),
+    ),
+    Loss(
+        "label_smooth",
+        lambda y: reid_loss.CrossEntropyLossWithLabelSmooth(y.shape[1], 0.2)(y, cyclic(y, y.shape[1])),
+        lambda y: plain_reid_loss.label_smooth(y, cyclic(y, y.shape[1]), y.shape[1], 0.2),
+        logits(),
+    ),
 ]

@@ -2,13 +2,14 @@
 
 use super::finite;
 use crate::error::{Error, Result};
+use crate::kernels::element::Element;
 use crate::kernels::reid_loss::cross_entropy::{Targets, cross_entropy as kernel};
 use crate::kernels::rows::Rows;
 use crate::ops::mcc::out_dtype;
 use crate::ops::threads;
 use crate::torch::autograd::{Composite, StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar};
+use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, version};
 use tch::{Kind, Tensor};
 
 const SOFT: &str = "CrossEntropyLoss";
@@ -32,29 +33,32 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
     if !input.on_cpu() || !targets.on_cpu() || dtype != target_dtype || input.shape().len() != 2 {
         return soft_composite(y, labels, kind);
     }
-    let held = Held(labels.shallow_clone());
-    let formula = Box::new(move |t: &[Tensor]| soft_composite(&t[0], held.get(), kind));
+    let held = Held(labels.f_detach()?, version(labels));
+    let formula = Box::new(move |t: &[Tensor]| soft_composite(&t[0], held.get()?, kind));
     by_dtype!(dtype, E => {
         let targets = targets.rows::<E>().ok_or_else(|| targets.wrong("be a dense matrix"))?;
         fused::<E>(&input, Targets::Logits(targets), formula)
     })
 }
 
-/// A tensor that the composite needs again.
-struct Held(Tensor);
+/// The targets, which the composite needs again, and the version that the loss saw.
+struct Held(Tensor, i64);
 
 // SAFETY: at::Tensor's reference count is atomic, and nothing writes this tensor's metadata.
 unsafe impl Sync for Held {}
 
 impl Held {
-    fn get(&self) -> &Tensor {
-        &self.0
+    fn get(&self) -> Result<&Tensor> {
+        if version(&self.0) == self.1 {
+            return Ok(&self.0);
+        }
+        Err(Error::Bridge(format!("{SOFT}: labels were modified in place, and the graph needs them as they were")))
     }
 }
 
 fn fused<E>(input: &Input<'_>, targets: Targets<'_, E>, formula: Composite) -> Result<Tensor>
 where
-    E: crate::kernels::element::Element + Stored,
+    E: Element + Stored,
 {
     let logits: Rows<'_, E> = input.rows().ok_or_else(|| input.wrong("be a dense matrix"))?;
     let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;
@@ -111,8 +115,10 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
             "{SMOOTH}: labels must be at least 0 and below {cols}, the columns of y, got {label} at position {i}"
         )));
     }
-    let held = Held(labels.shallow_clone());
-    let formula = Box::new(move |t: &[Tensor]| smooth_composite(&t[0], held.get(), hit, rest, kind));
+    let held = values.clone();
+    let formula = Box::new(move |t: &[Tensor]| {
+        smooth_composite(&t[0], &Tensor::f_from_slice(&held)?, hit, rest, kind)
+    });
     by_dtype!(dtype, E => fused::<E>(&input, Targets::Smooth { labels: &values, hit, rest }, formula))
 }
 
