@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from tests.plain import reid_loss as plain_reid_loss
 from tests.plain.entropy import entropy as plain_entropy
 from tests.plain.mcc import mcc as plain_mcc
-from tests.plain import reid_loss as plain_reid_loss
 from tests.plain.pseudo_label import pseudo_label as plain_pseudo_label
 from tllib_rs.modules.entropy import entropy
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
@@ -67,6 +67,13 @@ def cyclic(x, count=3):
     return torch.arange(len(x), device=x.device) % count
 
 
+# Made here and not in the calls, which torch.compile traces.
+TRIPLET = reid_loss.TripletLoss(1.0)
+TRIPLET_XBM = reid_loss.TripletLossXBM(0.5, normalize_feature=True)
+SOFT_TRIPLET = reid_loss.SoftTripletLoss()
+SOFT_TRIPLET_MARGIN = reid_loss.SoftTripletLoss(0.2, normalize_feature=True)
+LABEL_SMOOTH = reid_loss.CrossEntropyLossWithLabelSmooth(6, 0.2)
+
 LOSSES = [
     # The entropy weights are held constant, so finite differences of the whole do not match.
     Loss("mcc", MinimumClassConfusionLoss(2.5), lambda z: plain_mcc(z, 2.5), logits(), gradcheck=False),
@@ -81,26 +88,26 @@ LOSSES = [
     Loss("entropy_mean", lambda p: entropy(p, "mean"), lambda p: plain_entropy(p, "mean"), probabilities()),
     Loss(
         "triplet",
-        lambda f: reid_loss.TripletLoss(1.0)(f, cyclic(f)),
+        lambda f: TRIPLET(f, cyclic(f)),
         lambda f: plain_reid_loss.triplet(f, cyclic(f), 1.0),
         logits(),
     ),
     Loss(
         "triplet_xbm_normalized",
-        lambda f, m: reid_loss.TripletLossXBM(0.5, True)(f, cyclic(f), m, cyclic(m)),
+        lambda f, m: TRIPLET_XBM(f, cyclic(f), m, cyclic(m)),
         lambda f, m: plain_reid_loss.triplet_xbm(f, cyclic(f), m, cyclic(m), 0.5, True),
         logits(2),
     ),
     Loss(
         "soft_triplet",
-        lambda f, t: reid_loss.SoftTripletLoss()(f, t, cyclic(f)),
+        lambda f, t: SOFT_TRIPLET(f, t, cyclic(f)),
         lambda f, t: plain_reid_loss.soft_triplet(f, t, cyclic(f)),
         logits(2),
         constant=(1,),
     ),
     Loss(
         "soft_triplet_margin_normalized",
-        lambda f: reid_loss.SoftTripletLoss(0.2, True)(f, None, cyclic(f)),
+        lambda f: SOFT_TRIPLET_MARGIN(f, None, cyclic(f)),
         lambda f: plain_reid_loss.soft_triplet(f, f, cyclic(f), 0.2, True),
         logits(),
     ),
@@ -113,8 +120,8 @@ LOSSES = [
     ),
     Loss(
         "label_smooth",
-        lambda y: reid_loss.CrossEntropyLossWithLabelSmooth(y.shape[1], 0.2)(y, cyclic(y, y.shape[1])),
-        lambda y: plain_reid_loss.label_smooth(y, cyclic(y, y.shape[1]), y.shape[1], 0.2),
+        lambda y: LABEL_SMOOTH(y, cyclic(y, y.shape[1])),
+        lambda y: plain_reid_loss.label_smooth(y, cyclic(y, y.shape[1]), 6, 0.2),
         logits(),
     ),
 ]

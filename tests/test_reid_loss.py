@@ -19,11 +19,7 @@ from tllib_rs.vision.models.reid.loss import (
     pairwise_euclidean_distance,
 )
 
-OURS = [
-    loss
-    for loss in LOSSES
-    if any(part in loss.name for part in ("triplet", "reid", "label_smooth"))
-]
+OURS = [loss for loss in LOSSES if any(part in loss.name for part in ("triplet", "reid", "label_smooth"))]
 
 
 def call(case, inputs):
@@ -250,7 +246,11 @@ F, N = torch.zeros(4, 3), torch.arange(4)
     [
         (lambda: TripletLoss(0.3)([1.0], N), TypeError, "TripletLoss: f must be a torch.Tensor, got list"),
         (lambda: TripletLoss(0.3)(N, N), TypeError, "f must be float32, float64, .* got int64"),
-        (lambda: TripletLoss(0.3)(F[0], N), ValueError, r"f must have shape \(minibatch, F\).* got shape \[3\]"),
+        (
+            lambda: TripletLoss(0.3)(F[0], N),
+            ValueError,
+            r"f must have shape \(minibatch, F\).* got shape \[3\]",
+        ),
         (
             lambda: TripletLoss(0.3)(F, N[:3]),
             ValueError,
@@ -272,7 +272,11 @@ F, N = torch.zeros(4, 3), torch.arange(4)
         (lambda: CrossEntropyLoss()(F, F[:2]), ValueError, r"labels must have the shape of y, \[4, 3\]"),
         (lambda: CrossEntropyLoss()(F[0], F[0]), ValueError, "y must have shape"),
         (lambda: CrossEntropyLossWithLabelSmooth(0), ValueError, "num_classes must be at least 1, got 0"),
-        (lambda: CrossEntropyLossWithLabelSmooth(2.5), TypeError, "num_classes must be an integer, got float"),
+        (
+            lambda: CrossEntropyLossWithLabelSmooth(2.5),
+            TypeError,
+            "num_classes must be an integer, got float",
+        ),
         (lambda: CrossEntropyLossWithLabelSmooth(3, float("nan")), ValueError, "epsilon must be a finite"),
         (lambda: CrossEntropyLossWithLabelSmooth(3)(F, F), TypeError, "labels must be int64, got float32"),
         (
@@ -298,10 +302,7 @@ def test_bad_input(function, error, message):
 
 def test_signatures_and_attributes_are_those_of_tllib():
     def parameters(thing):
-        return {
-            name: p.default
-            for name, p in inspect.signature(thing).parameters.items()
-        }
+        return {name: p.default for name, p in inspect.signature(thing).parameters.items()}
 
     required = inspect.Parameter.empty
     assert parameters(CrossEntropyLossWithLabelSmooth) == {"num_classes": required, "epsilon": 0.1}

@@ -42,7 +42,10 @@ pub fn triplet(
 
 /// The same with pairs from `xbm_f` (M, F) with identities `xbm_labels` (M).
 #[pyfunction]
-#[allow(clippy::too_many_arguments, reason = "tllib's signature and its two settings")]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "tllib's signature and its two settings"
+)]
 pub fn triplet_xbm(
     py: Python<'_>,
     f: &Bound<'_, PyAny>,
@@ -53,7 +56,10 @@ pub fn triplet_xbm(
     normalize_feature: bool,
 ) -> PyResult<PyTensor> {
     let (f, labels) = (tensor(XBM, "f", f)?, tensor(XBM, "labels", labels)?);
-    let (xbm_f, xbm_labels) = (tensor(XBM, "xbm_f", xbm_f)?, tensor(XBM, "xbm_labels", xbm_labels)?);
+    let (xbm_f, xbm_labels) = (
+        tensor(XBM, "xbm_f", xbm_f)?,
+        tensor(XBM, "xbm_labels", xbm_labels)?,
+    );
     let margin = number(XBM, "margin", margin)?;
     without_gil(py, triplet_work(&xbm_f), move || {
         ops::triplet(&Arguments {
@@ -79,10 +85,16 @@ pub fn soft_triplet(
     margin: Option<&Bound<'_, PyAny>>,
     normalize_feature: bool,
 ) -> PyResult<PyTensor> {
-    let (features, labels) = (tensor(SOFT, "features_1", features_1)?, tensor(SOFT, "labels", labels)?);
+    let (features, labels) = (
+        tensor(SOFT, "features_1", features_1)?,
+        tensor(SOFT, "labels", labels)?,
+    );
     let (objective, teacher) = match margin {
         Some(margin) => (Objective::Margin(number(SOFT, "margin", margin)?), None),
-        None => (Objective::Taught, Some(tensor(SOFT, "features_2", features_2)?)),
+        None => (
+            Objective::Taught,
+            Some(tensor(SOFT, "features_2", features_2)?),
+        ),
     };
     without_gil(py, triplet_work(&features), move || {
         ops::triplet(&Arguments {
@@ -106,7 +118,10 @@ pub fn hardest(
     identity_mat: &Bound<'_, PyAny>,
 ) -> PyResult<(PyTensor, PyTensor)> {
     const NAME: &str = "hard_examples_mining";
-    let (d, s) = (tensor(NAME, "dist_mat", dist_mat)?, tensor(NAME, "identity_mat", identity_mat)?);
+    let (d, s) = (
+        tensor(NAME, "dist_mat", dist_mat)?,
+        tensor(NAME, "identity_mat", identity_mat)?,
+    );
     let (positive, negative) = without_gil(py, elements(&d), move || ops::hardest(&d, &s))?;
     Ok((PyTensor(positive), PyTensor(negative)))
 }
@@ -120,7 +135,10 @@ pub fn soft_cross_entropy(
 ) -> PyResult<PyTensor> {
     const NAME: &str = "CrossEntropyLoss";
     let (y, labels) = (tensor(NAME, "y", y)?, tensor(NAME, "labels", labels)?);
-    without_gil(py, 2 * elements(&y), move || ops::cross_entropy(&y, &labels)).map(PyTensor)
+    without_gil(py, 2 * elements(&y), move || {
+        ops::cross_entropy(&y, &labels)
+    })
+    .map(PyTensor)
 }
 
 const SMOOTH: &str = "CrossEntropyLossWithLabelSmooth";
@@ -136,13 +154,21 @@ pub fn label_smooth(
 ) -> PyResult<PyTensor> {
     let (y, labels) = (tensor(SMOOTH, "y", y)?, tensor(SMOOTH, "labels", labels)?);
     let (classes, epsilon) = (count(num_classes)?, number(SMOOTH, "epsilon", epsilon)?);
-    without_gil(py, elements(&y), move || ops::label_smooth(&y, &labels, classes, epsilon)).map(PyTensor)
+    without_gil(py, elements(&y), move || {
+        ops::label_smooth(&y, &labels, classes, epsilon)
+    })
+    .map(PyTensor)
 }
 
 fn count(num_classes: &Bound<'_, PyAny>) -> PyResult<i64> {
     num_classes.extract().map_err(|_| {
-        let kind = num_classes.get_type().name().map_or_else(|_| "?".to_owned(), |n| n.to_string());
-        PyTypeError::new_err(format!("{SMOOTH}: num_classes must be an integer, got {kind}"))
+        let kind = num_classes
+            .get_type()
+            .name()
+            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
+        PyTypeError::new_err(format!(
+            "{SMOOTH}: num_classes must be an integer, got {kind}"
+        ))
     })
 }
 
@@ -155,5 +181,8 @@ pub fn check_margin(class: &str, margin: &Bound<'_, PyAny>) -> PyResult<()> {
 /// Raises unless the class accepts these arguments.
 #[pyfunction]
 pub fn check_smoothing(num_classes: &Bound<'_, PyAny>, epsilon: &Bound<'_, PyAny>) -> PyResult<()> {
-    Ok(ops::check_smoothing(count(num_classes)?, number(SMOOTH, "epsilon", epsilon)?)?)
+    Ok(ops::check_smoothing(
+        count(num_classes)?,
+        number(SMOOTH, "epsilon", epsilon)?,
+    )?)
 }

@@ -101,7 +101,8 @@ char* tllib_describe(const Tensor* t, tllib_facts* out) {
     out->device_index = t->device().index();
     out->requires_grad = t->requires_grad();
     out->wants_grad = out->requires_grad && at::GradMode::is_enabled();
-    out->autocast = at::autocast::is_autocast_enabled(t->device().type());
+    const auto device = t->device().type();
+    out->autocast = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
   });
 }
 

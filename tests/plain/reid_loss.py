@@ -56,5 +56,5 @@ def cross_entropy(y, targets):
 
 def label_smooth(y, labels, num_classes, epsilon):
     """With smoothed labels."""
-    targets = (1 - epsilon) * F.one_hot(labels, y.shape[1]) + epsilon / num_classes
-    return -(targets.to(y.dtype) * y.log_softmax(dim=1)).mean(dim=0).sum()
+    targets = (1 - epsilon) * F.one_hot(labels, y.shape[1]).to(y.dtype) + epsilon / num_classes
+    return -(targets * y.log_softmax(dim=1)).mean(dim=0).sum()

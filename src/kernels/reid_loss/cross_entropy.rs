@@ -60,13 +60,22 @@ pub fn cross_entropy<E: Element>(
         .into_iter()
         .map(|range| {
             let grad = grads.next().flatten();
-            let sweep = Sweep { logits, targets, range, weight: weight * scale, grad };
+            let sweep = Sweep {
+                logits,
+                targets,
+                range,
+                weight: weight * scale,
+                grad,
+            };
             move || dispatch(sweep)
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();
     // Over no rows the mean is 0/0, as in tllib.
-    Loss { value: total * weight + if rows == 0 { f64::NAN } else { 0.0 }, scale }
+    Loss {
+        value: total * weight + if rows == 0 { f64::NAN } else { 0.0 },
+        scale,
+    }
 }
 
 struct Sweep<'a, 'b, E> {
@@ -98,7 +107,11 @@ impl<E: Element> Kernel for Sweep<'_, '_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) -> f64 {
         let cols = self.logits.cols();
-        let softmax = || Softmax { exp: vec![E::Acc::ZERO; cols], max: E::Acc::ZERO, total: 0.0 };
+        let softmax = || Softmax {
+            exp: vec![E::Acc::ZERO; cols],
+            max: E::Acc::ZERO,
+            total: 0.0,
+        };
         let mut scratch = self.logits.scratch();
         let mut p = softmax();
         let mut grads = self.grad.map(|grad| grad.chunks_exact_mut(cols));
@@ -119,7 +132,8 @@ impl<E: Element> Kernel for Sweep<'_, '_, E> {
                 for i in self.range {
                     let z = self.logits.row(i, &mut scratch);
                     p.of::<I>(z);
-                    total += smooth_row(z, &p, (labels[i] as usize, hit, rest), self.weight, grad());
+                    total +=
+                        smooth_row(z, &p, (labels[i] as usize, hit, rest), self.weight, grad());
                 }
             }
         }
@@ -156,7 +170,10 @@ fn smooth_row<E: Element>(
     let cols = z.len() as f64;
     let mass = hit + rest * cols;
     if let Some(grad) = grad {
-        let (own, constant) = (E::Acc::of(weight * mass / p.total), E::Acc::of(weight * rest));
+        let (own, constant) = (
+            E::Acc::of(weight * mass / p.total),
+            E::Acc::of(weight * rest),
+        );
         for (g, &p) in grad.iter_mut().zip(&p.exp) {
             *g = E::store(p * own - constant);
         }
@@ -181,21 +198,37 @@ mod tests {
         let (mut loss, mut grad) = (0.0, Vec::new());
         for (z, t) in z.chunks(cols).zip(t.chunks(cols)) {
             let total: f64 = z.iter().map(|z| z.exp()).sum();
-            loss -= z.iter().zip(t).map(|(z, t)| t * (z - total.ln())).sum::<f64>();
+            loss -= z
+                .iter()
+                .zip(t)
+                .map(|(z, t)| t * (z - total.ln()))
+                .sum::<f64>();
             let mass: f64 = t.iter().sum();
-            grad.extend(z.iter().zip(t).map(|(z, t)| (mass * z.exp() / total - t) / rows as f64));
+            grad.extend(
+                z.iter()
+                    .zip(t)
+                    .map(|(z, t)| (mass * z.exp() / total - t) / rows as f64),
+            );
         }
         (loss / rows as f64, grad)
     }
 
     fn logits(n: usize, seed: usize) -> Vec<f64> {
-        (0..n).map(|k| ((k * 7919 + seed) % 101) as f64 / 25.0 - 2.0).collect()
+        (0..n)
+            .map(|k| ((k * 7919 + seed) % 101) as f64 / 25.0 - 2.0)
+            .collect()
     }
 
     fn check<E: Element>(tolerance: f64) {
         let (rows, cols) = (11, 19);
-        let z: Vec<E> = logits(rows * cols, 1).iter().map(|&z| E::store(E::Acc::of(z))).collect();
-        let y: Vec<E> = logits(rows * cols, 57).iter().map(|&z| E::store(E::Acc::of(z))).collect();
+        let z: Vec<E> = logits(rows * cols, 1)
+            .iter()
+            .map(|&z| E::store(E::Acc::of(z)))
+            .collect();
+        let y: Vec<E> = logits(rows * cols, 57)
+            .iter()
+            .map(|&z| E::store(E::Acc::of(z)))
+            .collect();
         let wide = |x: &[E]| x.iter().map(|x| x.load().to_f64()).collect::<Vec<f64>>();
         let labels: Vec<i64> = (0..rows as i64).collect();
         let (hit, rest) = (0.8, 0.2 / 23.0);
@@ -206,18 +239,38 @@ mod tests {
         }
         (0..rows).for_each(|i| smooth[i * cols + i] += hit);
         let view = |x| Rows::contiguous(x, rows, cols).unwrap();
-        let cases = [(Targets::Logits(view(&y)), soft), (Targets::Smooth { labels: &labels, hit, rest }, smooth)];
+        let cases = [
+            (Targets::Logits(view(&y)), soft),
+            (
+                Targets::Smooth {
+                    labels: &labels,
+                    hit,
+                    rest,
+                },
+                smooth,
+            ),
+        ];
         for (targets, t) in cases {
             let (expected, expected_grad) = plain(&z64, &t, cols);
             for threads in [1, 3] {
                 let threads = NonZeroUsize::new(threads).unwrap();
                 let mut grad = z.clone();
                 let loss = cross_entropy(view(&z), targets, Some(&mut grad), threads);
-                assert!((loss.value - expected).abs() < 1e-6, "{} {expected}", loss.value);
+                assert!(
+                    (loss.value - expected).abs() < 1e-6,
+                    "{} {expected}",
+                    loss.value
+                );
                 for (g, e) in grad.iter().zip(&expected_grad) {
-                    assert!((g.load().to_f64() / loss.scale - e).abs() < tolerance, "{e}");
+                    assert!(
+                        (g.load().to_f64() / loss.scale - e).abs() < tolerance,
+                        "{e}"
+                    );
                 }
-                assert_eq!(cross_entropy(view(&z), targets, None, threads).value, loss.value);
+                assert_eq!(
+                    cross_entropy(view(&z), targets, None, threads).value,
+                    loss.value
+                );
             }
         }
     }
@@ -231,14 +284,30 @@ mod tests {
 
     #[test]
     fn nothing_and_infinity() {
-        let labels = Targets::Smooth { labels: &[0], hit: 1.0, rest: 0.0 };
+        let labels = Targets::Smooth {
+            labels: &[0],
+            hit: 1.0,
+            rest: 0.0,
+        };
         let z = [0.0f32, f32::NEG_INFINITY];
         let one = NonZeroUsize::MIN;
-        assert!(cross_entropy(Rows::contiguous(&z, 1, 2).unwrap(), labels, None, one).value.is_nan());
-        let labels = Targets::Smooth { labels: &[0], hit: 0.9, rest: 0.05 };
+        assert!(
+            cross_entropy(Rows::contiguous(&z, 1, 2).unwrap(), labels, None, one)
+                .value
+                .is_nan()
+        );
+        let labels = Targets::Smooth {
+            labels: &[0],
+            hit: 0.9,
+            rest: 0.05,
+        };
         let got = cross_entropy(Rows::contiguous(&z, 1, 2).unwrap(), labels, None, one).value;
         assert!(got.is_infinite() && got > 0.0);
         let empty = Rows::<f32>::contiguous(&[], 0, 2).unwrap();
-        assert!(cross_entropy(empty, Targets::Logits(empty), None, one).value.is_nan());
+        assert!(
+            cross_entropy(empty, Targets::Logits(empty), None, one)
+                .value
+                .is_nan()
+        );
     }
 }

@@ -18,7 +18,7 @@ use super::super::parallel::{cut, run, split};
 use super::super::real::Real;
 use super::super::reduce;
 use super::super::rows::Rows;
-use super::{CLAMP, OFFSET, squared_distance};
+use super::{CLAMP, squared_distance};
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -48,12 +48,17 @@ impl Identities {
             *known.entry(*label).or_insert(next)
         };
         let anchors: Vec<u32> = anchors.iter().map(&mut number).collect();
-        let candidates = candidates.map_or_else(|| anchors.clone(), |c| c.iter().map(&mut number).collect());
+        let candidates =
+            candidates.map_or_else(|| anchors.clone(), |c| c.iter().map(&mut number).collect());
         let mut counts = vec![0; known.len()];
         for &identity in &candidates {
             counts[identity as usize] += 1;
         }
-        Self { anchors, candidates, counts }
+        Self {
+            anchors,
+            candidates,
+            counts,
+        }
     }
 }
 
@@ -69,7 +74,11 @@ pub struct Found {
 }
 
 impl Found {
-    const NAN: Self = Self { index: 0, square: f64::NAN, missing: false };
+    const NAN: Self = Self {
+        index: 0,
+        square: f64::NAN,
+        missing: false,
+    };
 }
 
 /// The hardest candidates of one anchor.
@@ -83,7 +92,10 @@ pub struct Hardest {
 
 impl Hardest {
     /// Before mining, and for an anchor whose distances are not finite.
-    pub const NAN: Self = Self { positive: Found::NAN, negative: Found::NAN };
+    pub const NAN: Self = Self {
+        positive: Found::NAN,
+        negative: Found::NAN,
+    };
 }
 
 /// What mining looks at.
@@ -102,13 +114,25 @@ pub struct Mining<'a, F> {
 impl<F: Element<Acc = F> + Real> Mining<'_, F> {
     /// Mines the anchors `first..first + products.rows()`, whose products with all candidates are
     /// the contiguous `products`, into `out`.
-    pub fn mine(self, products: Rows<'_, F>, first: usize, out: &mut [Hardest], threads: NonZeroUsize) {
+    pub fn mine(
+        self,
+        products: Rows<'_, F>,
+        first: usize,
+        out: &mut [Hardest],
+        threads: NonZeroUsize,
+    ) {
         let ranges = split(products.rows(), threads);
         let jobs: Vec<_> = cut(out, &ranges, 1)
             .into_iter()
             .zip(ranges)
             .map(|(out, range)| {
-                let search = Search { mining: self, products, first, range, out };
+                let search = Search {
+                    mining: self,
+                    products,
+                    first,
+                    range,
+                    out,
+                };
                 move || dispatch(search)
             })
             .collect();
@@ -146,14 +170,23 @@ impl<F: Element<Acc = F> + Real> Kernel for Search<'_, '_, F> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let Mining { anchors, candidates, identities, squares } = self.mining;
+        let Mining {
+            anchors,
+            candidates,
+            identities,
+            squares,
+        } = self.mining;
         let largest = reduce::max(squares).to_f64();
         let mut keys = vec![F::ZERO; squares.len()];
         for (k, out) in self.range.zip(self.out) {
             let i = self.first + k;
             let anchor = anchors.row(i, &mut []);
             let mut defect = F::ZERO;
-            for ((key, &g), &square) in keys.iter_mut().zip(self.products.row(k, &mut [])).zip(squares) {
+            for ((key, &g), &square) in keys
+                .iter_mut()
+                .zip(self.products.row(k, &mut []))
+                .zip(squares)
+            {
                 *key = g.mul_add::<I>(-(F::ONE + F::ONE), square);
                 // 0 while all are finite, NaN for ever after one that is not.
                 defect += *key * F::ZERO;
@@ -169,16 +202,32 @@ impl<F: Element<Acc = F> + Real> Kernel for Search<'_, '_, F> {
             let ids = &identities.candidates;
             let positives = identities.counts[own as usize];
 
-            let who = if positives > 0 { Who::Same(own) } else { Who::All };
+            let who = if positives > 0 {
+                Who::Same(own)
+            } else {
+                Who::All
+            };
             let (index, found) = best(&keys, ids, who, error, |j| clamped(square(j)));
-            let positive = Found { index, square: found, missing: positives == 0 };
+            let positive = Found {
+                index,
+                square: found,
+                missing: positives == 0,
+            };
 
             for key in &mut keys {
                 *key = -*key;
             }
-            let who = if positives < ids.len() { Who::Other(own) } else { Who::All };
+            let who = if positives < ids.len() {
+                Who::Other(own)
+            } else {
+                Who::All
+            };
             let (index, found) = best(&keys, ids, who, error, |j| -clamped(square(j)));
-            let negative = Found { index, square: -found, missing: positives == ids.len() };
+            let negative = Found {
+                index,
+                square: -found,
+                missing: positives == ids.len(),
+            };
             *out = Hardest { positive, negative };
         }
     }
@@ -255,78 +304,38 @@ fn best<F: Real>(
     found
 }
 
-/// tllib's mining of a given matrix of distances `d` with weights `s` of identity (1 for the same, 0
-/// for others): the first index of the largest `d - 1e7 (1 - s)` and of the smallest `d + 1e7 s` in
-/// each row, evaluated in the storage type as tllib does. NaN is larger than every number.
-pub fn hardest<F: Element<Acc = F> + Real>(
-    distances: Rows<'_, F>,
-    identity: Rows<'_, F>,
-    positive: &mut [i64],
-    negative: &mut [i64],
-    threads: NonZeroUsize,
-) {
-    let ranges = split(distances.rows(), threads);
-    let jobs: Vec<_> = cut(positive, &ranges, 1)
-        .into_iter()
-        .zip(cut(negative, &ranges, 1))
-        .zip(ranges)
-        .map(|((positive, negative), range)| {
-            let scan = MatrixScan { distances, identity, range, positive, negative };
-            move || dispatch(scan)
-        })
-        .collect();
-    run(jobs);
-}
-
-struct MatrixScan<'a, 'b, F> {
-    distances: Rows<'a, F>,
-    identity: Rows<'a, F>,
-    range: Range<usize>,
-    positive: &'b mut [i64],
-    negative: &'b mut [i64],
-}
-
-impl<F: Element<Acc = F> + Real> Kernel for MatrixScan<'_, '_, F> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<I: Isa>(self) {
-        let offset = F::of(OFFSET);
-        let mut scratch = (self.distances.scratch(), self.identity.scratch());
-        let mut keys = vec![F::ZERO; self.distances.cols()];
-        let out = self.positive.iter_mut().zip(self.negative);
-        for (i, (positive, negative)) in self.range.zip(out) {
-            let d = self.distances.row(i, &mut scratch.0);
-            let s = self.identity.row(i, &mut scratch.1);
-            for ((key, &d), &s) in keys.iter_mut().zip(d).zip(s) {
-                *key = d + -offset * (F::ONE - s);
-            }
-            *positive = reduce::argmax(&keys) as i64;
-            for ((key, &d), &s) in keys.iter_mut().zip(d).zip(s) {
-                let sum = d + offset * s;
-                *key = if sum == sum { -sum } else { F::NEG_INFINITY };
-            }
-            *negative = reduce::argmax(&keys) as i64;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn features(n: usize, dim: usize, offset: f64) -> Vec<f64> {
-        (0..n * dim).map(|k| ((k * 7919 + 31 * (k / dim)) % 101) as f64 / 50.0 + offset).collect()
+        (0..n * dim)
+            .map(|k| ((k * 7919 + 31 * (k / dim)) % 101) as f64 / 50.0 + offset)
+            .collect()
     }
 
-    fn mined<F: Element<Acc = F> + Real>(x: &[F], dim: usize, labels: &[i64], threads: usize) -> Vec<Hardest> {
+    fn mined<F: Element<Acc = F> + Real>(
+        x: &[F],
+        dim: usize,
+        labels: &[i64],
+        threads: usize,
+    ) -> Vec<Hardest> {
         let n = labels.len();
         let rows = Rows::contiguous(x, n, dim).unwrap();
-        let dot = |i: usize, j: usize| (0..dim).map(|k| x[i * dim + k].to_f64() * x[j * dim + k].to_f64()).sum::<f64>();
+        let dot = |i: usize, j: usize| {
+            (0..dim)
+                .map(|k| x[i * dim + k].to_f64() * x[j * dim + k].to_f64())
+                .sum::<f64>()
+        };
         let products: Vec<F> = (0..n * n).map(|k| F::of(dot(k / n, k % n))).collect();
         let identities = Identities::new(labels, None);
         let squares = squares(rows);
-        let mining = Mining { anchors: rows, candidates: rows, identities: &identities, squares: &squares };
+        let mining = Mining {
+            anchors: rows,
+            candidates: rows,
+            identities: &identities,
+            squares: &squares,
+        };
         let mut out = vec![Hardest::NAN; n];
         let products = Rows::contiguous(&products, n, n).unwrap();
         mining.mine(products, 0, &mut out, NonZeroUsize::new(threads).unwrap());
@@ -338,14 +347,19 @@ mod tests {
         let (n, dim) = (37, 19);
         let x = features(n, dim, 0.0);
         let labels: Vec<i64> = (0..n as i64).map(|i| i * i % 7 - 3).collect();
-        let d = |i: usize, j: usize| squared_distance(&x[i * dim..(i + 1) * dim], &x[j * dim..(j + 1) * dim]);
+        let d = |i: usize, j: usize| {
+            squared_distance(&x[i * dim..(i + 1) * dim], &x[j * dim..(j + 1) * dim])
+        };
         for threads in [1, 3] {
             for (i, got) in mined(&x, dim, &labels, threads).iter().enumerate() {
                 let same: Vec<usize> = (0..n).filter(|&j| labels[j] == labels[i]).collect();
                 let others: Vec<usize> = (0..n).filter(|&j| labels[j] != labels[i]).collect();
                 let farthest = same.iter().map(|&j| d(i, j)).fold(0.0, f64::max);
                 let nearest = others.iter().map(|&j| d(i, j)).fold(f64::MAX, f64::min);
-                assert_eq!((got.positive.square, got.negative.square), (farthest, nearest));
+                assert_eq!(
+                    (got.positive.square, got.negative.square),
+                    (farthest, nearest)
+                );
                 assert_eq!(d(i, got.positive.index), farthest);
                 assert!(labels[got.negative.index] != labels[i] && !got.positive.missing);
             }
@@ -358,8 +372,14 @@ mod tests {
         let labels: Vec<i64> = (0..n as i64).map(|i| i / 4).collect();
         let index = |offset: f64| -> Vec<_> {
             // Halves of integers are exact in f32 with the offset too.
-            let x: Vec<f32> = features(n, dim, 0.0).iter().map(|x| ((x * 50.0).round() / 2.0 + offset) as f32).collect();
-            mined(&x, dim, &labels, 1).iter().map(|h| (h.positive, h.negative)).collect()
+            let x: Vec<f32> = features(n, dim, 0.0)
+                .iter()
+                .map(|x| ((x * 50.0).round() / 2.0 + offset) as f32)
+                .collect();
+            mined(&x, dim, &labels, 1)
+                .iter()
+                .map(|h| (h.positive, h.negative))
+                .collect()
         };
         assert_eq!(index(0.0), index(4000.0));
     }
@@ -369,11 +389,39 @@ mod tests {
         let x = [0.0f32, 1.0, 0.0, 1.0, 5.0, 1.0, 9.0, 9.0];
         let got = mined(&x, 2, &[1, 1, 2, 3], 1);
         // Twins: the anchor and its double are equally far, the first index wins.
-        assert_eq!(got[1].positive, Found { index: 0, square: 0.0, missing: false });
-        assert_eq!(got[2].positive, Found { index: 2, square: 0.0, missing: false });
-        assert_eq!(got[2].negative, Found { index: 0, square: 25.0, missing: false });
+        assert_eq!(
+            got[1].positive,
+            Found {
+                index: 0,
+                square: 0.0,
+                missing: false
+            }
+        );
+        assert_eq!(
+            got[2].positive,
+            Found {
+                index: 2,
+                square: 0.0,
+                missing: false
+            }
+        );
+        assert_eq!(
+            got[2].negative,
+            Found {
+                index: 0,
+                square: 25.0,
+                missing: false
+            }
+        );
         let got = mined(&x, 2, &[1, 1, 1, 1], 1);
-        assert_eq!(got[3].negative, Found { index: 3, square: 0.0, missing: true });
+        assert_eq!(
+            got[3].negative,
+            Found {
+                index: 3,
+                square: 0.0,
+                missing: true
+            }
+        );
         let collapsed = [0.5f32; 128];
         assert_eq!(mined(&collapsed, 2, &[4; 64], 1)[40].positive.index, 0);
     }
@@ -381,17 +429,10 @@ mod tests {
     #[test]
     fn values_that_are_not_finite_reach_the_pair() {
         let x = [0.0f32, 1.0, f32::NAN, 1.0];
-        assert!(mined(&x, 2, &[1, 2], 1).iter().all(|h| h.positive.square.is_nan() && h.negative.square.is_nan()));
-    }
-
-    #[test]
-    fn the_matrix_form() {
-        let nan = f64::NAN;
-        let d = [3.0, 1.0, 2.0, 2.0, 4.0, 5.0, 5.0, 1.0, 1.0, 0.0, nan, 3.0];
-        let s = [1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0];
-        let (mut positive, mut negative) = ([9; 3], [9; 3]);
-        let (d, s) = (Rows::contiguous(&d, 3, 4).unwrap(), Rows::contiguous(&s, 3, 4).unwrap());
-        hardest(d, s, &mut positive, &mut negative, NonZeroUsize::new(2).unwrap());
-        assert_eq!((positive, negative), ([0, 1, 2], [2, 3, 1]));
+        assert!(
+            mined(&x, 2, &[1, 2], 1)
+                .iter()
+                .all(|h| h.positive.square.is_nan() && h.negative.square.is_nan())
+        );
     }
 }

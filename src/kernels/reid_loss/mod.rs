@@ -1,9 +1,11 @@
 //! The losses of person re-identification.
 //!
-//! [`mining`] finds the hardest positive and negative of every row, [`triplet`] turns these pairs
-//! into a loss and a gradient, [`cross_entropy`] has the two classification losses.
+//! [`mining`] finds the hardest positive and negative of every row of features ([`matrix`]: of a
+//! given matrix of distances), [`triplet`] turns these pairs into a loss and a gradient,
+//! [`cross_entropy`] has the two classification losses.
 
 pub mod cross_entropy;
+pub mod matrix;
 pub mod mining;
 pub mod triplet;
 
@@ -28,5 +30,9 @@ fn squared_distance<F: Real>(x: &[F], y: &[F]) -> f64 {
 
 /// The distance whose square is `square`. NaN stays NaN.
 pub fn distance(square: f64) -> f64 {
-    if square < CLAMP { CLAMP.sqrt() } else { square.sqrt() }
+    if square < CLAMP {
+        CLAMP.sqrt()
+    } else {
+        square.sqrt()
+    }
 }

@@ -44,7 +44,11 @@ fn term(objective: Objective, t: f64, reference: f64) -> (f64, f64) {
         Objective::Hinge(margin) => {
             let hinge = t + margin;
             // The derivative is 1 at 0, as torch's clamp_min has it. NaN is neither.
-            return if hinge < 0.0 { (0.0, 0.0) } else { (hinge, hinge - hinge + 1.0) };
+            return if hinge < 0.0 {
+                (0.0, 0.0)
+            } else {
+                (hinge, hinge - hinge + 1.0)
+            };
         }
         Objective::Margin(margin) => margin,
         Objective::Taught => reference,
@@ -56,7 +60,11 @@ fn term(objective: Objective, t: f64, reference: f64) -> (f64, f64) {
     let (own, other) = if t == t { (own, other) } else { (t, t) };
     // sigma - r from whichever of sigma(t), sigma(-t) is small.
     let small = tail / (1.0 + tail);
-    let slope = if t < 0.0 { small - r } else { (1.0 - r) - small };
+    let slope = if t < 0.0 {
+        small - r
+    } else {
+        (1.0 - r) - small
+    };
     (-r * own - (1.0 - r) * other, slope)
 }
 
@@ -72,7 +80,12 @@ pub fn references<F: Element<Acc = F> + Real>(
         .into_iter()
         .zip(ranges)
         .map(|(out, range)| {
-            let view = Teacher { features, hardest, range, out };
+            let view = Teacher {
+                features,
+                hardest,
+                range,
+                out,
+            };
             move || dispatch(view)
         })
         .collect();
@@ -121,7 +134,12 @@ pub struct Pulls {
 }
 
 /// The loss of the mined pairs. `reference` has one value an anchor where the objective is taught.
-pub fn loss(objective: Objective, hardest: &[Hardest], reference: &[f64], candidates: usize) -> (f64, Pulls) {
+pub fn loss(
+    objective: Objective,
+    hardest: &[Hardest],
+    reference: &[f64],
+    candidates: usize,
+) -> (f64, Pulls) {
     let count = hardest.len();
     let mut total = 0.0;
     let mut pairs = Vec::with_capacity(2 * count);
@@ -137,7 +155,11 @@ pub fn loss(objective: Objective, hardest: &[Hardest], reference: &[f64], candid
             // Neither a clamped distance nor a pair without weight; NaN is both and goes on.
             if !(found.square < CLAMP) && slope != 0.0 {
                 let weight = slope / distance(found.square);
-                pairs.push(Pull { anchor: i as u32, candidate: found.index as u32, weight });
+                pairs.push(Pull {
+                    anchor: i as u32,
+                    candidate: found.index as u32,
+                    weight,
+                });
             }
         }
     }
@@ -156,7 +178,15 @@ pub fn loss(objective: Objective, hardest: &[Hardest], reference: &[f64], candid
         by_candidate[*place as usize] = k as u32;
         *place += 1;
     }
-    (total / count as f64, Pulls { pairs, anchor_starts, by_candidate, candidate_starts })
+    (
+        total / count as f64,
+        Pulls {
+            pairs,
+            anchor_starts,
+            by_candidate,
+            candidate_starts,
+        },
+    )
 }
 
 /// Whose gradient is wanted.
@@ -188,13 +218,23 @@ pub struct Gradient<'a, F> {
 impl<F: Element<Acc = F> + Real> Gradient<'_, F> {
     /// Writes it, times [`Loss::scale`] of `loss`, into the contiguous `out`.
     pub fn store<E: Element<Acc = F>>(self, loss: Loss, out: &mut [E], threads: NonZeroUsize) {
-        let side = if self.role == Role::Candidates { self.candidates } else { self.anchors };
+        let side = if self.role == Role::Candidates {
+            self.candidates
+        } else {
+            self.anchors
+        };
         let ranges = split(side.rows(), threads);
         let jobs: Vec<_> = cut(out, &ranges, side.cols())
             .into_iter()
             .zip(ranges)
             .map(|(out, range)| {
-                let sweep = Sweep { gradient: self, side, scale: loss.scale, range, out };
+                let sweep = Sweep {
+                    gradient: self,
+                    side,
+                    scale: loss.scale,
+                    range,
+                    out,
+                };
                 move || dispatch(sweep)
             })
             .collect();
@@ -215,7 +255,13 @@ impl<F: Element<Acc = F> + Real, E: Element<Acc = F>> Kernel for Sweep<'_, '_, F
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let Gradient { anchors, candidates, pulls, role, norms } = self.gradient;
+        let Gradient {
+            anchors,
+            candidates,
+            pulls,
+            role,
+            norms,
+        } = self.gradient;
         let dim = self.side.cols();
         // One row may be the candidate of every anchor: in f64 its sum keeps every contribution.
         let mut sum = vec![0.0f64; dim];
@@ -225,21 +271,41 @@ impl<F: Element<Acc = F> + Real, E: Element<Acc = F>> Kernel for Sweep<'_, '_, F
             sum.fill(0.0);
             let own = self.side.row(k, &mut []);
             if role != Role::Candidates {
-                let (from, to) = (pulls.anchor_starts[k] as usize, pulls.anchor_starts[k + 1] as usize);
+                let (from, to) = (
+                    pulls.anchor_starts[k] as usize,
+                    pulls.anchor_starts[k + 1] as usize,
+                );
                 for pull in &pulls.pairs[from..to] {
-                    add(&mut sum, own, candidates.row(pull.candidate as usize, &mut []), pull.weight);
+                    add(
+                        &mut sum,
+                        own,
+                        candidates.row(pull.candidate as usize, &mut []),
+                        pull.weight,
+                    );
                 }
             }
             if role != Role::Anchors {
-                let (from, to) = (pulls.candidate_starts[k] as usize, pulls.candidate_starts[k + 1] as usize);
+                let (from, to) = (
+                    pulls.candidate_starts[k] as usize,
+                    pulls.candidate_starts[k + 1] as usize,
+                );
                 for &p in &pulls.by_candidate[from..to] {
                     let pull = pulls.pairs[p as usize];
-                    add(&mut sum, own, anchors.row(pull.anchor as usize, &mut []), pull.weight);
+                    add(
+                        &mut sum,
+                        own,
+                        anchors.row(pull.anchor as usize, &mut []),
+                        pull.weight,
+                    );
                 }
             }
             let (mut along, mut divisor) = (0.0, 1.0);
             if let Some(&norm) = norms.and_then(|norms| norms.get(k)) {
-                divisor = if norm < SMALLEST_NORM { SMALLEST_NORM } else { norm };
+                divisor = if norm < SMALLEST_NORM {
+                    SMALLEST_NORM
+                } else {
+                    norm
+                };
                 if !(norm < SMALLEST_NORM) {
                     along = sum.iter().zip(own).map(|(s, u)| s * u.to_f64()).sum();
                 }
@@ -263,7 +329,11 @@ fn add<F: Real>(sum: &mut [f64], x: &[F], y: &[F], weight: f64) {
 
 /// Divides every row of `x` by its norm (at least 1e-12) into the contiguous `out`, and returns the
 /// norms as they were.
-pub fn normalize<E: Element>(x: Rows<'_, E>, out: &mut [E::Acc], threads: NonZeroUsize) -> Vec<f64> {
+pub fn normalize<E: Element>(
+    x: Rows<'_, E>,
+    out: &mut [E::Acc],
+    threads: NonZeroUsize,
+) -> Vec<f64> {
     let mut norms = vec![0.0; x.rows()];
     let ranges = split(x.rows(), threads);
     let jobs: Vec<_> = cut(out, &ranges, x.cols())
@@ -271,7 +341,12 @@ pub fn normalize<E: Element>(x: Rows<'_, E>, out: &mut [E::Acc], threads: NonZer
         .zip(cut(&mut norms, &ranges, 1))
         .zip(ranges)
         .map(|((out, norms), range)| {
-            let sweep = Normalize { x, range, out, norms };
+            let sweep = Normalize {
+                x,
+                range,
+                out,
+                norms,
+            };
             move || dispatch(sweep)
         })
         .collect();
@@ -296,10 +371,36 @@ impl<E: Element> Kernel for Normalize<'_, '_, E> {
         for (i, (out, norm)) in self.range.zip(rows) {
             let x = self.x.row(i, &mut scratch);
             *norm = reduce::sum_of(x, |x| x * x).sqrt();
-            let divisor = E::Acc::of(if *norm < SMALLEST_NORM { SMALLEST_NORM } else { *norm });
+            let divisor = E::Acc::of(if *norm < SMALLEST_NORM {
+                SMALLEST_NORM
+            } else {
+                *norm
+            });
             for (o, &x) in out.iter_mut().zip(x) {
                 *o = x / divisor;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terms_and_their_slopes() {
+        let objectives = [Objective::Hinge(0.3), Objective::Margin(0.2), Objective::Taught];
+        for objective in objectives {
+            for t in [-40.0, -3.0, -0.7, 0.1, 2.0, 40.0] {
+                let value = |t| term(objective, t, 0.7).0;
+                let difference = (value(t + 1e-5) - value(t - 1e-5)) / 2e-5;
+                assert!((term(objective, t, 0.7).1 - difference).abs() < 1e-6, "{objective:?} {t}");
+            }
+            let (value, slope) = term(objective, f64::NAN, 0.7);
+            assert!(value.is_nan() && slope.is_nan());
+        }
+        // Far apart the loss is the small probability, not what rounding leaves of 1.
+        let (value, slope) = term(Objective::Margin(0.0), -50.0, 0.0);
+        assert!((value / (-50f64).exp() - 1.0).abs() < 1e-12 && slope == value);
     }
 }

@@ -4,12 +4,13 @@ use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::kernels::reid_loss::OFFSET;
-use crate::kernels::reid_loss::mining::{Hardest, Identities, Mining, hardest as kernel, squares};
+use crate::kernels::reid_loss::matrix::hardest as kernel;
+use crate::kernels::reid_loss::mining::{Hardest, Identities, Mining, squares};
 use crate::kernels::rows::Rows;
 use crate::ops::threads;
 use crate::torch::input::Input;
-use crate::torch::{AutocastOff, Dtype, Owned, Stored};
-use tch::{Kind, Tensor};
+use crate::torch::{Dtype, Owned, Stored};
+use tch::Tensor;
 
 const CLASS: &str = "hard_examples_mining";
 /// Elements of the products that are kept at a time: they stay in the cache until they are scanned,
@@ -30,10 +31,17 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
     }
     identity.same_device(&distances)?;
     if identity.shape() != distances.shape() {
-        return Err(identity.wrong(&format!("have the shape of dist_mat, {:?}", distances.shape())));
+        return Err(identity.wrong(&format!(
+            "have the shape of dist_mat, {:?}",
+            distances.shape()
+        )));
     }
     let (mut positive, mut negative) = (Owned::<i64>::new(&[rows])?, Owned::<i64>::new(&[rows])?);
-    let (p, n, threads) = (positive.slice(), negative.slice(), threads(distances.numel()));
+    let (p, n, threads) = (
+        positive.slice(),
+        negative.slice(),
+        threads(distances.numel()),
+    );
     match (dtype, distances.rows::<f32>(), identity.rows::<f32>()) {
         (Dtype::F32, Some(d), Some(s)) => kernel(d, s, p, n, threads),
         _ => match (distances.rows::<f64>(), identity.rows::<f64>()) {
@@ -47,7 +55,11 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
 /// The same in libtorch operations.
 fn composite(dist_mat: &Tensor, identity_mat: &Tensor, dtype: Dtype) -> Result<(Tensor, Tensor)> {
     let (d, s) = (dist_mat.f_detach()?, identity_mat.f_detach()?);
-    let s = if s.is_floating_point() { s } else { s.f_to_kind(dtype.at_least_f32().kind())? };
+    let s = if s.is_floating_point() {
+        s
+    } else {
+        s.f_to_kind(dtype.at_least_f32().kind())?
+    };
     let positive = s.f_sub_scalar(1.0)?.f_mul_scalar(OFFSET)?.f_add(&d)?;
     let negative = s.f_mul_scalar(OFFSET)?.f_add(&d)?;
     // A sort puts NaN last, and tllib takes the first.
@@ -91,59 +103,10 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
         let factor = anchors.tensor.f_narrow(0, first as i64, count as i64)?;
         let products = factor.f_mm_out(&products, &transposed)?;
         let view = Input::new(CLASS, "products", &products)?;
-        let rows = view.rows::<F>().ok_or_else(|| view.wrong("be a dense matrix"))?;
+        let rows = view
+            .rows::<F>()
+            .ok_or_else(|| view.wrong("be a dense matrix"))?;
         mining.mine(rows, first, found, threads(count * m));
     }
     Ok(found)
-}
-
-/// The mined pairs as tensors: one entry for each anchor.
-pub struct Pairs {
-    /// The hardest positive and what tllib adds to its distance.
-    pub positive: (Tensor, Tensor),
-    /// The hardest negative and what tllib adds to its distance.
-    pub negative: (Tensor, Tensor),
-}
-
-impl Pairs {
-    /// From the kernel's result.
-    pub fn of(hardest: &[Hardest], kind: Kind) -> Result<Self> {
-        let tensors = |index: Vec<i64>, offset: Vec<f64>| -> Result<_> {
-            Ok((Tensor::f_from_slice(&index)?, Tensor::f_from_slice(&offset)?.f_to_kind(kind)?))
-        };
-        let offset = |missing: bool| if missing { OFFSET } else { 0.0 };
-        let positive = hardest.iter().map(|h| (h.positive.index as i64, -offset(h.positive.missing)));
-        let negative = hardest.iter().map(|h| (h.negative.index as i64, offset(h.negative.missing)));
-        let (index, add) = positive.unzip();
-        let positive = tensors(index, add)?;
-        let (index, add) = negative.unzip();
-        Ok(Self { positive, negative: tensors(index, add)? })
-    }
-
-    /// In libtorch operations, from features `u` and `v` whose identities are compared with `eq`.
-    pub fn mined(u: &Tensor, v: &Tensor, labels: (&Tensor, &Tensor)) -> Result<Self> {
-        let (u, v, kind) = (u.f_detach()?, v.f_detach()?, u.f_kind()?);
-        let squares = v.f_square()?.f_sum_dim_intlist(1, false, kind)?;
-        let products = {
-            let _guard = AutocastOff::new();
-            u.f_matmul(&v.f_transpose(0, 1)?)?
-        };
-        let keys = squares.f_sub(&products.f_mul_scalar(2.0)?)?;
-        let same = labels.0.f_unsqueeze(1)?.f_eq_tensor(&labels.1.f_unsqueeze(0)?)?;
-        let other = same.f_logical_not()?;
-        // Where nobody qualifies, everybody does, at tllib's offset.
-        let no_positive = same.f_any_dim(1, true)?.f_logical_not()?;
-        let no_negative = other.f_any_dim(1, true)?.f_logical_not()?;
-        let not_positive = other.f_logical_and(&no_positive.f_logical_not()?)?;
-        let not_negative = same.f_logical_and(&no_negative.f_logical_not()?)?;
-        let positive = keys.f_masked_fill(&not_positive, f64::NEG_INFINITY)?.f_argmax(1, false)?;
-        let negative = keys.f_masked_fill(&not_negative, f64::INFINITY)?.f_argmin(1, false)?;
-        let offset = |missing: &Tensor, by: f64| -> Result<Tensor> {
-            Ok(missing.f_squeeze_dim(1)?.f_to_kind(kind)?.f_mul_scalar(by)?)
-        };
-        Ok(Self {
-            positive: (positive, offset(&no_positive, -OFFSET)?),
-            negative: (negative, offset(&no_negative, OFFSET)?),
-        })
-    }
 }

@@ -1,6 +1,7 @@
 //! The triplet losses on tensors.
 
-use super::mining::{Features, Pairs, mine};
+use super::composite::{Pairs, composite, of_pairs, sides};
+use super::mining::{Features, mine};
 use super::{finite, integral};
 use crate::error::{Error, Result};
 use crate::kernels::Loss;
@@ -8,8 +9,10 @@ use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::real::Real;
 use crate::kernels::reid_loss::mining::{Hardest, Identities};
 pub use crate::kernels::reid_loss::triplet::Objective;
-use crate::kernels::reid_loss::triplet::{Gradient, Role, loss as pair_loss, normalize, references};
-use crate::kernels::reid_loss::{CLAMP, SMALLEST_NORM};
+use crate::kernels::reid_loss::triplet::{
+    Gradient, Role, loss as pair_loss, normalize, references,
+};
+use crate::kernels::reid_loss::SMALLEST_NORM;
 use crate::ops::threads;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
@@ -62,17 +65,23 @@ impl<'a> Inputs<'a> {
         let memory = match call.memory {
             None => None,
             Some((memory, memory_labels)) => {
-                let (memory, memory_labels) = (new(("xbm_f", memory))?, new(("xbm_labels", memory_labels))?);
+                let (memory, memory_labels) =
+                    (new(("xbm_f", memory))?, new(("xbm_labels", memory_labels))?);
                 let own = memory.floating()?;
                 memory.same_device(&features)?;
                 let (rows, memory_dim) = matrix(&memory)?;
                 if memory_dim != dim {
-                    return Err(memory.wrong(&format!("have {dim} columns as {} has", call.features.0)));
+                    return Err(
+                        memory.wrong(&format!("have {dim} columns as {} has", call.features.0))
+                    );
                 }
                 if own != dtype {
                     return Err(Error::Type(format!(
                         "{}: xbm_f must have the dtype of {}, {:?}, got {:?}",
-                        call.class, call.features.0, dtype.kind(), own.kind()
+                        call.class,
+                        call.features.0,
+                        dtype.kind(),
+                        own.kind()
                     )));
                 }
                 identities_of(&memory_labels, &memory, rows)?;
@@ -91,7 +100,13 @@ impl<'a> Inputs<'a> {
         if candidates.shape().first() == Some(&0) {
             return Err(candidates.wrong("hold at least one row to find pairs in"));
         }
-        Ok(Self { features, labels, memory, teacher, dtype })
+        Ok(Self {
+            features,
+            labels,
+            memory,
+            teacher,
+            dtype,
+        })
     }
 
     /// Whether kernels may read everything.
@@ -99,7 +114,10 @@ impl<'a> Inputs<'a> {
         let labels = |i: &Input<'_>| i.on_cpu() && i.tensor.f_kind().is_ok_and(integral);
         self.features.on_cpu()
             && labels(&self.labels)
-            && self.memory.as_ref().is_none_or(|(f, l)| f.on_cpu() && labels(l))
+            && self
+                .memory
+                .as_ref()
+                .is_none_or(|(f, l)| f.on_cpu() && labels(l))
             && self.teacher.as_ref().is_none_or(Input::on_cpu)
     }
 }
@@ -116,7 +134,9 @@ fn matrix(input: &Input<'_>) -> Result<(i64, i64)> {
 fn identities_of(labels: &Input<'_>, features: &Input<'_>, rows: i64) -> Result<()> {
     labels.same_device(features)?;
     if *labels.shape() != [rows] {
-        return Err(labels.wrong(&format!("have shape ({rows},), one label for each row of features")));
+        return Err(labels.wrong(&format!(
+            "have shape ({rows},), one label for each row of features"
+        )));
     }
     Ok(())
 }
@@ -140,7 +160,13 @@ pub fn triplet(call: &Arguments<'_>) -> Result<Tensor> {
             let (u, v) = sides(&t[0], t.get(1), normalize, kind)?;
             of_pairs(&u, &v, &pairs, objective, Some(&reference), kind)
         });
-        attach(c"TripletBackward", &done.loss, &differentiable, done.grads, formula)?;
+        attach(
+            c"TripletBackward",
+            &done.loss,
+            &differentiable,
+            done.grads,
+            formula,
+        )?;
     }
     Ok(done.loss)
 }
@@ -164,17 +190,31 @@ where
     E::Acc: Stored,
 {
     if !normalized {
-        let tensor = input.tensor.f_detach()?.f_to_kind(<E::Acc as Stored>::KIND)?.f_contiguous()?;
-        return Ok(Prepared { tensor, norms: None });
+        let tensor = input
+            .tensor
+            .f_detach()?
+            .f_to_kind(<E::Acc as Stored>::KIND)?
+            .f_contiguous()?;
+        return Ok(Prepared {
+            tensor,
+            norms: None,
+        });
     }
-    let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+    let rows = input
+        .rows::<E>()
+        .ok_or_else(|| input.wrong("be a dense matrix"))?;
     let mut out = Owned::<E::Acc>::new(input.shape())?;
     let norms = normalize(rows, out.slice(), threads(input.numel()));
-    Ok(Prepared { tensor: out.into_tensor(), norms: Some(norms) })
+    Ok(Prepared {
+        tensor: out.into_tensor(),
+        norms: Some(norms),
+    })
 }
 
 fn integers(labels: &Input<'_>) -> Result<Vec<i64>> {
-    Ok(Vec::try_from(labels.tensor.f_to_kind(Kind::Int64)?.f_contiguous()?)?)
+    Ok(Vec::try_from(
+        labels.tensor.f_to_kind(Kind::Int64)?.f_contiguous()?,
+    )?)
 }
 
 fn fused<E>(call: &Arguments<'_>, inputs: &Inputs<'_>) -> Result<Fused>
@@ -184,20 +224,40 @@ where
 {
     let (class, dense) = (call.class, "be a dense matrix");
     let anchors = prepare::<E>(&inputs.features, call.normalize)?;
-    let memory = inputs.memory.as_ref().map(|(m, _)| prepare::<E>(m, call.normalize)).transpose()?;
+    let memory = inputs
+        .memory
+        .as_ref()
+        .map(|(m, _)| prepare::<E>(m, call.normalize))
+        .transpose()?;
     let view = Input::new(class, call.features.0, &anchors.tensor)?;
     let rows = view.rows::<E::Acc>().ok_or_else(|| view.wrong(dense))?;
-    let memory_view = memory.as_ref().map(|m| Input::new(class, "xbm_f", &m.tensor)).transpose()?;
+    let memory_view = memory
+        .as_ref()
+        .map(|m| Input::new(class, "xbm_f", &m.tensor))
+        .transpose()?;
     let memory_rows = match &memory_view {
         Some(view) => Some(view.rows::<E::Acc>().ok_or_else(|| view.wrong(dense))?),
         None => None,
     };
-    let u = Features { tensor: &anchors.tensor, rows };
-    let v = match (&memory, memory_rows) {
-        (Some(memory), Some(rows)) => Features { tensor: &memory.tensor, rows },
-        _ => Features { tensor: &anchors.tensor, rows },
+    let u = Features {
+        tensor: &anchors.tensor,
+        rows,
     };
-    let memory_labels = inputs.memory.as_ref().map(|(_, labels)| integers(labels)).transpose()?;
+    let v = match (&memory, memory_rows) {
+        (Some(memory), Some(rows)) => Features {
+            tensor: &memory.tensor,
+            rows,
+        },
+        _ => Features {
+            tensor: &anchors.tensor,
+            rows,
+        },
+    };
+    let memory_labels = inputs
+        .memory
+        .as_ref()
+        .map(|(_, labels)| integers(labels))
+        .transpose()?;
     let identities = Identities::new(&integers(&inputs.labels)?, memory_labels.as_deref());
     let hardest = mine(&u, &v, &identities)?;
     let reference = match (&inputs.teacher, call.objective) {
@@ -207,20 +267,45 @@ where
     let (value, pulls) = pair_loss(call.objective, &hardest, &reference, v.rows.rows());
     let loss = scalar(value, inputs.dtype.at_least_f32())?;
 
-    let both = if memory.is_some() { Role::Anchors } else { Role::Both };
-    let gradient = Gradient { anchors: u.rows, candidates: v.rows, pulls: &pulls, role: both, norms: None };
+    let both = if memory.is_some() {
+        Role::Anchors
+    } else {
+        Role::Both
+    };
+    let gradient = Gradient {
+        anchors: u.rows,
+        candidates: v.rows,
+        pulls: &pulls,
+        role: both,
+        norms: None,
+    };
     let store = |input: &Input<'_>, role: Role, norms: &Option<Vec<f64>>| -> Result<_> {
         if !input.wants_grad() {
             return Ok(None);
         }
-        let gradient = Gradient { role, norms: norms.as_deref(), ..gradient };
-        store::<E>(gradient, input, value, bound(call.objective, norms.as_deref())).map(Some)
+        let gradient = Gradient {
+            role,
+            norms: norms.as_deref(),
+            ..gradient
+        };
+        store::<E>(
+            gradient,
+            input,
+            value,
+            bound(call.objective, norms.as_deref()),
+        )
+        .map(Some)
     };
     let mut grads = vec![store(&inputs.features, both, &anchors.norms)?];
     if let (Some((input, _)), Some(memory)) = (&inputs.memory, &memory) {
         grads.push(store(input, Role::Candidates, &memory.norms)?);
     }
-    Ok(Fused { loss, grads, hardest, reference })
+    Ok(Fused {
+        loss,
+        grads,
+        hardest,
+        reference,
+    })
 }
 
 /// What no element of the gradient exceeds: a row may be the candidate of every anchor twice.
@@ -229,19 +314,35 @@ fn bound(objective: Objective, norms: Option<&[f64]>) -> f64 {
         Objective::Hinge(_) | Objective::Taught => 1.0,
         Objective::Margin(margin) => 1.0 + margin.abs(),
     };
-    let smallest = norms.into_iter().flatten().copied().filter(|&n| n > SMALLEST_NORM).fold(1.0, f64::min);
+    let smallest = norms
+        .into_iter()
+        .flatten()
+        .copied()
+        .filter(|&n| n > SMALLEST_NORM)
+        .fold(1.0, f64::min);
     4.0 * slope / smallest
 }
 
-fn store<E>(gradient: Gradient<'_, E::Acc>, input: &Input<'_>, value: f64, bound: f64) -> Result<StoredGrad>
+fn store<E>(
+    gradient: Gradient<'_, E::Acc>,
+    input: &Input<'_>,
+    value: f64,
+    bound: f64,
+) -> Result<StoredGrad>
 where
     E: Element + Stored,
     E::Acc: Element<Acc = E::Acc> + Real,
 {
-    let loss = Loss { value, scale: stored_scale::<E>(bound) };
+    let loss = Loss {
+        value,
+        scale: stored_scale::<E>(bound),
+    };
     let mut out = Owned::<E>::new(input.shape())?;
     gradient.store(loss, out.slice(), threads(4 * input.numel()));
-    Ok(StoredGrad { tensor: out.into_tensor(), scale: loss.scale })
+    Ok(StoredGrad {
+        tensor: out.into_tensor(),
+        scale: loss.scale,
+    })
 }
 
 /// The teacher's references, from its own features: 2N distances.
@@ -253,68 +354,4 @@ fn taught(teacher: &Input<'_>, call: &Arguments<'_>, hardest: &[Hardest]) -> Res
         let rows = view.rows::<F>().ok_or_else(|| view.wrong("be a dense matrix"))?;
         Ok(references(rows, hardest, threads(2 * teacher.numel())))
     })
-}
-
-/// The same loss in libtorch operations. It has one product as well, and differentiates 2N pairs.
-fn composite(call: &Arguments<'_>, kind: Kind) -> Result<Tensor> {
-    let (u, v) = sides(call.features.1, call.memory.map(|(m, _)| m), call.normalize, kind)?;
-    let labels = call.labels.1;
-    let pairs = Pairs::mined(&u, &v, (labels, call.memory.map_or(labels, |(_, l)| l)))?;
-    let reference = match (call.teacher, call.objective) {
-        (Some(teacher), Objective::Taught) => {
-            let (w, _) = sides(&teacher.f_detach()?, None, call.normalize, kind)?;
-            let positive = distances(&w, &w, &pairs.positive.0)?;
-            Some(positive.f_sub(&distances(&w, &w, &pairs.negative.0)?)?.f_sigmoid()?)
-        }
-        _ => None,
-    };
-    of_pairs(&u, &v, &pairs, call.objective, reference.as_ref(), kind)
-}
-
-/// The features and the memory, normalised if they are to be.
-fn sides(features: &Tensor, memory: Option<&Tensor>, normalize: bool, kind: Kind) -> Result<(Tensor, Tensor)> {
-    let side = |x: &Tensor| -> Result<Tensor> {
-        let x = x.f_to_kind(kind)?;
-        if !normalize {
-            return Ok(x);
-        }
-        Ok(x.f_div(&x.f_norm_scalaropt_dim(2.0, 1, true)?.f_clamp_min(SMALLEST_NORM)?)?)
-    };
-    let u = side(features)?;
-    let v = memory.map_or_else(|| Ok(u.shallow_clone()), side)?;
-    Ok((u, v))
-}
-
-/// `|u_i - v_index(i)|`
-fn distances(u: &Tensor, v: &Tensor, index: &Tensor) -> Result<Tensor> {
-    let difference = u.f_sub(&v.f_index_select(0, index)?)?;
-    let square = difference.f_square()?.f_sum_dim_intlist(1, false, u.f_kind()?)?;
-    Ok(square.f_clamp_min(CLAMP)?.f_sqrt()?)
-}
-
-fn of_pairs(
-    u: &Tensor,
-    v: &Tensor,
-    pairs: &Pairs,
-    objective: Objective,
-    reference: Option<&Tensor>,
-    kind: Kind,
-) -> Result<Tensor> {
-    let positive = distances(u, v, &pairs.positive.0)?.f_add(&pairs.positive.1)?;
-    let negative = distances(u, v, &pairs.negative.0)?.f_add(&pairs.negative.1)?;
-    let t = positive.f_sub(&negative)?;
-    let each = match objective {
-        Objective::Hinge(margin) => t.f_add_scalar(margin)?.f_clamp_min(0.0)?,
-        Objective::Margin(margin) => {
-            let own = t.f_log_sigmoid()?.f_mul_scalar(-margin)?;
-            own.f_sub(&t.f_neg()?.f_log_sigmoid()?.f_mul_scalar(1.0 - margin)?)?
-        }
-        Objective::Taught => {
-            let r = reference.map_or_else(|| t.f_detach()?.f_sigmoid(), |r| Ok(r.shallow_clone()))?;
-            let own = t.f_log_sigmoid()?.f_mul(&r)?;
-            let other = t.f_neg()?.f_log_sigmoid()?.f_mul(&r.f_neg()?.f_add_scalar(1.0)?)?;
-            own.f_add(&other)?.f_neg()?
-        }
-    };
-    Ok(each.f_mean(kind)?)
 }

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
-from torch.amp.autocast_mode import is_autocast_available
 
 from tllib_rs import _core
 from tllib_rs._library import at_least_float32, register
@@ -90,10 +89,8 @@ def pairwise_euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     """
     _check_pair(x, y)
     # Two dense matrices: torch's product is all the work, and torch's operations differentiate it.
-    region = nullcontext()
-    if is_autocast_available(x.device.type):
-        region = torch.autocast(x.device.type, enabled=False)
-    with region:
+    device = x.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
         dtype = at_least_float32(x.dtype)
         u, v = x.to(dtype), y.to(dtype)
         squares = u.square().sum(dim=1, keepdim=True) + v.square().sum(dim=1)
