@@ -74,7 +74,11 @@ impl<F: Element<Acc = F> + Real> Kernel for MatrixScan<'_, '_, F> {
             *positive = reduce::argmax(&keys) as i64;
             for ((key, &d), &s) in keys.iter_mut().zip(d).zip(s) {
                 let sum = d + offset * s;
-                *key = if sum == sum { -sum } else { F::NEG_INFINITY };
+                *key = if sum.to_f64().is_nan() {
+                    F::NEG_INFINITY
+                } else {
+                    -sum
+                };
             }
             *negative = reduce::argmax(&keys) as i64;
         }

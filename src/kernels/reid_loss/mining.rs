@@ -277,7 +277,13 @@ fn best<F: Real>(
     for (c, (keys, ids)) in keys.chunks(LANES).zip(ids.chunks(LANES)).enumerate() {
         let mut any = false;
         for (&key, &id) in keys.iter().zip(ids) {
-            any |= takes_part(id) & (key >= floor);
+            #[allow(
+                clippy::needless_bitwise_bool,
+                reason = "a branch would keep it from vectorising"
+            )]
+            {
+                any |= takes_part(id) & (key >= floor);
+            }
         }
         if !any {
             continue;

@@ -47,7 +47,7 @@ fn term(objective: Objective, t: f64, reference: f64) -> (f64, f64) {
             return if hinge < 0.0 {
                 (0.0, 0.0)
             } else {
-                (hinge, hinge - hinge + 1.0)
+                (hinge, if hinge.is_nan() { hinge } else { 1.0 })
             };
         }
         Objective::Margin(margin) => margin,
@@ -57,7 +57,7 @@ fn term(objective: Objective, t: f64, reference: f64) -> (f64, f64) {
     let both = tail.ln_1p();
     // ln sigma(t) and ln sigma(-t), neither of which cancels.
     let (own, other) = (0f64.min(t) - both, 0f64.min(-t) - both);
-    let (own, other) = if t == t { (own, other) } else { (t, t) };
+    let (own, other) = if t.is_nan() { (t, t) } else { (own, other) };
     // sigma - r from whichever of sigma(t), sigma(-t) is small.
     let small = tail / (1.0 + tail);
     let slope = if t < 0.0 {
@@ -389,12 +389,19 @@ mod tests {
 
     #[test]
     fn terms_and_their_slopes() {
-        let objectives = [Objective::Hinge(0.3), Objective::Margin(0.2), Objective::Taught];
+        let objectives = [
+            Objective::Hinge(0.3),
+            Objective::Margin(0.2),
+            Objective::Taught,
+        ];
         for objective in objectives {
             for t in [-40.0, -3.0, -0.7, 0.1, 2.0, 40.0] {
                 let value = |t| term(objective, t, 0.7).0;
                 let difference = (value(t + 1e-5) - value(t - 1e-5)) / 2e-5;
-                assert!((term(objective, t, 0.7).1 - difference).abs() < 1e-6, "{objective:?} {t}");
+                assert!(
+                    (term(objective, t, 0.7).1 - difference).abs() < 1e-6,
+                    "{objective:?} {t}"
+                );
             }
             let (value, slope) = term(objective, f64::NAN, 0.7);
             assert!(value.is_nan() && slope.is_nan());

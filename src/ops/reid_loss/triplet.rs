@@ -7,12 +7,12 @@ use crate::error::{Error, Result};
 use crate::kernels::Loss;
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::real::Real;
+use crate::kernels::reid_loss::SMALLEST_NORM;
 use crate::kernels::reid_loss::mining::{Hardest, Identities};
 pub use crate::kernels::reid_loss::triplet::Objective;
 use crate::kernels::reid_loss::triplet::{
     Gradient, Role, loss as pair_loss, normalize, references,
 };
-use crate::kernels::reid_loss::SMALLEST_NORM;
 use crate::ops::threads;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
