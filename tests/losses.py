@@ -10,6 +10,7 @@ import torch
 
 from tests.plain.cc_loss import cc_loss as plain_cc_loss
 from tests.plain.dst import worst_case as plain_dst
+from tests.plain import reid_loss as plain_reid_loss
 from tests.plain.entropy import entropy as plain_entropy
 from tests.plain.mcc import mcc as plain_mcc
 from tests.plain.pi_model import l2_consistency as plain_l2
@@ -24,6 +25,7 @@ from tllib_rs.self_training.pi_model import L2ConsistencyLoss
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
 from tllib_rs.self_training.self_ensemble import ClassBalanceLoss
 from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
+from tllib_rs.vision.models.reid import loss as reid_loss
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,18 @@ def masked(inputs):
     return make
 
 
+def cyclic(x, count=3):
+    """A label below ``count`` for each row of ``x``."""
+    return torch.arange(len(x), device=x.device) % count
+
+
+# Made here and not in the calls, which torch.compile traces.
+TRIPLET = reid_loss.TripletLoss(1.0)
+TRIPLET_XBM = reid_loss.TripletLossXBM(0.5, normalize_feature=True)
+SOFT_TRIPLET = reid_loss.SoftTripletLoss()
+SOFT_TRIPLET_MARGIN = reid_loss.SoftTripletLoss(0.2, normalize_feature=True)
+LABEL_SMOOTH = reid_loss.CrossEntropyLossWithLabelSmooth(6, 0.2)
+
 LOSSES = [
     # The entropy weights are held constant, so finite differences of the whole do not match.
     Loss("mcc", MinimumClassConfusionLoss(2.5), lambda z: plain_mcc(z, 2.5), logits(), gradcheck=False),
@@ -128,5 +142,43 @@ LOSSES = [
         lambda y_strong, y: plain_uda(y_strong, y, 0.5, 0.4),
         logits(2),
         constant=(1,),
+    ),
+    Loss(
+        "triplet",
+        lambda f: TRIPLET(f, cyclic(f)),
+        lambda f: plain_reid_loss.triplet(f, cyclic(f), 1.0),
+        logits(),
+    ),
+    Loss(
+        "triplet_xbm_normalized",
+        lambda f, m: TRIPLET_XBM(f, cyclic(f), m, cyclic(m)),
+        lambda f, m: plain_reid_loss.triplet_xbm(f, cyclic(f), m, cyclic(m), 0.5, True),
+        logits(2),
+    ),
+    Loss(
+        "soft_triplet",
+        lambda f, t: SOFT_TRIPLET(f, t, cyclic(f)),
+        lambda f, t: plain_reid_loss.soft_triplet(f, t, cyclic(f)),
+        logits(2),
+        constant=(1,),
+    ),
+    Loss(
+        "soft_triplet_margin_normalized",
+        lambda f: SOFT_TRIPLET_MARGIN(f, None, cyclic(f)),
+        lambda f: plain_reid_loss.soft_triplet(f, f, cyclic(f), 0.2, True),
+        logits(),
+    ),
+    Loss(
+        "reid_cross_entropy",
+        reid_loss.CrossEntropyLoss(),
+        plain_reid_loss.cross_entropy,
+        logits(2),
+        constant=(1,),
+    ),
+    Loss(
+        "label_smooth",
+        lambda y: LABEL_SMOOTH(y, cyclic(y, y.shape[1])),
+        lambda y: plain_reid_loss.label_smooth(y, cyclic(y, y.shape[1]), 6, 0.2),
+        logits(),
     ),
 ]

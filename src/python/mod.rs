@@ -9,6 +9,7 @@ mod mcc;
 mod mean_teacher;
 mod pi_model;
 mod pseudo_label;
+mod reid_loss;
 mod self_ensemble;
 mod self_tuning;
 mod uda;
@@ -113,5 +114,13 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(uda::uda, m)?)?;
     m.add_function(wrap_pyfunction!(self_ensemble::check_num_classes, m)?)?;
     m.add_function(wrap_pyfunction!(self_ensemble::class_balance, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::check_margin, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::check_smoothing, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::hardest, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::label_smooth, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::soft_cross_entropy, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::soft_triplet, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::triplet, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::triplet_xbm, m)?)?;
     Ok(())
 }

@@ -1,0 +1,396 @@
+"""Losses of person re-identification: `Mutual Mean-Teaching (ICLR 2020)
+<https://arxiv.org/abs/2001.01526>`_, `In Defense of the Triplet Loss (2017)
+<https://arxiv.org/abs/1703.07737>`_."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from tllib_rs import _core
+from tllib_rs._library import at_least_float32, register
+
+__all__ = [
+    "CrossEntropyLoss",
+    "CrossEntropyLossWithLabelSmooth",
+    "SoftTripletLoss",
+    "TripletLoss",
+    "TripletLossXBM",
+    "hard_examples_mining",
+    "pairwise_euclidean_distance",
+]
+
+
+def _scalar_like(features, *_):
+    return (features.new_empty((), dtype=at_least_float32(features.dtype)),)
+
+
+_compiled_hardest = register(
+    "hardest",
+    "(Tensor dist_mat, Tensor identity_mat)",
+    _core.hardest,
+    lambda dist_mat, _: (
+        dist_mat.new_empty(dist_mat.shape[0], dtype=torch.int64),
+        dist_mat.new_empty(dist_mat.shape[0], dtype=torch.int64),
+    ),
+    differentiable=0,
+    extra=1,
+)
+_compiled_label_smooth = register(
+    "label_smooth",
+    "(Tensor y, Tensor labels, int num_classes, float epsilon)",
+    _core.label_smooth,
+    lambda y, *_: (y.new_empty(()),),
+)
+_compiled_soft_cross_entropy = register(
+    "soft_cross_entropy",
+    "(Tensor y, Tensor labels)",
+    _core.soft_cross_entropy,
+    lambda y, _: (y.new_empty(()),),
+)
+_compiled_triplet = register(
+    "triplet",
+    "(Tensor f, Tensor labels, float margin, bool normalize_feature)",
+    _core.triplet,
+    _scalar_like,
+)
+_compiled_triplet_xbm = register(
+    "triplet_xbm",
+    "(Tensor f, Tensor xbm_f, Tensor labels, Tensor xbm_labels, float margin, bool normalize_feature)",
+    _core.triplet_xbm,
+    _scalar_like,
+    differentiable=2,
+)
+_compiled_soft_triplet = register(
+    "soft_triplet",
+    "(Tensor features_1, Tensor? features_2, Tensor labels, float? margin, bool normalize_feature)",
+    _core.soft_triplet,
+    _scalar_like,
+)
+
+
+def pairwise_euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    r"""Distances between all rows of two matrices,
+    :math:`\sqrt{\max(|x_i|^2 + |y_j|^2 - 2 x_i \cdot y_j,\; 10^{-12})}`.
+
+    The formula cancels where rows are nearly equal: there, in float32, the distance is rounding noise, as
+    in tllib. The losses of this module do not have this problem.
+
+    Args:
+        x (tensor): (N, F), floating point.
+        y (tensor): (M, F), the dtype of ``x``.
+
+    Returns:
+        (N, M), in the dtype of ``x``.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or the dtypes differ.
+        ValueError: the shapes are not (N, F) and (M, F).
+    """
+    _check_pair(x, y)
+    # Two dense matrices: torch's product is all the work, and torch's operations differentiate it.
+    device = x.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        dtype = at_least_float32(x.dtype)
+        u, v = x.to(dtype), y.to(dtype)
+        squares = u.square().sum(dim=1, keepdim=True) + v.square().sum(dim=1)
+        squares = torch.addmm(squares, u, v.t(), alpha=-2)
+        return squares.clamp(min=1e-12).sqrt().to(x.dtype)
+
+
+def _check_pair(x, y):
+    name = "pairwise_euclidean_distance"
+    for which, value in (("x", x), ("y", y)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: {which} must be a torch.Tensor, got {type(value).__name__}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: {which} must be a floating-point tensor, got {value.dtype}")
+    if x.dtype != y.dtype:
+        raise TypeError(f"{name}: y must have the dtype of x, {x.dtype}, got {y.dtype}")
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"{name}: x and y must have shapes (N, F) and (M, F), got {list(x.shape)} and {list(y.shape)}"
+        )
+
+
+def hard_examples_mining(dist_mat: torch.Tensor, identity_mat: torch.Tensor, return_idxes: bool = False):
+    r"""The hardest positive and negative of each row of a distance matrix, by one scan and no sort.
+
+    .. math::
+        p_i = \arg\max_j\, d_{ij} - 10^7 (1 - s_{ij}), \qquad n_i = \arg\min_j\, d_{ij} + 10^7 s_{ij}
+
+    Of equal distances the first wins. A row without a positive has the distance
+    :math:`\max_j d_{ij} - 10^7`, one without a negative :math:`\min_j d_{ij} + 10^7`, as in tllib.
+
+    Args:
+        dist_mat (tensor): distances :math:`d`, (N, M), floating point.
+        identity_mat (tensor): :math:`s`, (N, M): 1 for two samples of one identity, 0 for others.
+        return_idxes (bool, optional): whether to return the indices too. Default: False
+
+    Returns:
+        dist_ap and dist_an, (N,) each, differentiable; with ``return_idxes`` followed by the indices of
+        the hard positives and negatives, (N,) int64 each.
+
+    Raises:
+        TypeError: an argument is not a tensor, or ``dist_mat`` not floating point.
+        ValueError: ``dist_mat`` is not (N, M) with M > 0, or the shapes differ.
+        RuntimeError: the devices differ.
+    """
+    if torch.compiler.is_compiling():
+        positive, negative = _compiled_hardest(dist_mat.detach(), identity_mat.detach())
+    else:
+        positive, negative = _core.hardest(dist_mat, identity_mat)
+    if not identity_mat.is_floating_point():
+        identity_mat = identity_mat.to(at_least_float32(dist_mat.dtype))
+
+    def pick(matrix, index):
+        return matrix.gather(1, index.unsqueeze(1)).squeeze(1)
+
+    dist_ap = pick(dist_mat, positive) + -1e7 * (1 - pick(identity_mat, positive))
+    dist_an = pick(dist_mat, negative) + 1e7 * pick(identity_mat, negative)
+    return (dist_ap, dist_an, positive, negative) if return_idxes else (dist_ap, dist_an)
+
+
+class CrossEntropyLossWithLabelSmooth(nn.Module):
+    r"""Cross entropy with smoothed labels: `Rethinking the Inception Architecture for Computer Vision
+    (CVPR 2016) <https://arxiv.org/abs/1512.00567>`_.
+
+    With :math:`p = \mathrm{softmax}(y)`, :math:`t_{ic} = (1 - \epsilon) [c = l_i] + \epsilon / n`,
+
+    .. math::
+        \mathrm{loss} = \frac{1}{B} \sum_i \sum_c -t_{ic} \log p_{ic}
+
+    Args:
+        num_classes (int): :math:`n`. As in tllib it is not compared with the predictions.
+        epsilon (float, optional): :math:`\epsilon`. Default: 0.1
+
+    Inputs:
+        - y (tensor): unnormalized predictions, (minibatch, C), floating point.
+        - labels (tensor): (minibatch,), int64.
+
+    Returns:
+        A scalar in the dtype of the predictions (float32 in an autocast region). NaN for an empty batch.
+
+    Raises:
+        TypeError: y is not a floating-point tensor, or labels are not int64.
+        ValueError: y is not (minibatch, C) with C > 0, or there is not one label for each row.
+        IndexError: a label is negative or not below C (on the CPU; a CUDA device asserts).
+        RuntimeError: the devices differ.
+
+    Examples::
+
+        >>> loss = CrossEntropyLossWithLabelSmooth(num_classes=31)
+        >>> y = torch.randn(32, 31, requires_grad=True)
+        >>> loss(y, torch.randint(31, (32,))).backward()
+    """
+
+    def __init__(self, num_classes: int, epsilon: float = 0.1):
+        super().__init__()
+        _core.check_smoothing(num_classes, epsilon)
+        self.num_classes = num_classes
+        self.epsilon = epsilon
+        # Not called: tllib has it, and scripts may look at it.
+        self.log_softmax = nn.LogSoftmax(dim=1)
+
+    def forward(self, y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if torch.compiler.is_compiling():
+            return _compiled_label_smooth(y, labels, self.num_classes, self.epsilon)
+        return _core.label_smooth(y, labels, self.num_classes, self.epsilon)
+
+
+class CrossEntropyLoss(nn.Module):
+    r"""Cross entropy with the predictions of another network as targets, as in Mutual Mean-Teaching.
+
+    With :math:`p = \mathrm{softmax}(y)` and :math:`q = \mathrm{softmax}(labels)`, not differentiated,
+
+    .. math::
+        \mathrm{loss} = \frac{1}{B} \sum_i \sum_c -q_{ic} \log p_{ic}
+
+    Inputs:
+        - y (tensor): unnormalized predictions, (minibatch, C), floating point. Further dimensions, of
+          which the mean is taken too, are allowed.
+        - labels (tensor): unnormalized predictions of the other network, same shape.
+
+    Returns:
+        A scalar in the dtype of the predictions (float32 in an autocast region). NaN for an empty batch.
+
+    Raises:
+        TypeError: an input is not a floating-point tensor.
+        ValueError: y is not (minibatch, C, ...) with C > 0, or the shapes differ.
+        RuntimeError: the devices differ.
+
+    Examples::
+
+        >>> loss = CrossEntropyLoss()
+        >>> y, teacher = torch.randn(32, 31, requires_grad=True), torch.randn(32, 31)
+        >>> loss(y, teacher).backward()
+    """
+
+    def __init__(self):
+        super().__init__()
+        # Not called: tllib has it, and scripts may look at it.
+        self.log_softmax = nn.LogSoftmax(dim=1)
+
+    def forward(self, y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        if torch.compiler.is_compiling():
+            return _compiled_soft_cross_entropy(y, labels)
+        return _core.soft_cross_entropy(y, labels)
+
+
+class TripletLoss(nn.Module):
+    r"""Triplet loss with the hardest positive and negative in the batch.
+
+    With the Euclidean distances :math:`a_i` to the farthest sample of the same identity (which may be the
+    sample itself) and :math:`b_i` to the nearest of another,
+
+    .. math::
+        \mathrm{loss} = \frac{1}{B} \sum_i \max(0,\; a_i - b_i + m)
+
+    Pairs are found by one matrix product and one scan, in blocks of rows, so that memory does not grow with
+    :math:`B^2`. Distance and gradient of these :math:`2B` pairs come from differences, which stay exact
+    where :math:`|x|^2 + |y|^2 - 2 x \cdot y` cancels. If all samples have one identity, :math:`b_i` is the
+    smallest distance plus :math:`10^7`, as in tllib.
+
+    Args:
+        margin (float): :math:`m`.
+        normalize_feature (bool, optional): whether features are first divided by their norms.
+            Default: False
+
+    Inputs:
+        - f (tensor): features, (minibatch, F), floating point.
+        - labels (tensor): identities, (minibatch,).
+
+    Returns:
+        A scalar; float64 for float64 features, else float32.
+
+    Raises:
+        TypeError: an input is not a tensor, or features are not floating point.
+        ValueError: features are not (minibatch, F) with at least one row and column, or there is not one
+            label for each, or the margin is not finite.
+        RuntimeError: the devices differ.
+
+    Examples::
+
+        >>> loss = TripletLoss(margin=0.3)
+        >>> f, labels = torch.randn(64, 2048, requires_grad=True), torch.arange(64) // 4
+        >>> loss(f, labels).backward()
+    """
+
+    def __init__(self, margin: float, normalize_feature: bool = False):
+        super().__init__()
+        _core.check_margin("TripletLoss", margin)
+        self.margin = margin
+        self.normalize_feature = normalize_feature
+        # Not called, but its margin is the one that counts, as in tllib.
+        self.margin_loss = nn.MarginRankingLoss(margin=margin)
+
+    def forward(self, f: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        call = _compiled_triplet if torch.compiler.is_compiling() else _core.triplet
+        return call(f, labels, self.margin_loss.margin, self.normalize_feature)
+
+
+class TripletLossXBM(nn.Module):
+    r""":class:`TripletLoss` whose pairs are looked for in a memory of earlier batches: `Cross-Batch Memory
+    for Embedding Learning (CVPR 2020) <https://arxiv.org/abs/1912.06798>`_.
+
+    A sample without a positive in the memory has the largest distance minus :math:`10^7` in place of
+    :math:`a_i`, one without a negative the smallest plus :math:`10^7` in place of :math:`b_i`, as in tllib:
+    such samples add nothing.
+
+    Args:
+        margin (float, optional): :math:`m`. Default: 0.3
+        normalize_feature (bool, optional): whether features are first divided by their norms.
+            Default: False
+
+    Inputs:
+        - f (tensor): features, (minibatch, F), floating point.
+        - labels (tensor): their identities, (minibatch,).
+        - xbm_f (tensor): features of the memory, (M, F) with M > 0, the dtype of ``f``. It gets a gradient
+          too if it requires one.
+        - xbm_labels (tensor): their identities, (M,).
+
+    Returns:
+        A scalar; float64 for float64 features, else float32. NaN for an empty batch.
+
+    Raises:
+        TypeError: an input is not a tensor, features are not floating point, or their dtypes differ.
+        ValueError: the shapes do not match, the memory is empty, or the margin is not finite.
+        RuntimeError: the devices differ.
+
+    Examples::
+
+        >>> loss = TripletLossXBM()
+        >>> f, labels = torch.randn(64, 256, requires_grad=True), torch.arange(64) // 4
+        >>> loss(f, labels, torch.randn(1024, 256), torch.arange(1024) % 16).backward()
+    """
+
+    def __init__(self, margin: float = 0.3, normalize_feature: bool = False):
+        super().__init__()
+        _core.check_margin("TripletLossXBM", margin)
+        self.margin = margin
+        self.normalize_feature = normalize_feature
+        # Not called, but its margin is the one that counts, as in tllib.
+        self.ranking_loss = nn.MarginRankingLoss(margin=margin)
+
+    def forward(
+        self, f: torch.Tensor, labels: torch.Tensor, xbm_f: torch.Tensor, xbm_labels: torch.Tensor
+    ) -> torch.Tensor:
+        """See the class."""
+        call = _compiled_triplet_xbm if torch.compiler.is_compiling() else _core.triplet_xbm
+        return call(f, xbm_f, labels, xbm_labels, self.ranking_loss.margin, self.normalize_feature)
+
+
+class SoftTripletLoss(nn.Module):
+    r"""Soft triplet loss of Mutual Mean-Teaching.
+
+    With the distances :math:`a_i`, :math:`b_i` of :class:`TripletLoss` and
+    :math:`\sigma_i = e^{a_i} / (e^{a_i} + e^{b_i})`,
+
+    .. math::
+        \mathrm{loss} = \frac{1}{B} \sum_i -r_i \log \sigma_i - (1 - r_i) \log (1 - \sigma_i)
+
+    where :math:`r_i` is the teacher's :math:`\sigma_i` for the same pairs, not differentiated, or the margin.
+    Of the teacher only these :math:`2B` distances are computed.
+
+    Args:
+        margin (float, optional): :math:`r` for all samples; ``None`` for the teacher's. Default: None
+        normalize_feature (bool, optional): whether features are first divided by their norms.
+            Default: False
+
+    Inputs:
+        - features_1 (tensor): features to train, (minibatch, F), floating point.
+        - features_2 (tensor): features of the teacher, (minibatch, any). Not used with a margin.
+        - labels (tensor): identities, (minibatch,).
+
+    Returns:
+        A scalar; float64 for float64 features, else float32.
+
+    Raises:
+        TypeError: an input is not a tensor, or features are not floating point.
+        ValueError: features are not (minibatch, F) with at least one row and column, or there is not one
+            label for each, or the margin is not finite.
+        RuntimeError: the devices differ.
+
+    Examples::
+
+        >>> loss = SoftTripletLoss()
+        >>> f, teacher = torch.randn(64, 2048, requires_grad=True), torch.randn(64, 2048)
+        >>> loss(f, teacher, torch.arange(64) // 4).backward()
+    """
+
+    def __init__(self, margin: float | None = None, normalize_feature: bool = False):
+        super().__init__()
+        if margin is not None:
+            _core.check_margin("SoftTripletLoss", margin)
+        self.margin = margin
+        self.normalize_feature = normalize_feature
+
+    def forward(
+        self, features_1: torch.Tensor, features_2: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """See the class."""
+        call = _compiled_soft_triplet if torch.compiler.is_compiling() else _core.soft_triplet
+        return call(features_1, features_2, labels, self.margin, self.normalize_feature)

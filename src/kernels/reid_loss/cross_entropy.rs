@@ -1,0 +1,315 @@
+//! Cross entropy with soft targets: of another network, or smoothed labels.
+//!
+//! With `p = softmax(z)` and targets `t` (a constant to the gradient),
+//!
+//! ```text
+//! loss     = 1/B sum_i sum_c -t_ic ln p_ic
+//! dL/dz_ic = 1/B (S p_ic - t_ic)             S = sum_c t_ic
+//! ```
+//!
+//! Soft targets are `t = softmax(y)`, `S = 1`. Smoothed labels are `t_ic = (1 - e) [c = label_i] + e/n`;
+//! `n` need not be the number of columns, as in tllib, and then `S` is not 1.
+
+use super::super::Loss;
+use super::super::element::{Element, stored_scale};
+use super::super::isa::{Isa, Kernel, dispatch};
+use super::super::parallel::{cut, run, split};
+use super::super::real::Real;
+use super::super::reduce;
+use super::super::rows::Rows;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+/// Where the targets come from.
+#[derive(Clone, Copy)]
+pub enum Targets<'a, E> {
+    /// The softmax of these logits, of the shape of the predictions.
+    Logits(Rows<'a, E>),
+    /// Smoothed labels.
+    Smooth {
+        /// One below the number of columns for each row.
+        labels: &'a [i64],
+        /// `1 - e`
+        hit: f64,
+        /// `e / n`
+        rest: f64,
+    },
+}
+
+/// The loss of `logits` (at least one column); with `grad` (contiguous, same shape) also its gradient.
+pub fn cross_entropy<E: Element>(
+    logits: Rows<'_, E>,
+    targets: Targets<'_, E>,
+    grad: Option<&mut [E]>,
+    threads: NonZeroUsize,
+) -> Loss {
+    let (rows, cols) = (logits.rows(), logits.cols());
+    let weight = 1.0 / rows as f64;
+    let bound = match targets {
+        Targets::Logits(_) => 1.0,
+        Targets::Smooth { hit, rest, .. } => hit.abs() + rest.abs() * cols as f64,
+    };
+    let scale = stored_scale::<E>(weight * bound);
+    let ranges = split(rows, threads);
+    let mut grads = match grad {
+        Some(grad) => cut(grad, &ranges, cols).into_iter().map(Some).collect(),
+        None => Vec::new(),
+    }
+    .into_iter();
+    let jobs: Vec<_> = ranges
+        .into_iter()
+        .map(|range| {
+            let grad = grads.next().flatten();
+            let sweep = Sweep {
+                logits,
+                targets,
+                range,
+                weight: weight * scale,
+                grad,
+            };
+            move || dispatch(sweep)
+        })
+        .collect();
+    let total: f64 = run(jobs).into_iter().sum();
+    // Over no rows the mean is 0/0, as in tllib.
+    Loss {
+        value: total * weight + if rows == 0 { f64::NAN } else { 0.0 },
+        scale,
+    }
+}
+
+struct Sweep<'a, 'b, E> {
+    logits: Rows<'a, E>,
+    targets: Targets<'a, E>,
+    range: Range<usize>,
+    weight: f64,
+    grad: Option<&'b mut [E]>,
+}
+
+/// `e^{z_c - max}` in `exp`, their sum and the maximum.
+struct Softmax<F> {
+    exp: Vec<F>,
+    max: F,
+    total: f64,
+}
+
+impl<F: Real> Softmax<F> {
+    #[inline(always)]
+    fn of<I: Isa>(&mut self, z: &[F]) {
+        self.max = reduce::max(z);
+        self.total = reduce::exp_shifted::<I, _>(z, self.max, F::ONE, &mut self.exp);
+    }
+}
+
+impl<E: Element> Kernel for Sweep<'_, '_, E> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> f64 {
+        let cols = self.logits.cols();
+        let softmax = || Softmax {
+            exp: vec![E::Acc::ZERO; cols],
+            max: E::Acc::ZERO,
+            total: 0.0,
+        };
+        let mut scratch = self.logits.scratch();
+        let mut p = softmax();
+        let mut grads = self.grad.map(|grad| grad.chunks_exact_mut(cols));
+        let mut grad = move || grads.as_mut().and_then(Iterator::next);
+        let mut total = 0.0;
+        match self.targets {
+            Targets::Logits(targets) => {
+                let mut target_scratch = targets.scratch();
+                let mut q = softmax();
+                for i in self.range {
+                    let z = self.logits.row(i, &mut scratch);
+                    p.of::<I>(z);
+                    q.of::<I>(targets.row(i, &mut target_scratch));
+                    total += soft_row(z, &p, &q, self.weight, grad());
+                }
+            }
+            Targets::Smooth { labels, hit, rest } => {
+                for i in self.range {
+                    let z = self.logits.row(i, &mut scratch);
+                    p.of::<I>(z);
+                    total +=
+                        smooth_row(z, &p, (labels[i] as usize, hit, rest), self.weight, grad());
+                }
+            }
+        }
+        total
+    }
+}
+
+/// `ln sum_c e^{z_c - max} - sum_c q_c (z_c - max)`: both terms are positive.
+#[inline(always)]
+fn soft_row<E: Element>(
+    z: &[E::Acc],
+    p: &Softmax<E::Acc>,
+    q: &Softmax<E::Acc>,
+    weight: f64,
+    grad: Option<&mut [E]>,
+) -> f64 {
+    if let Some(grad) = grad {
+        let (own, other) = (E::Acc::of(weight / p.total), E::Acc::of(weight / q.total));
+        for ((g, &p), &q) in grad.iter_mut().zip(&p.exp).zip(&q.exp) {
+            *g = E::store(p * own - q * other);
+        }
+    }
+    p.total.ln() - reduce::sum_of_pairs(&q.exp, z, |q, z| q * (z - p.max)) / q.total
+}
+
+#[inline(always)]
+fn smooth_row<E: Element>(
+    z: &[E::Acc],
+    p: &Softmax<E::Acc>,
+    (label, hit, rest): (usize, f64, f64),
+    weight: f64,
+    grad: Option<&mut [E]>,
+) -> f64 {
+    let cols = z.len() as f64;
+    let mass = hit + rest * cols;
+    if let Some(grad) = grad {
+        let (own, constant) = (
+            E::Acc::of(weight * mass / p.total),
+            E::Acc::of(weight * rest),
+        );
+        for (g, &p) in grad.iter_mut().zip(&p.exp) {
+            *g = E::store(p * own - constant);
+        }
+        // S (p - 1) + (S - t) at the label: 1 - p is the sum of the others, which does not cancel.
+        let others = reduce::sum(&p.exp[..label]) + reduce::sum(&p.exp[label + 1..]);
+        let at_label = (cols - 1.0) * rest - mass * (others / p.total);
+        grad[label] = E::store(E::Acc::of(weight * at_label));
+    }
+    let shifted = reduce::sum_of(z, |z| z - p.max);
+    // Without smoothing rest is 0, and 0 times an infinite logarithm is NaN, as in tllib.
+    mass * p.total.ln() - hit * (z[label] - p.max).to_f64() - rest * shifted
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::element::Bf16;
+    use super::*;
+
+    /// The definition, in f64, for any targets.
+    fn plain(z: &[f64], t: &[f64], cols: usize) -> (f64, Vec<f64>) {
+        let rows = z.len() / cols;
+        let (mut loss, mut grad) = (0.0, Vec::new());
+        for (z, t) in z.chunks(cols).zip(t.chunks(cols)) {
+            let total: f64 = z.iter().map(|z| z.exp()).sum();
+            loss -= z
+                .iter()
+                .zip(t)
+                .map(|(z, t)| t * (z - total.ln()))
+                .sum::<f64>();
+            let mass: f64 = t.iter().sum();
+            grad.extend(
+                z.iter()
+                    .zip(t)
+                    .map(|(z, t)| (mass * z.exp() / total - t) / rows as f64),
+            );
+        }
+        (loss / rows as f64, grad)
+    }
+
+    fn logits(n: usize, seed: usize) -> Vec<f64> {
+        (0..n)
+            .map(|k| ((k * 7919 + seed) % 101) as f64 / 25.0 - 2.0)
+            .collect()
+    }
+
+    fn check<E: Element>(tolerance: f64) {
+        let (rows, cols) = (11, 19);
+        let z: Vec<E> = logits(rows * cols, 1)
+            .iter()
+            .map(|&z| E::store(E::Acc::of(z)))
+            .collect();
+        let y: Vec<E> = logits(rows * cols, 57)
+            .iter()
+            .map(|&z| E::store(E::Acc::of(z)))
+            .collect();
+        let wide = |x: &[E]| x.iter().map(|x| x.load().to_f64()).collect::<Vec<f64>>();
+        let labels: Vec<i64> = (0..rows as i64).collect();
+        let (hit, rest) = (0.8, 0.2 / 23.0);
+        let (z64, mut soft, mut smooth) = (wide(&z), wide(&y), vec![rest; rows * cols]);
+        for row in soft.chunks_mut(cols) {
+            let total: f64 = row.iter().map(|y| y.exp()).sum();
+            for y in row.iter_mut() {
+                *y = y.exp() / total;
+            }
+        }
+        (0..rows).for_each(|i| smooth[i * cols + i] += hit);
+        let view = |x| Rows::contiguous(x, rows, cols).unwrap();
+        let cases = [
+            (Targets::Logits(view(&y)), soft),
+            (
+                Targets::Smooth {
+                    labels: &labels,
+                    hit,
+                    rest,
+                },
+                smooth,
+            ),
+        ];
+        for (targets, t) in cases {
+            let (expected, expected_grad) = plain(&z64, &t, cols);
+            for threads in [1, 3] {
+                let threads = NonZeroUsize::new(threads).unwrap();
+                let mut grad = z.clone();
+                let loss = cross_entropy(view(&z), targets, Some(&mut grad), threads);
+                assert!(
+                    (loss.value - expected).abs() < 1e-6,
+                    "{} {expected}",
+                    loss.value
+                );
+                for (g, e) in grad.iter().zip(&expected_grad) {
+                    assert!(
+                        (g.load().to_f64() / loss.scale - e).abs() < tolerance,
+                        "{e}"
+                    );
+                }
+                assert_eq!(
+                    cross_entropy(view(&z), targets, None, threads).value,
+                    loss.value
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn matches_the_definition() {
+        check::<f64>(1e-15);
+        check::<f32>(1e-7);
+        check::<Bf16>(1e-3);
+    }
+
+    #[test]
+    fn nothing_and_infinity() {
+        let labels = Targets::Smooth {
+            labels: &[0],
+            hit: 1.0,
+            rest: 0.0,
+        };
+        let z = [0.0f32, f32::NEG_INFINITY];
+        let one = NonZeroUsize::MIN;
+        assert!(
+            cross_entropy(Rows::contiguous(&z, 1, 2).unwrap(), labels, None, one)
+                .value
+                .is_nan()
+        );
+        let labels = Targets::Smooth {
+            labels: &[0],
+            hit: 0.9,
+            rest: 0.05,
+        };
+        let got = cross_entropy(Rows::contiguous(&z, 1, 2).unwrap(), labels, None, one).value;
+        assert!(got.is_infinite() && got > 0.0);
+        let empty = Rows::<f32>::contiguous(&[], 0, 2).unwrap();
+        assert!(
+            cross_entropy(empty, Targets::Logits(empty), None, one)
+                .value
+                .is_nan()
+        );
+    }
+}

@@ -1,0 +1,413 @@
+//! Triplet losses over mined pairs.
+//!
+//! With the distances `a_i` of anchor `i` to its hardest positive and `b_i` to its hardest negative
+//! and `t_i = a_i - b_i`, a loss is the mean over the anchors of
+//!
+//! ```text
+//! hinge    max(0, t + margin)                                   dl/dt = [t + margin >= 0]
+//! soft     -r ln sigma(t) - (1 - r) ln sigma(-t)                dl/dt = sigma(t) - r
+//! ```
+//!
+//! where `r` is the margin, or `sigma(t')` of a teacher's distances of the same pairs. As
+//! `dl/da = -dl/db = dl/dt`, only these `2N` pairs carry gradient: with `d = |u - v|`,
+//! `dd/du = -dd/dv = (u - v) / d`, and 0 where the squared distance was clamped.
+//!
+//! With normalisation `u = x / max(|x|, 1e-12)` the gradient goes on as
+//! `dL/dx = (g - u (u.g)) / |x|`, and as `g / 1e-12` where the norm was raised.
+
+use super::super::Loss;
+use super::super::element::Element;
+use super::super::isa::{Isa, Kernel, dispatch};
+use super::super::parallel::{cut, run, split};
+use super::super::real::Real;
+use super::super::reduce;
+use super::super::rows::{Rows, store_row};
+use super::mining::{Found, Hardest};
+use super::{CLAMP, OFFSET, SMALLEST_NORM, distance, squared_distance};
+use std::num::NonZeroUsize;
+use std::ops::Range;
+
+/// Which loss.
+#[derive(Clone, Copy, Debug)]
+pub enum Objective {
+    /// Hinge with this margin.
+    Hinge(f64),
+    /// Soft, with this constant in place of a teacher.
+    Margin(f64),
+    /// Soft, with a teacher's reference.
+    Taught,
+}
+
+/// An anchor's loss, and its derivative with respect to `t`.
+fn term(objective: Objective, t: f64, reference: f64) -> (f64, f64) {
+    let r = match objective {
+        Objective::Hinge(margin) => {
+            let hinge = t + margin;
+            // The derivative is 1 at 0, as torch's clamp_min has it. NaN is neither.
+            return if hinge < 0.0 {
+                (0.0, 0.0)
+            } else {
+                (hinge, if hinge.is_nan() { hinge } else { 1.0 })
+            };
+        }
+        Objective::Margin(margin) => margin,
+        Objective::Taught => reference,
+    };
+    let tail = (-t.abs()).exp();
+    let both = tail.ln_1p();
+    // ln sigma(t) and ln sigma(-t), neither of which cancels.
+    let (own, other) = (0f64.min(t) - both, 0f64.min(-t) - both);
+    let (own, other) = if t.is_nan() { (t, t) } else { (own, other) };
+    // sigma - r from whichever of sigma(t), sigma(-t) is small.
+    let small = tail / (1.0 + tail);
+    let slope = if t < 0.0 {
+        small - r
+    } else {
+        (1.0 - r) - small
+    };
+    (-r * own - (1.0 - r) * other, slope)
+}
+
+/// `sigma(t')` for each anchor: the teacher's view of the student's pairs, from its own `features`.
+pub fn references<F: Element<Acc = F> + Real>(
+    features: Rows<'_, F>,
+    hardest: &[Hardest],
+    threads: NonZeroUsize,
+) -> Vec<f64> {
+    let mut out = vec![0.0; hardest.len()];
+    let ranges = split(hardest.len(), threads);
+    let jobs: Vec<_> = cut(&mut out, &ranges, 1)
+        .into_iter()
+        .zip(ranges)
+        .map(|(out, range)| {
+            let view = Teacher {
+                features,
+                hardest,
+                range,
+                out,
+            };
+            move || dispatch(view)
+        })
+        .collect();
+    run(jobs);
+    out
+}
+
+struct Teacher<'a, 'b, F> {
+    features: Rows<'a, F>,
+    hardest: &'a [Hardest],
+    range: Range<usize>,
+    out: &'b mut [f64],
+}
+
+impl<F: Element<Acc = F> + Real> Kernel for Teacher<'_, '_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let row = |i: usize| self.features.row(i, &mut []);
+        let to = |i: usize, found: Found| distance(squared_distance(row(i), row(found.index)));
+        for (i, out) in self.range.zip(self.out) {
+            // Without tllib's offset for a missing candidate, which its teacher does not see either.
+            let t = to(i, self.hardest[i].positive) - to(i, self.hardest[i].negative);
+            *out = 1.0 / (1.0 + (-t).exp());
+        }
+    }
+}
+
+/// A pair as the gradient sees it: `dL/du = weight (u - v)`.
+#[derive(Clone, Copy)]
+struct Pull {
+    anchor: u32,
+    candidate: u32,
+    weight: f64,
+}
+
+/// The pairs that carry gradient, ordered by anchor and by candidate.
+pub struct Pulls {
+    pairs: Vec<Pull>,
+    /// Where each anchor's pairs begin in `pairs`.
+    anchor_starts: Vec<u32>,
+    /// Indices into `pairs` by candidate, and where each candidate's begin.
+    by_candidate: Vec<u32>,
+    candidate_starts: Vec<u32>,
+}
+
+/// The loss of the mined pairs. `reference` has one value an anchor where the objective is taught.
+pub fn loss(
+    objective: Objective,
+    hardest: &[Hardest],
+    reference: &[f64],
+    candidates: usize,
+) -> (f64, Pulls) {
+    let count = hardest.len();
+    let mut total = 0.0;
+    let mut pairs = Vec::with_capacity(2 * count);
+    let mut anchor_starts = Vec::with_capacity(count + 1);
+    for (i, &Hardest { positive, negative }) in hardest.iter().enumerate() {
+        anchor_starts.push(pairs.len() as u32);
+        let a = distance(positive.square) - if positive.missing { OFFSET } else { 0.0 };
+        let b = distance(negative.square) + if negative.missing { OFFSET } else { 0.0 };
+        let (value, slope) = term(objective, a - b, reference.get(i).copied().unwrap_or(0.0));
+        total += value;
+        let slope = slope / count as f64;
+        for (found, slope) in [(positive, slope), (negative, -slope)] {
+            // Neither a clamped distance nor a pair without weight; NaN is both and goes on.
+            if !(found.square < CLAMP) && slope != 0.0 {
+                let weight = slope / distance(found.square);
+                pairs.push(Pull {
+                    anchor: i as u32,
+                    candidate: found.index as u32,
+                    weight,
+                });
+            }
+        }
+    }
+    anchor_starts.push(pairs.len() as u32);
+    let mut candidate_starts = vec![0u32; candidates + 1];
+    for pair in &pairs {
+        candidate_starts[pair.candidate as usize + 1] += 1;
+    }
+    for j in 0..candidates {
+        candidate_starts[j + 1] += candidate_starts[j];
+    }
+    let mut next = candidate_starts.clone();
+    let mut by_candidate = vec![0; pairs.len()];
+    for (k, pair) in pairs.iter().enumerate() {
+        let place = &mut next[pair.candidate as usize];
+        by_candidate[*place as usize] = k as u32;
+        *place += 1;
+    }
+    (
+        total / count as f64,
+        Pulls {
+            pairs,
+            anchor_starts,
+            by_candidate,
+            candidate_starts,
+        },
+    )
+}
+
+/// Whose gradient is wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Of rows that are only anchors.
+    Anchors,
+    /// Of rows that are only candidates.
+    Candidates,
+    /// Of rows that are both.
+    Both,
+}
+
+/// The gradient with respect to one side.
+#[derive(Clone, Copy)]
+pub struct Gradient<'a, F> {
+    /// `u`
+    pub anchors: Rows<'a, F>,
+    /// `v`
+    pub candidates: Rows<'a, F>,
+    /// From [`loss`].
+    pub pulls: &'a Pulls,
+    /// The side.
+    pub role: Role,
+    /// The norms that its rows were divided by, if any.
+    pub norms: Option<&'a [f64]>,
+}
+
+impl<F: Element<Acc = F> + Real> Gradient<'_, F> {
+    /// Writes it, times [`Loss::scale`] of `loss`, into the contiguous `out`.
+    pub fn store<E: Element<Acc = F>>(self, loss: Loss, out: &mut [E], threads: NonZeroUsize) {
+        let side = if self.role == Role::Candidates {
+            self.candidates
+        } else {
+            self.anchors
+        };
+        let ranges = split(side.rows(), threads);
+        let jobs: Vec<_> = cut(out, &ranges, side.cols())
+            .into_iter()
+            .zip(ranges)
+            .map(|(out, range)| {
+                let sweep = Sweep {
+                    gradient: self,
+                    side,
+                    scale: loss.scale,
+                    range,
+                    out,
+                };
+                move || dispatch(sweep)
+            })
+            .collect();
+        run(jobs);
+    }
+}
+
+struct Sweep<'a, 'b, F, E> {
+    gradient: Gradient<'a, F>,
+    side: Rows<'a, F>,
+    scale: f64,
+    range: Range<usize>,
+    out: &'b mut [E],
+}
+
+impl<F: Element<Acc = F> + Real, E: Element<Acc = F>> Kernel for Sweep<'_, '_, F, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Gradient {
+            anchors,
+            candidates,
+            pulls,
+            role,
+            norms,
+        } = self.gradient;
+        let dim = self.side.cols();
+        // One row may be the candidate of every anchor: in f64 its sum keeps every contribution.
+        let mut sum = vec![0.0f64; dim];
+        let mut row = vec![F::ZERO; dim];
+        let rows = self.range.zip(self.out.chunks_exact_mut(dim));
+        for (k, out) in rows {
+            sum.fill(0.0);
+            let own = self.side.row(k, &mut []);
+            if role != Role::Candidates {
+                let (from, to) = (
+                    pulls.anchor_starts[k] as usize,
+                    pulls.anchor_starts[k + 1] as usize,
+                );
+                for pull in &pulls.pairs[from..to] {
+                    add(
+                        &mut sum,
+                        own,
+                        candidates.row(pull.candidate as usize, &mut []),
+                        pull.weight,
+                    );
+                }
+            }
+            if role != Role::Anchors {
+                let (from, to) = (
+                    pulls.candidate_starts[k] as usize,
+                    pulls.candidate_starts[k + 1] as usize,
+                );
+                for &p in &pulls.by_candidate[from..to] {
+                    let pull = pulls.pairs[p as usize];
+                    add(
+                        &mut sum,
+                        own,
+                        anchors.row(pull.anchor as usize, &mut []),
+                        pull.weight,
+                    );
+                }
+            }
+            let (mut along, mut divisor) = (0.0, 1.0);
+            if let Some(&norm) = norms.and_then(|norms| norms.get(k)) {
+                divisor = if norm < SMALLEST_NORM {
+                    SMALLEST_NORM
+                } else {
+                    norm
+                };
+                if !(norm < SMALLEST_NORM) {
+                    along = sum.iter().zip(own).map(|(s, u)| s * u.to_f64()).sum();
+                }
+            }
+            let factor = self.scale / divisor;
+            for ((r, s), u) in row.iter_mut().zip(&sum).zip(own) {
+                *r = F::of((s - along * u.to_f64()) * factor);
+            }
+            store_row(&row, F::ONE, out);
+        }
+    }
+}
+
+/// `sum += weight (x - y)`
+#[inline(always)]
+fn add<F: Real>(sum: &mut [f64], x: &[F], y: &[F], weight: f64) {
+    for ((s, &x), &y) in sum.iter_mut().zip(x).zip(y) {
+        *s += (x - y).to_f64() * weight;
+    }
+}
+
+/// Divides every row of `x` by its norm (at least 1e-12) into the contiguous `out`, and returns the
+/// norms as they were.
+pub fn normalize<E: Element>(
+    x: Rows<'_, E>,
+    out: &mut [E::Acc],
+    threads: NonZeroUsize,
+) -> Vec<f64> {
+    let mut norms = vec![0.0; x.rows()];
+    let ranges = split(x.rows(), threads);
+    let jobs: Vec<_> = cut(out, &ranges, x.cols())
+        .into_iter()
+        .zip(cut(&mut norms, &ranges, 1))
+        .zip(ranges)
+        .map(|((out, norms), range)| {
+            let sweep = Normalize {
+                x,
+                range,
+                out,
+                norms,
+            };
+            move || dispatch(sweep)
+        })
+        .collect();
+    run(jobs);
+    norms
+}
+
+struct Normalize<'a, 'b, E: Element> {
+    x: Rows<'a, E>,
+    range: Range<usize>,
+    out: &'b mut [E::Acc],
+    norms: &'b mut [f64],
+}
+
+impl<E: Element> Kernel for Normalize<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let mut scratch = self.x.scratch();
+        let rows = self.out.chunks_exact_mut(self.x.cols()).zip(self.norms);
+        for (i, (out, norm)) in self.range.zip(rows) {
+            let x = self.x.row(i, &mut scratch);
+            *norm = reduce::sum_of(x, |x| x * x).sqrt();
+            let divisor = E::Acc::of(if *norm < SMALLEST_NORM {
+                SMALLEST_NORM
+            } else {
+                *norm
+            });
+            for (o, &x) in out.iter_mut().zip(x) {
+                *o = x / divisor;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terms_and_their_slopes() {
+        let objectives = [
+            Objective::Hinge(0.3),
+            Objective::Margin(0.2),
+            Objective::Taught,
+        ];
+        for objective in objectives {
+            for t in [-40.0, -3.0, -0.7, 0.1, 2.0, 40.0] {
+                let value = |t| term(objective, t, 0.7).0;
+                let difference = (value(t + 1e-5) - value(t - 1e-5)) / 2e-5;
+                assert!(
+                    (term(objective, t, 0.7).1 - difference).abs() < 1e-6,
+                    "{objective:?} {t}"
+                );
+            }
+            let (value, slope) = term(objective, f64::NAN, 0.7);
+            assert!(value.is_nan() && slope.is_nan());
+        }
+        // Far apart the loss is the small probability, not what rounding leaves of 1.
+        let (value, slope) = term(Objective::Margin(0.0), -50.0, 0.0);
+        assert!((value / (-50f64).exp() - 1.0).abs() < 1e-12 && slope == value);
+    }
+}

@@ -1,0 +1,112 @@
+//! Hard example mining on tensors.
+
+use crate::error::Result;
+use crate::kernels::element::Element;
+use crate::kernels::real::Real;
+use crate::kernels::reid_loss::OFFSET;
+use crate::kernels::reid_loss::matrix::hardest as kernel;
+use crate::kernels::reid_loss::mining::{Hardest, Identities, Mining, squares};
+use crate::kernels::rows::Rows;
+use crate::ops::threads;
+use crate::torch::input::Input;
+use crate::torch::{Dtype, Owned, Stored};
+use tch::Tensor;
+
+const CLASS: &str = "hard_examples_mining";
+/// Elements of the products that are kept at a time: they stay in the cache until they are scanned,
+/// and no matrix of N x N is ever held.
+const BLOCK: usize = 1 << 20;
+
+/// Indices of the hardest positive and negative of each row of `dist_mat` (N, M), where
+/// `identity_mat` is 1 for pairs of one identity and 0 for others.
+pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tensor)> {
+    let distances = Input::new(CLASS, "dist_mat", dist_mat)?;
+    let identity = Input::new(CLASS, "identity_mat", identity_mat)?;
+    let dtype = distances.floating()?;
+    let [rows, cols] = *distances.shape() else {
+        return Err(distances.wrong("have shape (N, M) with M > 0"));
+    };
+    if cols == 0 {
+        return Err(distances.wrong("have shape (N, M) with M > 0"));
+    }
+    identity.same_device(&distances)?;
+    if identity.shape() != distances.shape() {
+        return Err(identity.wrong(&format!(
+            "have the shape of dist_mat, {:?}",
+            distances.shape()
+        )));
+    }
+    let (mut positive, mut negative) = (Owned::<i64>::new(&[rows])?, Owned::<i64>::new(&[rows])?);
+    let (p, n, threads) = (
+        positive.slice(),
+        negative.slice(),
+        threads(distances.numel()),
+    );
+    match (dtype, distances.rows::<f32>(), identity.rows::<f32>()) {
+        (Dtype::F32, Some(d), Some(s)) => kernel(d, s, p, n, threads),
+        _ => match (distances.rows::<f64>(), identity.rows::<f64>()) {
+            (Some(d), Some(s)) => kernel(d, s, p, n, threads),
+            _ => return composite(dist_mat, identity_mat, dtype),
+        },
+    }
+    Ok((positive.into_tensor(), negative.into_tensor()))
+}
+
+/// The same in libtorch operations.
+fn composite(dist_mat: &Tensor, identity_mat: &Tensor, dtype: Dtype) -> Result<(Tensor, Tensor)> {
+    let (d, s) = (dist_mat.f_detach()?, identity_mat.f_detach()?);
+    let s = if s.is_floating_point() {
+        s
+    } else {
+        s.f_to_kind(dtype.at_least_f32().kind())?
+    };
+    let positive = s.f_sub_scalar(1.0)?.f_mul_scalar(OFFSET)?.f_add(&d)?;
+    let negative = s.f_mul_scalar(OFFSET)?.f_add(&d)?;
+    // A sort puts NaN last, and tllib takes the first.
+    let negative = negative.f_masked_fill(&negative.f_isnan()?, f64::INFINITY)?;
+    Ok((positive.f_argmax(1, false)?, negative.f_argmin(1, false)?))
+}
+
+/// Features as the kernels take them: contiguous, in the computing type, outside any graph.
+pub struct Features<'a, F> {
+    /// (N, F)
+    pub tensor: &'a Tensor,
+    /// The same memory.
+    pub rows: Rows<'a, F>,
+}
+
+/// Mines `anchors` among `candidates`, a block of products at a time.
+pub fn mine<F: Element<Acc = F> + Real + Stored>(
+    anchors: &Features<'_, F>,
+    candidates: &Features<'_, F>,
+    identities: &Identities,
+) -> Result<Vec<Hardest>> {
+    let (n, m) = (anchors.rows.rows(), candidates.rows.rows());
+    let mut found = vec![Hardest::NAN; n];
+    if n == 0 {
+        return Ok(found);
+    }
+    let squares = squares(candidates.rows);
+    let mining = Mining {
+        anchors: anchors.rows,
+        candidates: candidates.rows,
+        identities,
+        squares: &squares,
+    };
+    let transposed = candidates.tensor.f_transpose(0, 1)?;
+    let block = (BLOCK / m).clamp(1, n);
+    let buffer = Owned::<F>::new(&[block as i64, m as i64])?.into_tensor();
+    for (b, found) in found.chunks_mut(block).enumerate() {
+        let (first, count) = (b * block, found.len());
+        let products = buffer.f_narrow(0, 0, count as i64)?;
+        // With an output given, autocast leaves the product alone.
+        let factor = anchors.tensor.f_narrow(0, first as i64, count as i64)?;
+        let products = factor.f_mm_out(&products, &transposed)?;
+        let view = Input::new(CLASS, "products", &products)?;
+        let rows = view
+            .rows::<F>()
+            .ok_or_else(|| view.wrong("be a dense matrix"))?;
+        mining.mine(rows, first, found, threads(count * m));
+    }
+    Ok(found)
+}

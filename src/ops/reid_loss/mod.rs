@@ -1,0 +1,32 @@
+//! The losses of person re-identification on tensors. The mathematics is in
+//! [`crate::kernels::reid_loss`].
+
+mod composite;
+mod cross_entropy;
+mod mining;
+mod triplet;
+
+pub use cross_entropy::{check_smoothing, cross_entropy, label_smooth};
+pub use mining::hardest;
+pub use triplet::{Arguments, Objective, check_margin, triplet};
+
+use crate::error::{Error, Result};
+use tch::Kind;
+
+/// `ValueError` unless `value` is finite.
+fn finite(class: &str, name: &str, value: f64) -> Result<()> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Value(format!(
+        "{class}: {name} must be a finite number, got {value}"
+    )))
+}
+
+/// Whether labels of this kind fit into 64-bit integers.
+fn integral(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64 | Kind::Bool
+    )
+}

@@ -1,0 +1,357 @@
+//! The triplet losses on tensors.
+
+use super::composite::{Pairs, composite, of_pairs, sides};
+use super::mining::{Features, mine};
+use super::{finite, integral};
+use crate::error::{Error, Result};
+use crate::kernels::Loss;
+use crate::kernels::element::{Element, stored_scale};
+use crate::kernels::real::Real;
+use crate::kernels::reid_loss::SMALLEST_NORM;
+use crate::kernels::reid_loss::mining::{Hardest, Identities};
+pub use crate::kernels::reid_loss::triplet::Objective;
+use crate::kernels::reid_loss::triplet::{
+    Gradient, Role, loss as pair_loss, normalize, references,
+};
+use crate::ops::threads;
+use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::input::Input;
+use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar};
+use tch::{Kind, Tensor};
+
+/// A call of one of the three losses. Tensors come with the name of their argument.
+pub struct Arguments<'a> {
+    /// The class, for messages.
+    pub class: &'static str,
+    /// The features to train, (N, F).
+    pub features: (&'static str, &'a Tensor),
+    /// Their identities, (N).
+    pub labels: (&'static str, &'a Tensor),
+    /// Where pairs are looked for, with identities; the features themselves where `None`.
+    pub memory: Option<(&'a Tensor, &'a Tensor)>,
+    /// Features of a teacher, (N, any), for [`Objective::Taught`].
+    pub teacher: Option<&'a Tensor>,
+    /// The loss of a pair of distances.
+    pub objective: Objective,
+    /// Whether all features are divided by their norms.
+    pub normalize: bool,
+}
+
+/// `ValueError` unless the margin is finite.
+pub fn check_margin(class: &str, margin: f64) -> Result<()> {
+    finite(class, "margin", margin)
+}
+
+/// What the checks leave.
+struct Inputs<'a> {
+    features: Input<'a>,
+    labels: Input<'a>,
+    memory: Option<(Input<'a>, Input<'a>)>,
+    teacher: Option<Input<'a>>,
+    dtype: Dtype,
+}
+
+impl<'a> Inputs<'a> {
+    fn check(call: &Arguments<'a>) -> Result<Self> {
+        let new = |(name, tensor)| Input::new(call.class, name, tensor);
+        if let Objective::Hinge(margin) | Objective::Margin(margin) = call.objective {
+            check_margin(call.class, margin)?;
+        }
+        let features = new(call.features)?;
+        let dtype = features.floating()?;
+        let (rows, dim) = matrix(&features)?;
+        let labels = new(call.labels)?;
+        identities_of(&labels, &features, rows)?;
+        let memory = match call.memory {
+            None => None,
+            Some((memory, memory_labels)) => {
+                let (memory, memory_labels) =
+                    (new(("xbm_f", memory))?, new(("xbm_labels", memory_labels))?);
+                let own = memory.floating()?;
+                memory.same_device(&features)?;
+                let (rows, memory_dim) = matrix(&memory)?;
+                if memory_dim != dim {
+                    return Err(
+                        memory.wrong(&format!("have {dim} columns as {} has", call.features.0))
+                    );
+                }
+                if own != dtype {
+                    return Err(Error::Type(format!(
+                        "{}: xbm_f must have the dtype of {}, {:?}, got {:?}",
+                        call.class,
+                        call.features.0,
+                        dtype.kind(),
+                        own.kind()
+                    )));
+                }
+                identities_of(&memory_labels, &memory, rows)?;
+                Some((memory, memory_labels))
+            }
+        };
+        let teacher = call.teacher.map(|t| new(("features_2", t))).transpose()?;
+        if let Some(teacher) = &teacher {
+            teacher.floating()?;
+            teacher.same_device(&features)?;
+            if matrix(teacher)?.0 != rows {
+                return Err(teacher.wrong(&format!("have {rows} rows as {} has", call.features.0)));
+            }
+        }
+        let candidates = memory.as_ref().map_or(&features, |(memory, _)| memory);
+        if candidates.shape().first() == Some(&0) {
+            return Err(candidates.wrong("hold at least one row to find pairs in"));
+        }
+        Ok(Self {
+            features,
+            labels,
+            memory,
+            teacher,
+            dtype,
+        })
+    }
+
+    /// Whether kernels may read everything.
+    fn fusible(&self) -> bool {
+        let labels = |i: &Input<'_>| i.on_cpu() && i.tensor.f_kind().is_ok_and(integral);
+        self.features.on_cpu()
+            && labels(&self.labels)
+            && self
+                .memory
+                .as_ref()
+                .is_none_or(|(f, l)| f.on_cpu() && labels(l))
+            && self.teacher.as_ref().is_none_or(Input::on_cpu)
+    }
+}
+
+/// (minibatch, F) with F > 0.
+fn matrix(input: &Input<'_>) -> Result<(i64, i64)> {
+    match *input.shape() {
+        [rows, dim] if dim > 0 => Ok((rows, dim)),
+        _ => Err(input.wrong("have shape (minibatch, F) with F > 0")),
+    }
+}
+
+/// One label for each of `rows`.
+fn identities_of(labels: &Input<'_>, features: &Input<'_>, rows: i64) -> Result<()> {
+    labels.same_device(features)?;
+    if *labels.shape() != [rows] {
+        return Err(labels.wrong(&format!(
+            "have shape ({rows},), one label for each row of features"
+        )));
+    }
+    Ok(())
+}
+
+/// The loss, differentiable with respect to the features and the memory.
+pub fn triplet(call: &Arguments<'_>) -> Result<Tensor> {
+    let inputs = Inputs::check(call)?;
+    let kind = inputs.dtype.at_least_f32().kind();
+    if !inputs.fusible() {
+        return composite(call, kind);
+    }
+    let done = by_dtype!(inputs.dtype, E => fused::<E>(call, &inputs)?);
+    if done.grads.iter().any(Option::is_some) {
+        let mut differentiable = vec![call.features.1];
+        differentiable.extend(call.memory.map(|(memory, _)| memory));
+        let (objective, normalize, hardest, reference) =
+            (call.objective, call.normalize, done.hardest, done.reference);
+        let formula = Box::new(move |t: &[Tensor]| {
+            let pairs = Pairs::of(&hardest, kind)?;
+            let reference = Tensor::f_from_slice(&reference)?.f_to_kind(kind)?;
+            let (u, v) = sides(&t[0], t.get(1), normalize, kind)?;
+            of_pairs(&u, &v, &pairs, objective, Some(&reference), kind)
+        });
+        attach(
+            c"TripletBackward",
+            &done.loss,
+            &differentiable,
+            done.grads,
+            formula,
+        )?;
+    }
+    Ok(done.loss)
+}
+
+struct Fused {
+    loss: Tensor,
+    grads: Vec<Option<StoredGrad>>,
+    hardest: Vec<Hardest>,
+    reference: Vec<f64>,
+}
+
+/// Features in the computing type, and the norms that they were divided by.
+struct Prepared {
+    tensor: Tensor,
+    norms: Option<Vec<f64>>,
+}
+
+fn prepare<E>(input: &Input<'_>, normalized: bool) -> Result<Prepared>
+where
+    E: Element + Stored,
+    E::Acc: Stored,
+{
+    if !normalized {
+        let tensor = input
+            .tensor
+            .f_detach()?
+            .f_to_kind(<E::Acc as Stored>::KIND)?
+            .f_contiguous()?;
+        return Ok(Prepared {
+            tensor,
+            norms: None,
+        });
+    }
+    let rows = input
+        .rows::<E>()
+        .ok_or_else(|| input.wrong("be a dense matrix"))?;
+    let mut out = Owned::<E::Acc>::new(input.shape())?;
+    let norms = normalize(rows, out.slice(), threads(input.numel()));
+    Ok(Prepared {
+        tensor: out.into_tensor(),
+        norms: Some(norms),
+    })
+}
+
+fn integers(labels: &Input<'_>) -> Result<Vec<i64>> {
+    Ok(Vec::try_from(
+        labels.tensor.f_to_kind(Kind::Int64)?.f_contiguous()?,
+    )?)
+}
+
+fn fused<E>(call: &Arguments<'_>, inputs: &Inputs<'_>) -> Result<Fused>
+where
+    E: Element + Stored,
+    E::Acc: Element<Acc = E::Acc> + Real + Stored,
+{
+    let (class, dense) = (call.class, "be a dense matrix");
+    let anchors = prepare::<E>(&inputs.features, call.normalize)?;
+    let memory = inputs
+        .memory
+        .as_ref()
+        .map(|(m, _)| prepare::<E>(m, call.normalize))
+        .transpose()?;
+    let view = Input::new(class, call.features.0, &anchors.tensor)?;
+    let rows = view.rows::<E::Acc>().ok_or_else(|| view.wrong(dense))?;
+    let memory_view = memory
+        .as_ref()
+        .map(|m| Input::new(class, "xbm_f", &m.tensor))
+        .transpose()?;
+    let memory_rows = match &memory_view {
+        Some(view) => Some(view.rows::<E::Acc>().ok_or_else(|| view.wrong(dense))?),
+        None => None,
+    };
+    let u = Features {
+        tensor: &anchors.tensor,
+        rows,
+    };
+    let v = match (&memory, memory_rows) {
+        (Some(memory), Some(rows)) => Features {
+            tensor: &memory.tensor,
+            rows,
+        },
+        _ => Features {
+            tensor: &anchors.tensor,
+            rows,
+        },
+    };
+    let memory_labels = inputs
+        .memory
+        .as_ref()
+        .map(|(_, labels)| integers(labels))
+        .transpose()?;
+    let identities = Identities::new(&integers(&inputs.labels)?, memory_labels.as_deref());
+    let hardest = mine(&u, &v, &identities)?;
+    let reference = match (&inputs.teacher, call.objective) {
+        (Some(teacher), Objective::Taught) => taught(teacher, call, &hardest)?,
+        _ => Vec::new(),
+    };
+    let (value, pulls) = pair_loss(call.objective, &hardest, &reference, v.rows.rows());
+    let loss = scalar(value, inputs.dtype.at_least_f32())?;
+
+    let both = if memory.is_some() {
+        Role::Anchors
+    } else {
+        Role::Both
+    };
+    let gradient = Gradient {
+        anchors: u.rows,
+        candidates: v.rows,
+        pulls: &pulls,
+        role: both,
+        norms: None,
+    };
+    let store = |input: &Input<'_>, role: Role, norms: &Option<Vec<f64>>| -> Result<_> {
+        if !input.wants_grad() {
+            return Ok(None);
+        }
+        let gradient = Gradient {
+            role,
+            norms: norms.as_deref(),
+            ..gradient
+        };
+        store::<E>(
+            gradient,
+            input,
+            value,
+            bound(call.objective, norms.as_deref()),
+        )
+        .map(Some)
+    };
+    let mut grads = vec![store(&inputs.features, both, &anchors.norms)?];
+    if let (Some((input, _)), Some(memory)) = (&inputs.memory, &memory) {
+        grads.push(store(input, Role::Candidates, &memory.norms)?);
+    }
+    Ok(Fused {
+        loss,
+        grads,
+        hardest,
+        reference,
+    })
+}
+
+/// What no element of the gradient exceeds: a row may be the candidate of every anchor twice.
+fn bound(objective: Objective, norms: Option<&[f64]>) -> f64 {
+    let slope = match objective {
+        Objective::Hinge(_) | Objective::Taught => 1.0,
+        Objective::Margin(margin) => 1.0 + margin.abs(),
+    };
+    let smallest = norms
+        .into_iter()
+        .flatten()
+        .copied()
+        .filter(|&n| n > SMALLEST_NORM)
+        .fold(1.0, f64::min);
+    4.0 * slope / smallest
+}
+
+fn store<E>(
+    gradient: Gradient<'_, E::Acc>,
+    input: &Input<'_>,
+    value: f64,
+    bound: f64,
+) -> Result<StoredGrad>
+where
+    E: Element + Stored,
+    E::Acc: Element<Acc = E::Acc> + Real,
+{
+    let loss = Loss {
+        value,
+        scale: stored_scale::<E>(bound),
+    };
+    let mut out = Owned::<E>::new(input.shape())?;
+    gradient.store(loss, out.slice(), threads(4 * input.numel()));
+    Ok(StoredGrad {
+        tensor: out.into_tensor(),
+        scale: loss.scale,
+    })
+}
+
+/// The teacher's references, from its own features: 2N distances.
+fn taught(teacher: &Input<'_>, call: &Arguments<'_>, hardest: &[Hardest]) -> Result<Vec<f64>> {
+    by_dtype!(teacher.floating()?, E => {
+        type F = <E as Element>::Acc;
+        let prepared = prepare::<E>(teacher, call.normalize)?;
+        let view = Input::new(call.class, "features_2", &prepared.tensor)?;
+        let rows = view.rows::<F>().ok_or_else(|| view.wrong("be a dense matrix"))?;
+        Ok(references(rows, hardest, threads(2 * teacher.numel())))
+    })
+}

@@ -1,0 +1,188 @@
+use super::{elements, number, tensor, without_gil};
+use crate::ops::reid_loss::{self as ops, Arguments, Objective};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3_tch::PyTensor;
+use tch::Tensor;
+
+const TRIPLET: &str = "TripletLoss";
+const XBM: &str = "TripletLossXBM";
+const SOFT: &str = "SoftTripletLoss";
+
+/// Features and product: what keeps a triplet loss busy.
+fn triplet_work(features: &Tensor) -> usize {
+    let rows = features.size().first().copied().unwrap_or(0).unsigned_abs() as usize;
+    elements(features).saturating_mul(rows)
+}
+
+/// The batch-hard triplet loss of `f` (N, F) with identities `labels` (N).
+#[pyfunction]
+pub fn triplet(
+    py: Python<'_>,
+    f: &Bound<'_, PyAny>,
+    labels: &Bound<'_, PyAny>,
+    margin: &Bound<'_, PyAny>,
+    normalize_feature: bool,
+) -> PyResult<PyTensor> {
+    let (f, labels) = (tensor(TRIPLET, "f", f)?, tensor(TRIPLET, "labels", labels)?);
+    let margin = number(TRIPLET, "margin", margin)?;
+    without_gil(py, triplet_work(&f), move || {
+        ops::triplet(&Arguments {
+            class: TRIPLET,
+            features: ("f", &f),
+            labels: ("labels", &labels),
+            memory: None,
+            teacher: None,
+            objective: Objective::Hinge(margin),
+            normalize: normalize_feature,
+        })
+    })
+    .map(PyTensor)
+}
+
+/// The same with pairs from `xbm_f` (M, F) with identities `xbm_labels` (M).
+#[pyfunction]
+#[allow(
+    clippy::too_many_arguments,
+    reason = "tllib's signature and its two settings"
+)]
+pub fn triplet_xbm(
+    py: Python<'_>,
+    f: &Bound<'_, PyAny>,
+    xbm_f: &Bound<'_, PyAny>,
+    labels: &Bound<'_, PyAny>,
+    xbm_labels: &Bound<'_, PyAny>,
+    margin: &Bound<'_, PyAny>,
+    normalize_feature: bool,
+) -> PyResult<PyTensor> {
+    let (f, labels) = (tensor(XBM, "f", f)?, tensor(XBM, "labels", labels)?);
+    let (xbm_f, xbm_labels) = (
+        tensor(XBM, "xbm_f", xbm_f)?,
+        tensor(XBM, "xbm_labels", xbm_labels)?,
+    );
+    let margin = number(XBM, "margin", margin)?;
+    without_gil(py, triplet_work(&xbm_f), move || {
+        ops::triplet(&Arguments {
+            class: XBM,
+            features: ("f", &f),
+            labels: ("labels", &labels),
+            memory: Some((&xbm_f, &xbm_labels)),
+            teacher: None,
+            objective: Objective::Hinge(margin),
+            normalize: normalize_feature,
+        })
+    })
+    .map(PyTensor)
+}
+
+/// The soft triplet loss; the teacher's features count only where `margin` is `None`.
+#[pyfunction]
+pub fn soft_triplet(
+    py: Python<'_>,
+    features_1: &Bound<'_, PyAny>,
+    features_2: &Bound<'_, PyAny>,
+    labels: &Bound<'_, PyAny>,
+    margin: Option<&Bound<'_, PyAny>>,
+    normalize_feature: bool,
+) -> PyResult<PyTensor> {
+    let (features, labels) = (
+        tensor(SOFT, "features_1", features_1)?,
+        tensor(SOFT, "labels", labels)?,
+    );
+    let (objective, teacher) = match margin {
+        Some(margin) => (Objective::Margin(number(SOFT, "margin", margin)?), None),
+        None => (
+            Objective::Taught,
+            Some(tensor(SOFT, "features_2", features_2)?),
+        ),
+    };
+    without_gil(py, triplet_work(&features), move || {
+        ops::triplet(&Arguments {
+            class: SOFT,
+            features: ("features_1", &features),
+            labels: ("labels", &labels),
+            memory: None,
+            teacher: teacher.as_ref(),
+            objective,
+            normalize: normalize_feature,
+        })
+    })
+    .map(PyTensor)
+}
+
+/// Indices of the hardest positive and negative of each row of a matrix of distances.
+#[pyfunction]
+pub fn hardest(
+    py: Python<'_>,
+    dist_mat: &Bound<'_, PyAny>,
+    identity_mat: &Bound<'_, PyAny>,
+) -> PyResult<(PyTensor, PyTensor)> {
+    const NAME: &str = "hard_examples_mining";
+    let (d, s) = (
+        tensor(NAME, "dist_mat", dist_mat)?,
+        tensor(NAME, "identity_mat", identity_mat)?,
+    );
+    let (positive, negative) = without_gil(py, elements(&d), move || ops::hardest(&d, &s))?;
+    Ok((PyTensor(positive), PyTensor(negative)))
+}
+
+/// The cross entropy of `y` with the softmax of `labels`, both logits (N, C).
+#[pyfunction]
+pub fn soft_cross_entropy(
+    py: Python<'_>,
+    y: &Bound<'_, PyAny>,
+    labels: &Bound<'_, PyAny>,
+) -> PyResult<PyTensor> {
+    const NAME: &str = "CrossEntropyLoss";
+    let (y, labels) = (tensor(NAME, "y", y)?, tensor(NAME, "labels", labels)?);
+    without_gil(py, 2 * elements(&y), move || {
+        ops::cross_entropy(&y, &labels)
+    })
+    .map(PyTensor)
+}
+
+const SMOOTH: &str = "CrossEntropyLossWithLabelSmooth";
+
+/// The cross entropy of the logits `y` (N, C) with smoothed `labels` (N).
+#[pyfunction]
+pub fn label_smooth(
+    py: Python<'_>,
+    y: &Bound<'_, PyAny>,
+    labels: &Bound<'_, PyAny>,
+    num_classes: &Bound<'_, PyAny>,
+    epsilon: &Bound<'_, PyAny>,
+) -> PyResult<PyTensor> {
+    let (y, labels) = (tensor(SMOOTH, "y", y)?, tensor(SMOOTH, "labels", labels)?);
+    let (classes, epsilon) = (count(num_classes)?, number(SMOOTH, "epsilon", epsilon)?);
+    without_gil(py, elements(&y), move || {
+        ops::label_smooth(&y, &labels, classes, epsilon)
+    })
+    .map(PyTensor)
+}
+
+fn count(num_classes: &Bound<'_, PyAny>) -> PyResult<i64> {
+    num_classes.extract().map_err(|_| {
+        let kind = num_classes
+            .get_type()
+            .name()
+            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
+        PyTypeError::new_err(format!(
+            "{SMOOTH}: num_classes must be an integer, got {kind}"
+        ))
+    })
+}
+
+/// Raises unless `margin` is one that `class` accepts.
+#[pyfunction]
+pub fn check_margin(class: &str, margin: &Bound<'_, PyAny>) -> PyResult<()> {
+    Ok(ops::check_margin(class, number(class, "margin", margin)?)?)
+}
+
+/// Raises unless the class accepts these arguments.
+#[pyfunction]
+pub fn check_smoothing(num_classes: &Bound<'_, PyAny>, epsilon: &Bound<'_, PyAny>) -> PyResult<()> {
+    Ok(ops::check_smoothing(
+        count(num_classes)?,
+        number(SMOOTH, "epsilon", epsilon)?,
+    )?)
+}
