@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help build test rust-test python-test lint format demo bench wheel wheel-check clean
+.PHONY: help build test rust-test python-test lint format demo bench parity wheel wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ demo: $(STAMPS)/build  ## FlexMatch learns digits from 40 labels; table, and pic
 
 bench: $(STAMPS)/build  ## every method against plain PyTorch and its limit
 	$(BIN)/python -m benches
+
+parity: $(STAMPS)/build  ## compare with tllib itself, where it is installed or TLLIB_DIR names it
+	$(BIN)/python tools/parity.py
 
 wheel: $(STAMPS)/venv  ## one abi3 wheel in dist/, its links checked
 	rm -rf dist

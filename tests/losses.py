@@ -44,9 +44,18 @@ class Loss:
     #: False where part of the formula is held constant, so that finite differences do not apply.
     gradcheck: bool = True
 
+    #: What an empty batch gives where that is not what the plain formulation gives: an error that is
+    #: clearer than its own, or a value.
+    empty: Any = None
+
     def first(self, outputs):
         """The loss among the outputs."""
         return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    @property
+    def differentiated(self):
+        """The position of the first input that gets a gradient."""
+        return min(k for k in range(9) if k not in self.constant)
 
     def __repr__(self):
         return self.name
@@ -88,6 +97,7 @@ def cyclic(x, count=3):
 
 
 # Made here and not in the calls, which torch.compile traces.
+CLASS_BALANCE = {classes: ClassBalanceLoss(classes) for classes in range(1, 1100)}
 TRIPLET = reid_loss.TripletLoss(1.0)
 TRIPLET_XBM = reid_loss.TripletLossXBM(0.5, normalize_feature=True)
 SOFT_TRIPLET = reid_loss.SoftTripletLoss()
@@ -122,9 +132,11 @@ LOSSES = [
     ),
     Loss(
         "class_balance",
-        lambda p: ClassBalanceLoss(p.shape[1])(p),
+        lambda p: CLASS_BALANCE[p.shape[1]](p),
         lambda p: plain_class_balance(p, p.shape[1]),
         probabilities(),
+        # tllib: NaN is not a probability, and its binary cross entropy raises.
+        empty=torch.nan,
     ),
     Loss("entropy", entropy, plain_entropy, probabilities()),
     Loss("entropy_mean", lambda p: entropy(p, "mean"), lambda p: plain_entropy(p, "mean"), probabilities()),
@@ -148,12 +160,14 @@ LOSSES = [
         lambda f: TRIPLET(f, cyclic(f)),
         lambda f: plain_reid_loss.triplet(f, cyclic(f), 1.0),
         logits(),
+        empty=ValueError,
     ),
     Loss(
         "triplet_xbm_normalized",
         lambda f, m: TRIPLET_XBM(f, cyclic(f), m, cyclic(m)),
         lambda f, m: plain_reid_loss.triplet_xbm(f, cyclic(f), m, cyclic(m), 0.5, True),
         logits(2),
+        empty=ValueError,
     ),
     Loss(
         "soft_triplet",
@@ -161,12 +175,14 @@ LOSSES = [
         lambda f, t: plain_reid_loss.soft_triplet(f, t, cyclic(f)),
         logits(2),
         constant=(1,),
+        empty=ValueError,
     ),
     Loss(
         "soft_triplet_margin_normalized",
         lambda f: SOFT_TRIPLET_MARGIN(f, None, cyclic(f)),
         lambda f: plain_reid_loss.soft_triplet(f, f, cyclic(f), 0.2, True),
         logits(),
+        empty=ValueError,
     ),
     Loss(
         "reid_cross_entropy",

@@ -17,6 +17,6 @@ class CCConsistency(nn.Module):
         if not chosen.any():
             return 0, 0
         strong = (logits_strong[chosen] / self.temperature).softmax(dim=1)
-        fraction = chosen.float().sum() / rows
+        count = chosen.float().sum()
         difference = confusion(weak[chosen], rows) - confusion(strong, rows)
-        return difference.square().sum() / classes * fraction, fraction
+        return difference.square().sum() / (rows * classes) * count, count / rows
