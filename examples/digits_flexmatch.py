@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt  # the backend has to be chosen first
 NUM_CLASSES = 10
 METHODS = ("supervised only", "FlexMatch")
 COLOURS = {"supervised only": "#D55E00", "FlexMatch": "#0072B2"}  # Okabe and Ito: safe for colour-blind eyes
-PLACES = {"first": "#009E73", "last": "#CC79A7"}
+EXTREMES = {"highest": "#009E73", "lowest": "#CC79A7"}
 MAX_ERROR_RATIO = 0.6
 CAPTION = """\
 Test accuracy of the EMA teacher, last iteration. "supervised only" is FlexMatch without its unlabelled term:
@@ -285,12 +285,12 @@ def draw_accuracy(axes: plt.Axes, runs: dict[str, list[History]]) -> None:
 
 
 def draw_classes(axes: plt.Axes, iterations: list[int], values: np.ndarray, order: np.ndarray) -> None:
-    """One line a class: grey, but for the classes that were first and last to be learned."""
+    """One line a class: grey, but for the first and the last in `order`, which goes by status."""
     for digit in order[1:-1]:
         axes.plot(iterations, values[:, digit], color="0.72", linewidth=1.3)
-    for place, digit in (("first", order[-1]), ("last", order[0])):
-        label = f"digit {digit}, {place} to be learned"
-        axes.plot(iterations, values[:, digit], color=PLACES[place], linewidth=3, label=label)
+    for extreme, digit in (("highest", order[-1]), ("lowest", order[0])):
+        label = f"digit {digit}, {extreme} status"
+        axes.plot(iterations, values[:, digit], color=EXTREMES[extreme], linewidth=3, label=label)
     axes.plot([], [], color="0.72", linewidth=1.3, label="the other digits")
 
 
@@ -298,7 +298,7 @@ def draw(runs: dict[str, list[History]], config: Config, seeds: list[int], path:
     """The picture: learning curves, then status and thresholds of the classes in the first seed's run."""
     history = runs["FlexMatch"][0]
     status, thresholds = torch.stack(history.status).numpy(), torch.stack(history.thresholds).numpy()
-    order = status.mean(0).argsort()  # of the classes, the last one to be learned first
+    order = status.mean(0).argsort()
     style = {"font.size": 15, "axes.titlesize": 17, "axes.spines.top": False, "axes.spines.right": False}
     style |= {"axes.titlelocation": "left", "axes.titleweight": "bold", "axes.titlepad": 12}
     style |= {"axes.grid": True, "axes.grid.axis": "y", "grid.color": "0.92", "legend.frameon": False}
@@ -306,7 +306,7 @@ def draw(runs: dict[str, list[History]], config: Config, seeds: list[int], path:
         figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 5.6), layout="constrained")
         draw_accuracy(left, runs)
         draw_classes(middle, history.iterations, status, order)
-        middle.set(title="Learning status of each class", ylim=(0, 1.04))
+        middle.set(title="Learning status β of each class", ylim=(0, 1.04))
         middle.legend(loc="lower right", handlelength=1.2)
         draw_classes(right, history.iterations, thresholds, order)
         right.axhline(config.threshold, color="0.25", linestyle=":", linewidth=2)
@@ -351,7 +351,7 @@ def main() -> int:
     config = Config(iterations=arguments.iterations, labels_per_class=arguments.labels_per_class)
     seeds = arguments.seeds
     if arguments.quick:
-        config, seeds = replace(config, iterations=100), seeds[:1]
+        config, seeds = replace(config, iterations=100, evaluations=10), seeds[:1]
     torch.set_num_threads(1)  # the tensors are small: more threads would mostly wait for each other
 
     total = len(METHODS) * len(seeds) * config.iterations
