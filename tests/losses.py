@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from tests.plain import reid_loss as plain_reid_loss
 from tests.plain.cc_loss import cc_loss as plain_cc_loss
 from tests.plain.dst import worst_case as plain_dst
-from tests.plain import reid_loss as plain_reid_loss
 from tests.plain.entropy import entropy as plain_entropy
 from tests.plain.mcc import mcc as plain_mcc
 from tests.plain.pi_model import l2_consistency as plain_l2
@@ -51,6 +51,15 @@ class Loss:
     def first(self, outputs):
         """The loss among the outputs."""
         return outputs[0] if isinstance(outputs, tuple) else outputs
+
+    #: How a call is made with a module that needs more than the inputs, for ``module`` or a copy of it.
+    through: Callable[..., Any] | None = None
+    #: The module behind ``ours``, where there is one.
+    module: Any = None
+
+    def __post_init__(self):
+        if isinstance(self.ours, torch.nn.Module):
+            object.__setattr__(self, "module", self.ours)
 
     @property
     def differentiated(self):
@@ -104,6 +113,12 @@ SOFT_TRIPLET = reid_loss.SoftTripletLoss()
 SOFT_TRIPLET_MARGIN = reid_loss.SoftTripletLoss(0.2, normalize_feature=True)
 LABEL_SMOOTH = reid_loss.CrossEntropyLossWithLabelSmooth(6, 0.2)
 
+
+def called(name, module, through, plain, inputs, **options):
+    """A loss whose module takes labels as well, which ``through(module)`` adds."""
+    return Loss(name, through(module), plain, inputs, module=module, through=through, **options)
+
+
 LOSSES = [
     # The entropy weights are held constant, so finite differences of the whole do not match.
     Loss("mcc", MinimumClassConfusionLoss(2.5), lambda z: plain_mcc(z, 2.5), logits(), gradcheck=False),
@@ -130,9 +145,11 @@ LOSSES = [
         constant=(0,),
         gradcheck=False,
     ),
-    Loss(
+    called(
         "class_balance",
-        lambda p: CLASS_BALANCE[p.shape[1]](p),
+        CLASS_BALANCE[5],
+        # The number of classes is an argument of the class: a module for each that the tests use.
+        lambda m: lambda p: (m if m.num_classes == p.shape[1] else CLASS_BALANCE[p.shape[1]])(p),
         lambda p: plain_class_balance(p, p.shape[1]),
         probabilities(),
         # tllib: NaN is not a probability, and its binary cross entropy raises.
@@ -155,31 +172,35 @@ LOSSES = [
         logits(2),
         constant=(1,),
     ),
-    Loss(
+    called(
         "triplet",
-        lambda f: TRIPLET(f, cyclic(f)),
+        TRIPLET,
+        lambda m: lambda f: m(f, cyclic(f)),
         lambda f: plain_reid_loss.triplet(f, cyclic(f), 1.0),
         logits(),
         empty=ValueError,
     ),
-    Loss(
+    called(
         "triplet_xbm_normalized",
-        lambda f, m: TRIPLET_XBM(f, cyclic(f), m, cyclic(m)),
+        TRIPLET_XBM,
+        lambda m: lambda f, x: m(f, cyclic(f), x, cyclic(x)),
         lambda f, m: plain_reid_loss.triplet_xbm(f, cyclic(f), m, cyclic(m), 0.5, True),
         logits(2),
         empty=ValueError,
     ),
-    Loss(
+    called(
         "soft_triplet",
-        lambda f, t: SOFT_TRIPLET(f, t, cyclic(f)),
+        SOFT_TRIPLET,
+        lambda m: lambda f, t: m(f, t, cyclic(f)),
         lambda f, t: plain_reid_loss.soft_triplet(f, t, cyclic(f)),
         logits(2),
         constant=(1,),
         empty=ValueError,
     ),
-    Loss(
+    called(
         "soft_triplet_margin_normalized",
-        lambda f: SOFT_TRIPLET_MARGIN(f, None, cyclic(f)),
+        SOFT_TRIPLET_MARGIN,
+        lambda m: lambda f: m(f, None, cyclic(f)),
         lambda f: plain_reid_loss.soft_triplet(f, f, cyclic(f), 0.2, True),
         logits(),
         empty=ValueError,
@@ -191,9 +212,10 @@ LOSSES = [
         logits(2),
         constant=(1,),
     ),
-    Loss(
+    called(
         "label_smooth",
-        lambda y: LABEL_SMOOTH(y, cyclic(y, y.shape[1])),
+        LABEL_SMOOTH,
+        lambda m: lambda y: m(y, cyclic(y, y.shape[1])),
         lambda y: plain_reid_loss.label_smooth(y, cyclic(y, y.shape[1]), 6, 0.2),
         logits(),
     ),

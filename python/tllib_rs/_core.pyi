@@ -71,6 +71,7 @@ def triplet_xbm(
     f: Tensor, xbm_f: Tensor, labels: Tensor, xbm_labels: Tensor, margin: float, normalize_feature: bool
 ) -> Tensor: ...
 def uda(y_strong: Tensor, y: Tensor, threshold: float, temperature: float) -> Tensor: ...
+
 @final
 class FlexMatch:
     def __new__(
@@ -84,6 +85,7 @@ class FlexMatch:
     def is_stale(self) -> bool: ...
     def status(self, labels: Tensor, warmup: bool) -> Tensor: ...
     def update(self, idxes: Tensor, selected_mask: Tensor, pseudo_labels: Tensor) -> None: ...
+
 @final
 class SelfTuningHistory:
     def __new__(cls) -> SelfTuningHistory: ...
@@ -97,6 +99,7 @@ class SelfTuningHistory:
         queue_ptr: Tensor,
         settings: SelfTuningSettings,
     ) -> Tensor: ...
+
 @final
 class SelfTuningSettings:
     def __new__(
