@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help build test rust-test python-test lint format demo bench wheel wheel-check clean
+.PHONY: help build test rust-test python-test lint format demo bench docs wheel wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -19,7 +19,7 @@ $(STAMPS)/venv: pyproject.toml
 	@mkdir -p $(STAMPS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV); }
-	$(BIN)/python tools/requirements.py > $(STAMPS)/requirements.txt
+	$(BIN)/python tools/requirements.py requires dev > $(STAMPS)/requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements.txt
 	@touch $@
 
@@ -54,6 +54,14 @@ demo: $(STAMPS)/build  ## FlexMatch learns digits from 40 labels; table, and pic
 
 bench: $(STAMPS)/build  ## every method against plain PyTorch and its limit
 	$(BIN)/python -m benches
+
+docs: $(STAMPS)/docs  ## these pages as a site in site/, warnings denied
+	$(BIN)/mkdocs build --strict --quiet
+
+$(STAMPS)/docs: $(STAMPS)/venv
+	$(BIN)/python tools/requirements.py docs > $(STAMPS)/requirements-docs.txt
+	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements-docs.txt
+	@touch $@
 
 wheel: $(STAMPS)/venv  ## one abi3 wheel in dist/, its links checked
 	rm -rf dist
