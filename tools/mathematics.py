@@ -11,6 +11,7 @@ from mkdocs.exceptions import PluginError
 _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', flags=re.DOTALL
 )
+_EQUALS, _MINUS = "<mo>&#x0003D;</mo>", "&#x02212;"
 
 
 def on_page_content(content: str, page: Any, **_: Any) -> str:
@@ -26,6 +27,10 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
         # A command that the converter does not know goes into the formula as it is.
         if unknown := re.search(r">(\\\w+|&)<", formula):
             raise PluginError(f"{page.file.src_uri}: {tex}: cannot render {unknown[1]}")
+        # A minus after the equals sign is a sign, not a difference.
+        formula = formula.replace(f"{_EQUALS}<mo>{_MINUS}", f'{_EQUALS}<mo form="prefix">{_MINUS}')
+        # Names of functions come as operators, which browsers put space around.
+        formula = re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", formula)
         return f'<div class="formula">{formula}</div>' if block else formula
 
     return _FORMULA.sub(mathml, content)
