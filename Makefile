@@ -56,7 +56,7 @@ bench: $(STAMPS)/build  ## every method against plain PyTorch and its limit
 	$(BIN)/python -m benches
 
 docs: $(STAMPS)/docs  ## these pages as a site in site/, warnings denied
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 $(STAMPS)/docs: $(STAMPS)/venv
 	$(BIN)/python tools/requirements.py docs > $(STAMPS)/requirements-docs.txt

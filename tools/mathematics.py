@@ -11,6 +11,7 @@ from mkdocs.exceptions import PluginError
 _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', flags=re.DOTALL
 )
+_PRIME = re.compile(r"<msup>(<mi>[^<]*</mi>)<mi>&#x02032;</mi></msup>")
 _EQUALS, _MINUS = "<mo>&#x0003D;</mo>", "&#x02212;"
 
 
@@ -29,6 +30,8 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
             raise PluginError(f"{page.file.src_uri}: {tex}: cannot render {unknown[1]}")
         # A minus after the equals sign is a sign, not a difference.
         formula = formula.replace(f"{_EQUALS}<mo>{_MINUS}", f'{_EQUALS}<mo form="prefix">{_MINUS}')
+        # Fonts have the prime raised already: as a superscript it would float.
+        formula = _PRIME.sub(r'<mrow>\1<mo lspace="0" rspace="0">&#x02032;</mo></mrow>', formula)
         # Names of functions come as operators, which browsers put space around.
         formula = re.sub(r"<mo>([A-Za-z]{2,})</mo>", r"<mi>\1</mi>", formula)
         return f'<div class="formula">{formula}</div>' if block else formula
