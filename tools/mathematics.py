@@ -21,6 +21,9 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
     def mathml(match: re.Match[str]) -> str:
         tex = html.unescape(match["tex"]).strip()
         block = match["tag"] == "div"
+        # The converter makes something of half a formula too.
+        if tex.count("{") != tex.count("}"):
+            raise PluginError(f"{page.file.src_uri}: {tex}: unbalanced braces")
         try:
             formula = convert(tex, display="block" if block else "inline")
         except Exception as error:  # the converter has no common base for its errors
