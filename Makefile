@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help build test rust-test python-test lint format demo bench docs wheel wheel-check clean
+.PHONY: help build test rust-test python-test lint format demo bench wheel wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,14 +55,6 @@ demo: $(STAMPS)/build  ## FlexMatch learns digits from 40 labels; table, and pic
 bench: $(STAMPS)/build  ## every method against plain PyTorch and its limit
 	$(BIN)/python -m benches
 
-docs: $(STAMPS)/docs  ## these pages as a site in site/, warnings denied
-	$(BIN)/mkdocs build --strict
-
-$(STAMPS)/docs: $(STAMPS)/venv
-	$(BIN)/python tools/requirements.py docs > $(STAMPS)/requirements-docs.txt
-	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements-docs.txt
-	@touch $@
-
 wheel: $(STAMPS)/venv  ## one abi3 wheel in dist/, its links checked
 	rm -rf dist
 	$(BIN)/maturin build --release --quiet --out dist
@@ -70,6 +62,15 @@ wheel: $(STAMPS)/venv  ## one abi3 wheel in dist/, its links checked
 
 wheel-check: wheel  ## install the wheel for every Python 3.10+ at hand and use it
 	$(PYTHON) tools/try_wheel.py dist/*.whl
+
+.PHONY: docs
+docs: $(STAMPS)/docs  ## docs/ as a site in site/, warnings denied
+	$(BIN)/mkdocs build --strict
+
+$(STAMPS)/docs: $(STAMPS)/venv
+	$(BIN)/python tools/requirements.py docs > $(STAMPS)/requirements-docs.txt
+	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements-docs.txt
+	@touch $@
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) $(STAMPS) target dist demo site python/tllib_rs/*.so
