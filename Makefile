@@ -19,7 +19,7 @@ $(STAMPS)/venv: pyproject.toml
 	@mkdir -p $(STAMPS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV); }
-	$(BIN)/python tools/requirements.py > $(STAMPS)/requirements.txt
+	$(BIN)/python tools/requirements.py requires dev > $(STAMPS)/requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements.txt
 	@touch $@
 
@@ -65,6 +65,15 @@ wheel: $(STAMPS)/venv  ## one abi3 wheel in dist/, its links checked
 
 wheel-check: wheel  ## install the wheel for every Python 3.10+ at hand and use it
 	$(PYTHON) tools/try_wheel.py dist/*.whl
+
+.PHONY: docs
+docs: $(STAMPS)/docs  ## docs/ as a site in site/, warnings denied
+	$(BIN)/mkdocs build --strict
+
+$(STAMPS)/docs: $(STAMPS)/venv
+	$(BIN)/python tools/requirements.py docs > $(STAMPS)/requirements-docs.txt
+	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements-docs.txt
+	@touch $@
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) $(STAMPS) target dist demo site python/tllib_rs/*.so
