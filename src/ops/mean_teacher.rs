@@ -77,6 +77,19 @@ fn check_pair(teacher: &Input<'_>, student: &Input<'_>) -> Result<()> {
     if teacher.shape() != student.shape() {
         return Err(teacher.wrong(&format!("have the student's shape {:?}", student.shape())));
     }
+    if student.is_meta() && !teacher.is_meta() {
+        return Err(Error::Device(format!(
+            "{CLASS}: student parameter must hold values, got one on the meta device"
+        )));
+    }
+    let repeats = teacher
+        .strides()
+        .iter()
+        .zip(teacher.shape())
+        .any(|(&s, &n)| s == 0 && n > 1);
+    if repeats {
+        return Err(teacher.wrong("not be expanded: its elements share memory"));
+    }
     let floating = |i: &Input<'_>| {
         let known = i.dtype().is_some();
         // Complex parameters have no kernel, but an average.

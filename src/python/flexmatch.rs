@@ -1,11 +1,12 @@
 use super::{tensor, without_gil};
 use crate::error::Result;
 use crate::ops::flexmatch as ops;
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::IntoPyDict;
 use pyo3_tch::PyTensor;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 const CLASS: &str = "DynamicThresholdingModule";
 
@@ -15,6 +16,18 @@ pub struct FlexMatch {
     // Nobody who holds it asks for the GIL, so it may be waited for with the GIL held.
     state: Mutex<ops::FlexMatch>,
     samples: usize,
+}
+
+/// As many classes or samples as memory could hold, and at least one.
+fn positive(name: &str, n: i64) -> PyResult<usize> {
+    const MOST: i64 = 1 << 40;
+    let most = if name == "num_classes" { 1 << 30 } else { MOST };
+    match usize::try_from(n) {
+        Ok(count) if count > 0 && n <= most => Ok(count),
+        _ => Err(PyValueError::new_err(format!(
+            "{CLASS}: {name} must be an integer in [1, {most}], got {n}"
+        ))),
+    }
 }
 
 impl FlexMatch {
@@ -53,16 +66,22 @@ impl FlexMatch {
         device: &Bound<'_, PyAny>,
         counts_on_device: Option<bool>,
     ) -> PyResult<Self> {
-        let probe = device.py().import("torch")?.call_method(
-            "empty",
-            (0,),
-            Some(&[("device", device)].into_py_dict(device.py())?),
-        )?;
-        let device: Device = tensor(CLASS, "device", &probe)?.device();
-        let state = ops::FlexMatch::new(classes, samples, warmup, device, counts_on_device)?;
+        let (classes, count) = (
+            positive("num_classes", classes)?,
+            positive("n_unlabeled_samples", samples)?,
+        );
+        let torch = device.py().import("torch")?;
+        let options = [
+            ("device", device.clone()),
+            ("dtype", torch.getattr("int64")?),
+        ];
+        let options = options.into_py_dict(device.py())?;
+        let labels = torch.call_method("full", ((samples,), -1), Some(&options))?;
+        let labels = tensor(CLASS, "net_outputs", &labels)?;
+        let state = ops::FlexMatch::new(classes, labels, warmup, counts_on_device)?;
         Ok(Self {
             state: Mutex::new(state),
-            samples: samples as usize,
+            samples: count,
         })
     }
 

@@ -15,9 +15,11 @@ mod self_tuning;
 mod uda;
 
 use crate::error::{Error, Result};
+use crate::torch::input::Input;
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::Tensor;
 
 /// Elements below which a kernel is done before another thread could use the GIL.
@@ -74,6 +76,14 @@ fn without_gil<T: Send>(
     elements: usize,
     body: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
+    // tch panics in a few calls that have no fallible form; Python gets an ordinary exception.
+    let body = || {
+        catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
+            Err(Error::Bridge(
+                "a call failed; the lines above say which".to_owned(),
+            ))
+        })
+    };
     Ok(if elements >= GIL_WORTH {
         py.allow_threads(body)?
     } else {
@@ -81,13 +91,9 @@ fn without_gil<T: Send>(
     })
 }
 
-/// The number of elements, without a call that could fail.
+/// The number of elements; 0 for what is no dense tensor, which the checks will refuse.
 fn elements(tensor: &Tensor) -> usize {
-    tensor
-        .size()
-        .iter()
-        .map(|&n| n.unsigned_abs() as usize)
-        .product()
+    Input::new("", "", tensor).map_or(0, |input| input.numel())
 }
 
 #[pymodule]

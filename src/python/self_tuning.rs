@@ -37,10 +37,16 @@ impl SelfTuningSettings {
         im_q: &Bound<'_, PyAny>,
         im_k: &Bound<'_, PyAny>,
         labels: &Bound<'_, PyAny>,
+        queue_list: &Bound<'_, PyAny>,
+        queue_ptr: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let (im_q, im_k) = (tensor(CLASS, "im_q", im_q)?, tensor(CLASS, "im_k", im_k)?);
         let labels = tensor(CLASS, "labels", labels)?;
-        Ok(self.0.check_batch(&im_q, &im_k, &labels)?)
+        let list = tensor(CLASS, "queue_list", queue_list)?;
+        let pointers = tensor(CLASS, "queue_ptr", queue_ptr)?;
+        Ok(self
+            .0
+            .check_batch((&im_q, &im_k, &labels), (&list, &pointers))?)
     }
 }
 

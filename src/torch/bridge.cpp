@@ -14,6 +14,9 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+#include <dlfcn.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -64,7 +67,8 @@ c10::DispatchKeySet ordinary_keys() {
 bool ordinary(const Tensor& t) {
   const auto keys = t.key_set();
   return (keys | ordinary_keys()) == ordinary_keys() && t.has_storage() &&
-      !t._fw_grad(/*level=*/0).defined() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
+      !t._fw_grad(/*level=*/0).defined() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+      !torch::jit::tracer::isTracing();
 }
 
 }  // namespace
@@ -80,6 +84,7 @@ struct tllib_facts {
   int32_t kind;
   int32_t device_type;
   int32_t device_index;
+  bool strided;  // where it is not, nothing else is filled in
   bool ordinary;
   bool wants_grad;  // grad mode is on and the tensor requires it
   bool autocast;    // an autocast region is active for the tensor's device
@@ -89,6 +94,8 @@ struct tllib_facts {
 char* tllib_describe(const Tensor* t, tllib_facts* out) {
   return guarded([&] {
     TORCH_CHECK(t->defined(), "an undefined tensor");
+    out->strided = t->layout() == c10::kStrided && !t->is_nested();
+    if (!out->strided) return;
     TORCH_CHECK(!t->unsafeGetTensorImpl()->has_symbolic_sizes_strides(),
                 "tensors with symbolic shapes are served under torch.compile only");
     out->ordinary = ordinary(*t);
@@ -141,6 +148,7 @@ struct FusedLoss : Node {
     std::lock_guard<std::mutex> lock(mutex_);
     released_ = true;
     inputs.clear();
+    constants.clear();
     vtable_->release(state_);
   }
 
@@ -152,6 +160,8 @@ struct FusedLoss : Node {
   }
 
   std::vector<SavedVariable> inputs;
+  // Instead of the saved variable, where an input comes from inference mode and cannot be saved.
+  std::vector<Tensor> constants;
 
  private:
   variable_list fused(const Tensor& incoming) {
@@ -172,7 +182,10 @@ struct FusedLoss : Node {
     variable_list unpacked;
     std::vector<Tensor*> raw;
     unpacked.reserve(inputs.size());
-    for (auto& saved : inputs) unpacked.push_back(saved.unpack());
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      // A copy of an inference tensor is an ordinary one, which the composite may save.
+      unpacked.push_back(constants[i].defined() ? constants[i].clone() : inputs[i].unpack());
+    }
     for (auto& t : unpacked) raw.push_back(&t);
     Tensor* loss = nullptr;
     check(vtable_->composite(state_, raw.data(), &loss));
@@ -212,7 +225,9 @@ char* tllib_attach(const Tensor* loss, Tensor* const* inputs, size_t count, void
   return guarded([&] {
     for (size_t i = 0; i < count; ++i) {
       node->add_next_edge(torch::autograd::impl::gradient_edge(*inputs[i]));
-      node->inputs.emplace_back(*inputs[i], /*is_output=*/false);
+      const bool constant = inputs[i]->is_inference();
+      node->inputs.push_back(constant ? SavedVariable() : SavedVariable(*inputs[i], /*is_output=*/false));
+      node->constants.push_back(constant ? *inputs[i] : Tensor());
     }
     torch::autograd::set_history(*loss, node);
   });
@@ -239,6 +254,19 @@ int32_t tllib_default_dtype() {
 }
 
 void tllib_free(char* text) { std::free(text); }
+
+// pybind11, which torch's Python headers bring into libtch, calls this private function where it was
+// compiled for Python 3.12 or older, and Python 3.13 renamed it. Defined here, hidden, it forwards to
+// whichever the running interpreter has, so that one wheel serves them all.
+__attribute__((visibility("hidden"))) void* _PyThreadState_UncheckedGet() {
+  using Get = void* (*)();
+  static const Get get = [] {
+    void* found = dlsym(RTLD_DEFAULT, "PyThreadState_GetUnchecked");
+    if (!found) found = dlsym(RTLD_DEFAULT, "_PyThreadState_UncheckedGet");
+    return reinterpret_cast<Get>(found);
+  }();
+  return get ? get() : nullptr;
+}
 
 // Thread-local: both calls must come from one thread.
 void* tllib_autocast_off() {

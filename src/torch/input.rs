@@ -9,6 +9,7 @@ use tch::{Kind, Tensor};
 use torch_sys::C_tensor;
 
 const CPU: i32 = 0;
+const META: i32 = 14;
 
 /// Mirror of `tllib_facts` in bridge.cpp.
 #[repr(C)]
@@ -20,6 +21,7 @@ struct Facts {
     kind: i32,
     device_type: i32,
     device_index: i32,
+    strided: bool,
     ordinary: bool,
     wants_grad: bool,
     autocast: bool,
@@ -41,11 +43,16 @@ pub struct Input<'a> {
 impl<'a> Input<'a> {
     /// Reads the facts. They hold as long as nobody resizes the tensor.
     pub fn new(class: &'static str, name: &'static str, tensor: &'a Tensor) -> Result<Self> {
-        let mut facts = std::mem::MaybeUninit::uninit();
+        let mut facts = std::mem::MaybeUninit::<Facts>::zeroed();
         // SAFETY: the tensor is live, and the bridge fills all of `facts` unless it reports failure.
         check(unsafe { tllib_describe(tensor.as_ptr(), facts.as_mut_ptr()) })?;
-        // SAFETY: no failure was reported.
+        // SAFETY: no failure was reported, and all bits that may be left unset are valid.
         let facts = unsafe { facts.assume_init() };
+        if !facts.strided {
+            return Err(Error::Type(format!(
+                "{class}: {name} must be a dense tensor, got a sparse, mkldnn or nested one"
+            )));
+        }
         Ok(Self {
             tensor,
             class,
@@ -169,15 +176,37 @@ impl<'a> Input<'a> {
         self.int64()
     }
 
+    /// The same values in memory that may be read directly: contiguous, and without the pending
+    /// negation or conjugation that a view may carry. `TypeError` for what has no memory here.
+    pub fn in_memory(&self) -> Result<Tensor> {
+        let plain = self
+            .tensor
+            .f_resolve_conj()?
+            .f_resolve_neg()?
+            .f_contiguous()?;
+        if Input::new(self.class, self.name, &plain)?.on_cpu() {
+            return Ok(plain);
+        }
+        Err(Error::Type(format!(
+            "{}: {} must be an ordinary tensor on the CPU",
+            self.class, self.name
+        )))
+    }
+
     /// The values of a CPU tensor of integers, in order.
     pub fn integers(&self) -> Result<Vec<i64>> {
-        let contiguous = self.tensor.f_to_kind(Kind::Int64)?.f_contiguous()?;
+        let plain = self.in_memory()?.f_to_kind(Kind::Int64)?;
         let len = self.numel();
         if len == 0 {
             return Ok(Vec::new());
         }
         // SAFETY: contiguous int64 with `len` elements, alive until the copy is made.
-        Ok(unsafe { std::slice::from_raw_parts(contiguous.data_ptr().cast(), len) }.to_vec())
+        Ok(unsafe { std::slice::from_raw_parts(plain.data_ptr().cast(), len) }.to_vec())
+    }
+
+    /// Whether it is on the meta device, and has no values.
+    pub fn is_meta(&self) -> bool {
+        self.facts.device_type == META
     }
 
     /// (minibatch, C) with at least one class.

@@ -154,7 +154,7 @@ class SelfTuning(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class."""
         settings = self._settings()
-        settings.check(im_q, im_k, labels)
+        settings.check(im_q, im_k, labels, self.queue_list, self.queue_ptr)
         h_q, y_q = _training_outputs("encoder_q", self.encoder_q(im_q))
         with torch.no_grad():
             _core.ema_update(self.encoder_k, self.encoder_q, self.m)

@@ -103,7 +103,8 @@ fn out_of_range(name: &str, value: i64, low: i64, above: usize) -> Error {
 
 /// `mask == 1`, for masks of any numeric dtype.
 fn selected(mask: &Input<'_>) -> Result<Vec<bool>> {
-    let contiguous = mask.tensor.f_contiguous()?;
+    mask.real()?;
+    let contiguous = mask.in_memory()?;
     let len = mask.numel();
     if len == 0 {
         return Ok(Vec::new());
@@ -122,7 +123,6 @@ fn selected(mask: &Input<'_>) -> Result<Vec<bool>> {
         let values = unsafe { std::slice::from_raw_parts(data.cast::<u8>().cast_const(), len) };
         return Ok(values.iter().map(|&v| v != 0).collect());
     }
-    mask.real()?;
     mask.integers()
         .map(|values| values.into_iter().map(|v| v == 1).collect())
 }

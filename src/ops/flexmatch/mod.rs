@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::kernels::flexmatch::Counts;
 use crate::torch::input::Input;
 use crate::torch::{aliased, bump_version, version};
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 const CLASS: &str = "DynamicThresholdingModule";
 
@@ -47,25 +47,19 @@ pub struct FlexMatch {
 impl FlexMatch {
     /// No sample has a label yet.
     pub fn new(
-        classes: i64,
-        samples: i64,
+        classes: usize,
+        net_outputs: Tensor,
         warmup: bool,
-        device: Device,
         counts_on_device: Option<bool>,
     ) -> Result<Self> {
-        let count = |name: &str, n: i64| {
-            usize::try_from(n).ok().filter(|&n| n > 0).ok_or_else(|| {
-                Error::Value(format!(
-                    "{CLASS}: {name} must be an integer above 0, got {n}"
-                ))
-            })
-        };
-        let (classes, samples) = (
-            count("num_classes", classes)?,
-            count("n_unlabeled_samples", samples)?,
-        );
-        let net_outputs = Tensor::f_full([samples as i64], -1, (Kind::Int64, device))?;
-        let on_host = !counts_on_device.unwrap_or(device != Device::Cpu);
+        let input = Input::new(CLASS, "net_outputs", &net_outputs)?;
+        let (samples, on_cpu) = (input.vector()?, input.on_cpu());
+        if input.is_meta() {
+            return Err(Error::Value(format!(
+                "{CLASS}: device must hold values, got meta"
+            )));
+        }
+        let on_host = !counts_on_device.unwrap_or(!on_cpu);
         let tally = on_host.then(|| Tally::Host(Counts::unlabelled(samples, classes)));
         let version = version(&net_outputs);
         Ok(Self {
@@ -97,12 +91,12 @@ impl FlexMatch {
                 self.samples
             )));
         }
-        let moved = labels
-            .f_detach()?
-            .f_to_device(self.net_outputs.device())?
-            .f_contiguous()?;
+        let mut moved = labels.f_detach()?.f_to_device(self.net_outputs.device())?;
         if self.on_host {
+            moved = Input::new(CLASS, "net_outputs", &moved)?.in_memory()?;
             host::count(&moved, self.classes)?;
+        } else {
+            moved = moved.f_contiguous()?;
         }
         self.net_outputs = moved;
         self.tally = None;

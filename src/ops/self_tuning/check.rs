@@ -17,6 +17,12 @@ impl Settings {
                 )));
             }
         }
+        if self.keys.checked_mul(self.classes).is_none() {
+            return Err(Error::Value(format!(
+                "{CLASS}: K * num_classes must fit in 64 bits, got {} * {}",
+                self.keys, self.classes
+            )));
+        }
         if !(0.0..=1.0).contains(&self.momentum) {
             return Err(Error::Value(format!(
                 "{CLASS}: m must be in [0, 1], got {}",
@@ -27,7 +33,11 @@ impl Settings {
     }
 
     /// What is known before the encoders run, and so before anything changes.
-    pub fn check_batch(self, im_q: &Tensor, im_k: &Tensor, labels: &Tensor) -> Result<()> {
+    pub fn check_batch(
+        self,
+        (im_q, im_k, labels): (&Tensor, &Tensor, &Tensor),
+        (queue_list, queue_ptr): (&Tensor, &Tensor),
+    ) -> Result<()> {
         self.check()?;
         let (im_q, im_k) = (
             Input::new(CLASS, "im_q", im_q)?,
@@ -44,7 +54,51 @@ impl Settings {
         if labels.on_cpu() {
             classes_of(&labels, self.classes)?;
         }
+        let list = Input::new(CLASS, "queue_list", queue_list)?;
+        let queue_ptr = Input::new(CLASS, "queue_ptr", queue_ptr)?;
+        check_queue(&list, &queue_ptr, None, self)?;
+        if queue_ptr.on_cpu() {
+            pointers_of(&queue_ptr, self.keys)?;
+        }
         Ok(())
+    }
+}
+
+/// The queue and its pointers; `dim` is the projections' width, where it is known.
+fn check_queue(
+    list: &Input<'_>,
+    queue_ptr: &Input<'_>,
+    dim: Option<i64>,
+    settings: Settings,
+) -> Result<()> {
+    list.floating()?;
+    let columns = settings.keys * settings.classes;
+    let fits = matches!(*list.shape(), [d, n] if dim.is_none_or(|dim| d == dim) && n == columns);
+    if !fits {
+        let dim = dim.map_or_else(|| "projection_dim".to_owned(), |d| d.to_string());
+        return Err(list.wrong(&format!(
+            "have shape (projection_dim, K * num_classes) = [{dim}, {columns}]"
+        )));
+    }
+    queue_ptr.int64()?;
+    if queue_ptr.shape() != [settings.classes] {
+        return Err(queue_ptr.wrong(&format!(
+            "have shape (num_classes,) = [{}]",
+            settings.classes
+        )));
+    }
+    queue_ptr.same_device(list)
+}
+
+/// The positions at which the next keys go, in range.
+fn pointers_of(queue_ptr: &Input<'_>, keys: i64) -> Result<Vec<i64>> {
+    let pointers = queue_ptr.integers()?;
+    match pointers.iter().find(|p| !(0..keys).contains(*p)) {
+        None => Ok(pointers),
+        Some(p) => Err(Error::Value(format!(
+            "{CLASS}: queue_ptr must hold positions in [0, {}], got {p}",
+            keys - 1
+        ))),
     }
 }
 
@@ -73,19 +127,7 @@ impl<'a> Checked<'a> {
             return Err(h_k.wrong(&format!("have the shape of h_q, {:?}", h_q.shape())));
         }
         check_labels(&labels, rows as i64)?;
-        let expected = [dim as i64, settings.keys * settings.classes];
-        if list.shape() != expected {
-            return Err(list.wrong(&format!(
-                "have shape (projection_dim, K * num_classes) = {expected:?}"
-            )));
-        }
-        queue_ptr.int64()?;
-        if queue_ptr.shape() != [settings.classes] {
-            return Err(queue_ptr.wrong(&format!(
-                "have shape (num_classes,) = [{}]",
-                settings.classes
-            )));
-        }
+        check_queue(&list, &queue_ptr, Some(dim as i64), settings)?;
         for other in [&h_k, &list, &queue_ptr] {
             other.same_device(&h_q)?;
         }
@@ -109,14 +151,8 @@ impl<'a> Checked<'a> {
             return Ok(None);
         }
         let labels = classes_of(&self.labels, settings.classes)?;
-        let pointers = self.queue_ptr.integers()?;
-        match pointers.iter().find(|p| !(0..settings.keys).contains(*p)) {
-            None => Ok(Some((labels, pointers))),
-            Some(p) => Err(Error::Value(format!(
-                "{CLASS}: queue_ptr must hold positions in [0, {}], got {p}",
-                settings.keys - 1
-            ))),
-        }
+        let pointers = pointers_of(&self.queue_ptr, settings.keys)?;
+        Ok(Some((labels, pointers)))
     }
 }
 

@@ -1,0 +1,106 @@
+"""Inputs that nobody means to pass: ordinary exceptions, no crash, and nothing half done."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
+
+from tests.losses import LOSSES
+from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
+from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+from tllib_rs.self_training.mean_teacher import EMATeacher
+
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
+INDEX = torch.tensor([1, 2])
+
+
+def flexmatch():
+    return DynamicThresholdingModule(0.9, True, lambda x: x, 3, 10, "cpu")
+
+
+@every_loss
+@pytest.mark.parametrize("layout", ["to_sparse", "to_mkldnn"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_layouts_that_are_not_dense_are_refused(loss, generator, layout):
+    inputs = [x.float() for x in loss.inputs(generator)]
+    k = loss.differentiated
+    inputs[k] = getattr(inputs[k], layout)()
+    with pytest.raises(TypeError, match="must be a dense tensor, got a sparse, mkldnn or nested one"):
+        loss.ours(*inputs)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_nested_tensors_are_refused():
+    nested = torch.nested.nested_tensor([torch.rand(3), torch.rand(4)])
+    with pytest.raises(TypeError, match="must be a dense tensor"):
+        MinimumClassConfusionLoss(1.0)(nested)
+
+
+@pytest.mark.filterwarnings("ignore:.*trace", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_depends_on_its_input():
+    loss = MinimumClassConfusionLoss(1.0)
+    traced = torch.jit.trace(loss, torch.randn(3, 4))
+    other = torch.randn(3, 4)
+    torch.testing.assert_close(traced(other), loss(other))
+
+
+@every_loss
+def test_constants_from_inference_mode(loss, generator):
+    if not loss.constant:
+        return  # every input is differentiated, which an inference tensor cannot be
+    inputs = [x.clone() for x in loss.inputs(generator)]
+    expected = loss.first(loss.ours(*inputs))
+    for k in loss.constant:
+        with torch.inference_mode():
+            inputs[k] = inputs[k].clone()
+    inputs[loss.differentiated].requires_grad_()
+    value = loss.first(loss.ours(*inputs))
+    torch.testing.assert_close(value.detach(), expected)
+    first = torch.autograd.grad(value.sum(), inputs[loss.differentiated], retain_graph=True)[0]
+    again = torch.autograd.grad(value.sum(), inputs[loss.differentiated], create_graph=True)[0]
+    torch.testing.assert_close(first, again.detach())
+
+
+def test_flexmatch_takes_no_tensor_without_memory():
+    module = flexmatch()
+    two = TwoTensor(INDEX, INDEX)
+    with pytest.raises(TypeError, match="pseudo_labels must be an ordinary tensor on the CPU"):
+        module.get_threshold(two)
+    with pytest.raises(TypeError, match="selected_mask must be an ordinary tensor"):
+        module.update(INDEX, TwoTensor(torch.ones(2), torch.ones(2)), INDEX)
+    with pytest.raises(TypeError, match="net_outputs must be an ordinary tensor"):
+        module.net_outputs = TwoTensor(torch.zeros(10).long(), torch.zeros(10).long())
+    with torch._subclasses.FakeTensorMode(), pytest.raises(TypeError, match="must be an ordinary tensor"):
+        module.get_threshold(torch.tensor([0, 1]))
+    assert module.class_counts().tolist() == [10, 0, 0, 0]
+    with pytest.raises(ValueError, match="device must hold values, got meta"):
+        DynamicThresholdingModule(0.9, True, abs, 3, 10, "meta")
+
+
+def test_flexmatch_resolves_pending_negations():
+    def negated(x):
+        return torch._neg_view(-x)
+
+    module = flexmatch()
+    module.update(negated(INDEX), negated(torch.ones(2)), negated(INDEX))
+    assert module.net_outputs.tolist() == [-1, 1, 2, *[-1] * 7]
+    module.net_outputs = negated(torch.arange(10) % 3)
+    assert module.class_counts().tolist() == [0, 4, 3, 3]
+
+
+@pytest.mark.parametrize("spoil", ["expand", "meta"])
+def test_an_average_that_fails_moves_nothing(spoil):
+    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    teacher = EMATeacher(student, 0.5)
+    with torch.no_grad():
+        student[0].weight.add_(1)
+    if spoil == "expand":
+        teacher.teacher[1].weight.data = torch.zeros(1, 2).expand(2, 2)
+    else:
+        student[1].to("meta")
+    before = copy.deepcopy(teacher.teacher[0].state_dict())
+    with pytest.raises((ValueError, RuntimeError), match="share memory|on the meta device"):
+        teacher.update()
+    torch.testing.assert_close(teacher.teacher[0].state_dict(), before)
