@@ -195,11 +195,12 @@ impl<E: Element> Kernel for Sweep<'_, E> {
     }
 }
 
-/// `-sum_c p_c ln(p_c + 1e-5)`
+/// `-sum_c p_c ln(p_c + 1e-5)` of probabilities. The sum in the logarithm is a normal number; where
+/// it is NaN, so is the factor in front.
 #[inline(always)]
 pub(super) fn entropy<I: Isa, F: Real>(p: &[F]) -> f64 {
     let epsilon = F::of(ENTROPY_EPSILON);
-    -reduce::sum_of(p, |p| p * (p + epsilon).ln::<I>())
+    -reduce::sum_of(p, |p| p * (p + epsilon).ln_normal::<I>(F::ZERO))
 }
 
 #[inline(always)]

@@ -58,6 +58,10 @@ pub trait Real:
     /// The natural logarithm.
     #[must_use]
     fn ln<I: Isa>(self) -> Self;
+    /// The natural logarithm of a positive, normal, finite number, minus `offset` times ln 2. Any
+    /// other argument gives an arbitrary number.
+    #[must_use]
+    fn ln_normal<I: Isa>(self, offset: Self) -> Self;
 }
 
 /// Horner's rule, highest coefficient first.
@@ -128,29 +132,35 @@ macro_rules! real {
 
             #[inline(always)]
             fn ln<I: Isa>(self) -> Self {
-                                const SHIFT: $int = 1 << ($mantissa - 1);
-                const UNIT: $f = (1u64 << $mantissa) as $f;
+                const LIFT: $f = (1u64 << $mantissa) as $f;
                 let subnormal = self < $f::MIN_POSITIVE;
-                let x = if subnormal { self * UNIT } else { self };
+                let x = if subnormal { self * LIFT } else { self };
                 let offset: $f = if subnormal { ($mantissa as i16).into() } else { 0.0 };
-                let bits = x.to_bits();
+                let value = x.ln_normal::<I>(offset);
+                // Ordered so that NaN falls through every test.
+                let value = if self == $f::INFINITY { self } else { value };
+                let value = if self == 0.0 { $f::NEG_INFINITY } else { value };
+                let value = if self < 0.0 { $f::NAN } else { value };
+                if self.is_nan() { self } else { value }
+            }
+
+            #[inline(always)]
+            fn ln_normal<I: Isa>(self, offset: Self) -> Self {
+                const SHIFT: $int = 1 << ($mantissa - 1);
+                const UNIT: $f = (1u64 << $mantissa) as $f;
+                let bits = self.to_bits();
                 let exponent = (bits.wrapping_sub($root) as $int) >> $mantissa;
                 let f = $f::from_bits(bits.wrapping_sub((exponent << $mantissa) as $bits)) - 1.0;
-                // An integer to a float without a conversion, which AVX2 lacks for 64 bits: as the low
-                // bits of a number whose spacing is 1.
-                let biased = (exponent + SHIFT) as $bits | UNIT.to_bits();
+                // An integer to a float without a conversion, which AVX2 lacks for 64 bits: as the
+                // low bits of a number whose spacing is 1.
+                let biased = exponent.wrapping_add(SHIFT) as $bits | UNIT.to_bits();
                 let e = ($f::from_bits(biased) - (UNIT + SHIFT as $f)) - offset;
                 let s = f / (2.0 + f);
                 let z = s * s;
                 let r = z * polynomial::<I, $f, _>(z, [$($odd),+]);
                 let half_square = 0.5 * f * f;
                 let low = Real::mul_add::<I>(s, half_square + r, e * $ln2_lo);
-                let value = Real::mul_add::<I>(e, $ln2_hi, f - (half_square - low));
-                // Ordered so that NaN falls through every test.
-                let value = if self == $f::INFINITY { self } else { value };
-                let value = if self == 0.0 { $f::NEG_INFINITY } else { value };
-                let value = if self < 0.0 { $f::NAN } else { value };
-                if self.is_nan() { self } else { value }
+                Real::mul_add::<I>(e, $ln2_hi, f - (half_square - low))
             }
         }
     };
