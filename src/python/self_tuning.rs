@@ -1,6 +1,5 @@
-use super::{elements, number, tensor, without_gil};
+use super::{elements, integer, number, tensor, without_gil};
 use crate::ops::self_tuning as ops;
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 use pyo3_tch::PyTensor;
@@ -21,8 +20,8 @@ impl SelfTuningSettings {
         temperature: &Bound<'_, PyAny>,
     ) -> PyResult<Self> {
         let settings = ops::Settings {
-            classes: integer("num_classes", num_classes)?,
-            keys: integer("K", keys)?,
+            classes: integer(CLASS, "num_classes", num_classes)?,
+            keys: integer(CLASS, "K", keys)?,
             momentum: number(CLASS, "m", momentum)?,
             temperature: number(CLASS, "T", temperature)?,
         };
@@ -48,17 +47,6 @@ impl SelfTuningSettings {
             .0
             .check_batch((&im_q, &im_k, &labels), (&list, &pointers))?)
     }
-}
-
-fn integer(name: &str, object: &Bound<'_, PyAny>) -> PyResult<i64> {
-    object
-        .extract()
-        .map_err(|_| match object.get_type().name() {
-            Ok(kind) => {
-                PyTypeError::new_err(format!("{CLASS}: {name} must be an integer, got {kind}"))
-            }
-            Err(error) => error,
-        })
 }
 
 /// What graphs still need of a queue's past. A copy or a pickle of it starts anew.
