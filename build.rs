@@ -11,6 +11,7 @@ fn bridge() {
     use std::path::PathBuf;
 
     println!("cargo:rerun-if-changed=src/torch/bridge.cpp");
+    println!("cargo:rerun-if-changed=src/torch/unpack.cpp");
     println!("cargo:rerun-if-env-changed=DEP_TCH_LIBTORCH_LIB");
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else {
         panic!("torch-sys did not say where libtorch is; is torch 2.11 installed in this Python?");
@@ -24,7 +25,9 @@ fn bridge() {
         .warnings(false)
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
+        .include(python_include())
         .file("src/torch/bridge.cpp")
+        .file("src/torch/unpack.cpp")
         .compile("tllib_rs_bridge");
     let target_os = std::env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
     if target_os == "macos" {
@@ -45,6 +48,24 @@ fn bridge() {
         std::env::var("PROFILE").unwrap_or_default()
     );
     println!("cargo:rustc-env=TLLIB_RS_RUSTC={}", rustc_version());
+}
+
+/// Where `Python.h` is, asked of the interpreter that torch-sys asks for torch.
+#[cfg(feature = "python")]
+fn python_include() -> String {
+    println!("cargo:rerun-if-env-changed=VIRTUAL_ENV");
+    let name = match std::env::var_os("VIRTUAL_ENV") {
+        Some(_) => "python",
+        None => "python3",
+    };
+    let script = "import sysconfig; print(sysconfig.get_path('include'))";
+    let output = std::process::Command::new(name)
+        .args(["-c", script])
+        .output();
+    match output.map(|o| String::from_utf8(o.stdout)) {
+        Ok(Ok(path)) if !path.trim().is_empty() => path.trim().to_owned(),
+        other => panic!("{name} did not say where Python.h is: {other:?}"),
+    }
 }
 
 #[cfg(feature = "python")]

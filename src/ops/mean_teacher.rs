@@ -1,10 +1,10 @@
 //! The teacher's moving average on tensors. The sweep is in [`crate::kernels::mean_teacher`].
 
 use crate::error::{Error, Result};
-use crate::kernels::mean_teacher::{Pair, RawPair, blend_all};
+use crate::kernels::mean_teacher::{Pair, blend_all};
 use crate::kernels::parallel::threads_for;
-use crate::torch::input::Input;
-use crate::torch::{bump_version, by_dtype, max_threads};
+use crate::torch::input::{Borrowed, Facts, sparse};
+use crate::torch::{by_dtype, max_threads};
 use tch::Tensor;
 
 const CLASS: &str = "EMATeacher";
@@ -25,7 +25,7 @@ pub fn check_alpha(alpha: f64) -> Result<()> {
 ///
 /// Everything is checked before anything is written. Pairs of dense CPU tensors of one memory
 /// layout go through the kernel in one sweep; the others through libtorch, one by one.
-pub fn update(teachers: &[Tensor], students: &[Tensor], alpha: f64) -> Result<()> {
+pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Result<()> {
     check_alpha(alpha)?;
     if teachers.len() != students.len() {
         return Err(Error::Value(format!(
@@ -34,79 +34,76 @@ pub fn update(teachers: &[Tensor], students: &[Tensor], alpha: f64) -> Result<()
             students.len()
         )));
     }
-    let inputs = teachers
-        .iter()
-        .zip(students)
-        .map(|(t, s)| {
-            let pair = (
-                Input::new(CLASS, "teacher parameter", t)?,
-                Input::new(CLASS, "student parameter", s)?,
-            );
-            check_pair(&pair.0, &pair.1)?;
-            Ok(pair)
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let facts = (Borrowed::facts(teachers)?, Borrowed::facts(students)?);
+    for (k, (teacher, student)) in facts.0.iter().zip(&facts.1).enumerate() {
+        check_pair((teacher, teachers[k]), (student, students[k]))?;
+    }
 
-    let apart = !overlap(&inputs);
-    let mut pairs: Vec<Box<dyn Pair>> = Vec::with_capacity(inputs.len());
+    let apart = !overlap(&facts.0, &facts.1);
+    let mut pairs = Vec::with_capacity(teachers.len());
     let mut others = Vec::new();
-    for (teacher, student) in &inputs {
-        match if apart {
-            kernel_pair(teacher, student)
-        } else {
-            None
-        } {
-            Some(pair) => pairs.push(pair),
-            None => others.push((teacher.tensor, student.tensor)),
+    for (k, (teacher, student)) in facts.0.iter().zip(&facts.1).enumerate() {
+        match kernel_pair(teacher, student).filter(|_| apart) {
+            Some(pair) => {
+                pairs.push(pair);
+                teachers[k].bump_version();
+            }
+            None => others.push((teachers[k].tensor(), students[k].tensor())),
         }
     }
-    let work = pairs.iter().map(|p| p.len()).sum();
-    blend_all(pairs, alpha, threads_for(work, GRAIN, max_threads()));
-    inputs
-        .iter()
-        .filter(|(t, _)| apart && t.on_cpu())
-        .for_each(|(t, _)| bump_version(t.tensor));
-    tch::no_grad(|| {
-        others
-            .into_iter()
-            .try_for_each(|(t, s)| composite(t, s, alpha))
-    })
+    let work = pairs.iter().map(Pair::len).sum();
+    blend_all(&pairs, alpha, threads_for(work, GRAIN, max_threads()));
+    tch::no_grad(|| others.iter().try_for_each(|(t, s)| composite(t, s, alpha)))
 }
 
-fn check_pair(teacher: &Input<'_>, student: &Input<'_>) -> Result<()> {
+fn check_pair(
+    (teacher, own): (&Facts, Borrowed),
+    (student, other): (&Facts, Borrowed),
+) -> Result<()> {
+    for (facts, tensor, name) in [
+        (teacher, own, "teacher parameter"),
+        (student, other, "student parameter"),
+    ] {
+        if !facts.strided() {
+            return Err(sparse(CLASS, name));
+        }
+        // Complex parameters have no kernel, but an average.
+        if facts.dtype().is_none() && !tensor.tensor().f_is_complex()? {
+            return Err(Error::Type(format!(
+                "{CLASS}: {name} must be float32, float64, float16 or bfloat16, got {}",
+                facts.dtype_name()
+            )));
+        }
+    }
+    let wrong = |expected: &str| {
+        Err(Error::Value(format!(
+            "{CLASS}: teacher parameter must {expected}, got shape {:?}",
+            teacher.shape()
+        )))
+    };
     if teacher.shape() != student.shape() {
-        return Err(teacher.wrong(&format!("have the student's shape {:?}", student.shape())));
+        return wrong(&format!("have the student's shape {:?}", student.shape()));
     }
     if student.is_meta() && !teacher.is_meta() {
         return Err(Error::Device(format!(
             "{CLASS}: student parameter must hold values, got one on the meta device"
         )));
     }
-    let repeats = teacher
-        .strides()
-        .iter()
-        .zip(teacher.shape())
-        .any(|(&s, &n)| s == 0 && n > 1);
-    if repeats {
-        return Err(teacher.wrong("not be expanded: its elements share memory"));
-    }
-    let floating = |i: &Input<'_>| {
-        let known = i.dtype().is_some();
-        // Complex parameters have no kernel, but an average.
-        if known || i.tensor.f_is_complex()? {
-            Ok(())
-        } else {
-            i.floating().map(|_| ())
-        }
+    let repeats = || {
+        let mut dims = teacher.strides().iter().zip(teacher.shape());
+        dims.any(|(&s, &n)| s == 0 && n > 1)
     };
-    floating(teacher)?;
-    floating(student)
+    if !teacher.contiguous() && repeats() {
+        return wrong("not be expanded: its elements share memory");
+    }
+    Ok(())
 }
 
 /// A pair for the sweep, or `None` where the memory layouts differ or have gaps.
-fn kernel_pair(teacher: &Input<'_>, student: &Input<'_>) -> Option<Box<dyn Pair>> {
+fn kernel_pair(teacher: &Facts, student: &Facts) -> Option<Pair> {
     let (t, s) = (teacher.dtype()?, student.dtype()?);
-    let same = teacher.strides() == student.strides() && dense(teacher);
+    let same = teacher.contiguous() && student.contiguous()
+        || teacher.strides() == student.strides() && dense(teacher);
     if !(teacher.on_cpu() && student.on_cpu() && same) {
         return None;
     }
@@ -114,13 +111,14 @@ fn kernel_pair(teacher: &Input<'_>, student: &Input<'_>) -> Option<Box<dyn Pair>
     by_dtype!(t, T => by_dtype!(s, S => {
         let (t, s) = (teacher.data().cast::<T>(), student.data().cast_const().cast::<S>());
         // SAFETY: both are dense CPU tensors of `len` elements of these types, which the caller
-        // keeps alive; `overlap` found no shared memory beyond tensors that are one and the same.
-        Some(Box::new(unsafe { RawPair::new(t, s, len) }) as Box<dyn Pair>)
+        // keeps alive; it uses the pair only where `overlap` found no shared memory beyond tensors
+        // that are one and the same.
+        Some(unsafe { Pair::new(t, s, len) })
     }))
 }
 
 /// Whether the elements fill one block of memory, in whatever order of dimensions.
-fn dense(input: &Input<'_>) -> bool {
+fn dense(input: &Facts) -> bool {
     let mut dims: Vec<_> = input
         .strides()
         .iter()
@@ -138,46 +136,59 @@ fn dense(input: &Input<'_>) -> bool {
 
 /// Whether a teacher's memory overlaps anything else. The same tensor twice, as its own student,
 /// does not count: it is read where it is written.
-fn overlap(inputs: &[(Input<'_>, Input<'_>)]) -> bool {
-    let span = |i: &Input<'_>| {
-        let start = i.data() as usize;
-        let last: i64 = i
-            .strides()
-            .iter()
-            .zip(i.shape())
-            .map(|(s, n)| s * (n - 1).max(0))
-            .sum();
-        // 8 bytes is the widest element: a span may be judged too long, never too short.
-        let width = match i.dtype() {
-            Some(d) => by_dtype!(d, E => size_of::<E>()),
-            None => 16,
-        };
-        (start, start + (last as usize + 1) * width)
+fn overlap(teachers: &[Facts], students: &[Facts]) -> bool {
+    let mut spans = Vec::with_capacity(2 * teachers.len());
+    for (teacher, student) in teachers.iter().zip(students) {
+        let own = span(teacher).map(|span| Span {
+            writes: true,
+            ..span
+        });
+        let other =
+            span(student).filter(|s| own.is_none_or(|t| (t.start, t.end) != (s.start, s.end)));
+        spans.extend(own);
+        spans.extend(other);
+    }
+    spans.sort_unstable_by_key(|span| span.start);
+    let (mut written, mut read) = (0, 0);
+    spans.into_iter().any(|span| {
+        let meets = span.start < written || (span.writes && span.start < read);
+        let furthest = if span.writes { &mut written } else { &mut read };
+        *furthest = span.end.max(*furthest);
+        meets
+    })
+}
+
+/// Addresses from the first byte of a tensor to behind its last.
+#[derive(Clone, Copy)]
+struct Span {
+    start: usize,
+    end: usize,
+    writes: bool,
+}
+
+/// `None` for a tensor without memory here.
+fn span(input: &Facts) -> Option<Span> {
+    let len = input.numel();
+    if !input.on_cpu() || len == 0 {
+        return None;
+    }
+    let last = if input.contiguous() {
+        len - 1
+    } else {
+        let dims = input.strides().iter().zip(input.shape());
+        dims.map(|(s, n)| (s * (n - 1)) as usize).sum()
     };
-    let mut spans = Vec::with_capacity(2 * inputs.len());
-    for (teacher, student) in inputs {
-        let own = teacher.on_cpu() && teacher.numel() > 0;
-        if own {
-            spans.push((span(teacher), true));
-        }
-        if student.on_cpu() && student.numel() > 0 && !(own && span(student) == span(teacher)) {
-            spans.push((span(student), false));
-        }
-    }
-    spans.sort_unstable();
-    let mut written = 0;
-    let mut read = 0;
-    for ((start, end), writes) in spans {
-        if start < written || (writes && start < read) {
-            return true;
-        }
-        if writes {
-            written = written.max(end);
-        } else {
-            read = read.max(end);
-        }
-    }
-    false
+    let width = match input.dtype() {
+        Some(dtype) => by_dtype!(dtype, E => size_of::<E>()),
+        // Of a complex element: a span may be judged too long, never too short.
+        None => 16,
+    };
+    let start = input.data() as usize;
+    Some(Span {
+        start,
+        end: start + (last + 1) * width,
+        writes: false,
+    })
 }
 
 /// The update in libtorch operations, in place.

@@ -1,12 +1,13 @@
-use super::{elements, number, tensor, without_gil};
+use super::{no_tensor, number, without_gil};
 use crate::ops::mean_teacher as ops;
-use pyo3::exceptions::PyTypeError;
+use crate::torch::input::Borrowed;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::GILOnceCell;
-use pyo3::types::{PyDict, PyType};
+use pyo3::types::{PyDict, PyString, PyType};
 use std::collections::HashSet;
-use tch::Tensor;
+use std::hash::{BuildHasherDefault, Hasher};
 
 const CLASS: &str = "EMATeacher";
 
@@ -20,14 +21,16 @@ pub fn ema_update(
     alpha: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let alpha = number(CLASS, "alpha", alpha)?;
-    let (teachers, students) = (parameters(teacher)?, parameters(student)?);
-    let work = teachers.iter().map(elements).sum();
-    without_gil(py, work, move || ops::update(&teachers, &students, alpha))
+    let (teacher, student) = (parameters(teacher)?, parameters(student)?);
+    same_shards(&teacher, &student)?;
+    // The walks hold the objects until the update is done.
+    let (teachers, students) = (&teacher.tensors[..], &student.tensors[..]);
+    without_gil(py, usize::MAX, || ops::update(teachers, students, alpha))
 }
 
 /// `list(module.parameters())`, walked here: each parameter once, in the order of definition. A
 /// module that brings its own `parameters` is asked instead.
-fn parameters(module: &Bound<'_, PyAny>) -> PyResult<Vec<Tensor>> {
+fn parameters<'py>(module: &Bound<'py, PyAny>) -> PyResult<Walk<'py>> {
     let mut walk = Walk::default();
     if uses_own_walk(module)? || !walk.module(module)? {
         walk = Walk::default();
@@ -35,7 +38,7 @@ fn parameters(module: &Bound<'_, PyAny>) -> PyResult<Vec<Tensor>> {
             walk.parameter(&parameter?)?;
         }
     }
-    Ok(walk.found)
+    Ok(walk)
 }
 
 fn uses_own_walk(module: &Bound<'_, PyAny>) -> PyResult<bool> {
@@ -61,22 +64,63 @@ fn uses_own_walk(module: &Bound<'_, PyAny>) -> PyResult<bool> {
     Ok(false)
 }
 
+/// Addresses of Python objects. They are spread well by one multiplication, where the standard
+/// hasher would take longer than the rest of the walk.
+type Addresses = HashSet<usize, BuildHasherDefault<Spread>>;
+
 #[derive(Default)]
-struct Walk {
-    modules: HashSet<usize>,
-    parameters: HashSet<usize>,
-    found: Vec<Tensor>,
+struct Spread(u64);
+
+impl Hasher for Spread {
+    #[inline]
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&b| self.write_usize(b.into()));
+    }
+    #[inline]
+    fn write_usize(&mut self, address: usize) {
+        // 2^64 over the golden ratio; the table takes its upper and its lower bits.
+        let product = (self.0 ^ address as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = product ^ (product >> 32);
+    }
 }
 
-impl Walk {
+struct Walk<'py> {
+    modules: Addresses,
+    parameters: Addresses,
+    found: Vec<Bound<'py, PyAny>>,
+    /// The tensors of `found`.
+    tensors: Vec<Borrowed>,
+    /// The parameters that are spread over processes (`DTensor`), by their place in `found`, which
+    /// holds the part of this process.
+    sharded: Vec<(usize, Bound<'py, PyAny>)>,
+}
+
+impl Default for Walk<'_> {
+    fn default() -> Self {
+        // Room for the parameters of common networks: growing costs as much as the rest of a walk.
+        let set = || Addresses::with_capacity_and_hasher(512, BuildHasherDefault::default());
+        Self {
+            modules: set(),
+            parameters: set(),
+            found: Vec::with_capacity(512),
+            tensors: Vec::with_capacity(512),
+            sharded: Vec::new(),
+        }
+    }
+}
+
+impl<'py> Walk<'py> {
     /// False where a container is not a plain dictionary (TorchScript): the module must be asked.
-    fn module(&mut self, module: &Bound<'_, PyAny>) -> PyResult<bool> {
+    fn module(&mut self, module: &Bound<'py, PyAny>) -> PyResult<bool> {
         if !self.modules.insert(module.as_ptr() as usize) {
             return Ok(true);
         }
         let py = module.py();
-        let own = module.getattr(intern!(py, "_parameters"))?;
-        let children = module.getattr(intern!(py, "_modules"))?;
+        let own = attribute(module, intern!(py, "_parameters"))?;
+        let children = attribute(module, intern!(py, "_modules"))?;
         let (Ok(own), Ok(children)) = (own.downcast::<PyDict>(), children.downcast::<PyDict>())
         else {
             return Ok(false);
@@ -92,12 +136,78 @@ impl Walk {
         Ok(true)
     }
 
-    fn parameter(&mut self, parameter: &Bound<'_, PyAny>) -> PyResult<()> {
-        if !parameter.is_none() && self.parameters.insert(parameter.as_ptr() as usize) {
-            self.found.push(tensor(CLASS, "parameter", parameter)?);
+    fn parameter(&mut self, parameter: &Bound<'py, PyAny>) -> PyResult<()> {
+        if parameter.is_none() || !self.parameters.insert(parameter.as_ptr() as usize) {
+            return Ok(());
         }
+        let held = match local_part(parameter)? {
+            Some(local) => {
+                self.sharded.push((self.found.len(), parameter.clone()));
+                local
+            }
+            None => parameter.clone(),
+        };
+        // SAFETY: a live object, under the GIL; `found` keeps it as long as `tensors`.
+        match unsafe { Borrowed::of(held.as_ptr().cast()) } {
+            Some(tensor) => self.tensors.push(tensor),
+            None => return Err(no_tensor(CLASS, "parameter", &held)?),
+        }
+        self.found.push(held);
         Ok(())
     }
+}
+
+/// `module.name`, for an attribute of the instance: past `torch.nn.Module.__getattr__`, which only
+/// finds what is not there, and makes Python look twice.
+fn attribute<'py>(
+    module: &Bound<'py, PyAny>,
+    name: &Bound<'py, PyString>,
+) -> PyResult<Bound<'py, PyAny>> {
+    // SAFETY: two live objects, under the GIL; the result is null, with an exception set, or a
+    // reference that is ours.
+    let found = unsafe {
+        let found = pyo3::ffi::PyObject_GenericGetAttr(module.as_ptr(), name.as_ptr());
+        Bound::from_owned_ptr_or_err(module.py(), found)
+    };
+    found.or_else(|_| module.getattr(name))
+}
+
+/// What this process holds of a `DTensor`; `None` for any other parameter.
+fn local_part<'py>(parameter: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    static PLAIN: GILOnceCell<Py<PyType>> = GILOnceCell::new();
+    let py = parameter.py();
+    let plain = PLAIN.import(py, "torch.nn", "Parameter")?;
+    if parameter.get_type().is(plain) {
+        return Ok(None);
+    }
+    parameter.getattr_opt(intern!(py, "_local_tensor"))
+}
+
+/// `ValueError` unless each parameter is laid out over the processes as its counterpart.
+fn same_shards(teacher: &Walk<'_>, student: &Walk<'_>) -> PyResult<()> {
+    let mut pairs = teacher.sharded.iter().zip(&student.sharded);
+    let alike = teacher.sharded.len() == student.sharded.len()
+        && pairs.try_fold(true, |alike, ((k, t), (l, s))| {
+            Ok::<_, PyErr>(alike && k == l && same_layout(t, s)?)
+        })?;
+    if alike {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!(
+        "{CLASS}: teacher and student must be sharded alike, got DTensors of other placements or meshes"
+    )))
+}
+
+fn same_layout(a: &Bound<'_, PyAny>, b: &Bound<'_, PyAny>) -> PyResult<bool> {
+    for name in [
+        intern!(a.py(), "device_mesh"),
+        intern!(a.py(), "placements"),
+    ] {
+        if !a.getattr(name)?.eq(b.getattr(name)?)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Raises unless `alpha` is one that the class accepts.

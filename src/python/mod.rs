@@ -41,11 +41,16 @@ impl From<Error> for PyErr {
 fn tensor(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<Tensor> {
     match object.extract::<PyTensor>() {
         Ok(tensor) => Ok(tensor.0),
-        Err(_) => Err(PyTypeError::new_err(format!(
-            "{class}: {name} must be a torch.Tensor, got {}",
-            object.get_type().name()?
-        ))),
+        Err(_) => Err(no_tensor(class, name, object)?),
     }
+}
+
+/// The `TypeError` about an argument that is no tensor.
+fn no_tensor(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<PyErr> {
+    Ok(PyTypeError::new_err(format!(
+        "{class}: {name} must be a torch.Tensor, got {}",
+        object.get_type().name()?
+    )))
 }
 
 /// The number behind `object`, or a `TypeError` that names the argument.

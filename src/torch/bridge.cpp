@@ -1,5 +1,5 @@
 // The C++ half of src/torch/: what tch does not offer. Three things:
-//   describe   everything the checks and kernels ask of a tensor, in one call;
+//   describe   everything the checks and kernels ask of tensors, in one call;
 //   attach     one autograd node for all fused losses, whose backward is a Rust object;
 //   bump/alias version counters and reference counts, for tensors that users may write.
 // No exception leaves an extern "C" function: a failure is returned as a malloc'ed message.
@@ -10,6 +10,7 @@
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -64,18 +65,24 @@ c10::DispatchKeySet ordinary_keys() {
   return keys;
 }
 
-bool ordinary(const Tensor& t) {
-  const auto keys = t.key_set();
-  return (keys | ordinary_keys()) == ordinary_keys() && t.has_storage() &&
-      !t._fw_grad(/*level=*/0).defined() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-      !torch::jit::tracer::isTracing();
+// What is true of all tensors of a call.
+struct Surroundings {
+  bool observed = c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing();
+  // Without a level no tensor has a tangent, and asking one takes a lock.
+  bool forward_ad = torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+  bool grad_mode = at::GradMode::is_enabled();
+};
+
+bool ordinary(const Tensor& t, const Surroundings& now) {
+  return !now.observed && (t.key_set() | ordinary_keys()) == ordinary_keys() && t.has_storage() &&
+      !(now.forward_ad && t._fw_grad(/*level=*/0).defined());
 }
 
 }  // namespace
 
 extern "C" {
 
-// Mirrored by `Facts` in src/torch/tensor.rs.
+// Mirrored by `Facts` in src/torch/input.rs.
 struct tllib_facts {
   void* data;  // null where the tensor is not ordinary
   const int64_t* sizes;
@@ -86,30 +93,45 @@ struct tllib_facts {
   int32_t device_index;
   bool strided;  // where it is not, nothing else is filled in
   bool ordinary;
+  bool contiguous;  // known of an ordinary tensor only
   bool wants_grad;  // grad mode is on and the tensor requires it
   bool autocast;    // an autocast region is active for the tensor's device
 };
 
-// The pointers borrow from the tensor: they hold as long as it lives and is not resized.
-char* tllib_describe(const Tensor* t, tllib_facts* out) {
+}  // extern "C"
+
+namespace {
+
+void describe(const Tensor& t, const Surroundings& now, tllib_facts& out) {
+  TORCH_CHECK(t.defined(), "an undefined tensor");
+  out.strided = t.layout() == c10::kStrided && !t.is_nested();
+  if (!out.strided) return;
+  TORCH_CHECK(!t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(),
+              "tensors with symbolic shapes are served under torch.compile only");
+  out.ordinary = ordinary(t, now);
+  out.sizes = t.sizes().data();
+  out.strides = out.ordinary ? t.strides().data() : nullptr;
+  out.ndim = t.dim();
+  out.data = out.ordinary ? t.data_ptr() : nullptr;
+  out.kind = static_cast<int32_t>(t.scalar_type());
+  const auto device = t.device();
+  out.device_type = static_cast<int32_t>(device.type());
+  out.device_index = device.index();
+  out.contiguous = out.ordinary && t.is_contiguous();
+  out.wants_grad = now.grad_mode && t.requires_grad();
+  out.autocast = at::autocast::is_autocast_available(device.type()) &&
+      at::autocast::is_autocast_enabled(device.type());
+}
+
+}  // namespace
+
+extern "C" {
+
+// The pointers borrow from the tensors: they hold as long as these live and are not resized.
+char* tllib_describe(const Tensor* const* tensors, size_t count, tllib_facts* out) {
   return guarded([&] {
-    TORCH_CHECK(t->defined(), "an undefined tensor");
-    out->strided = t->layout() == c10::kStrided && !t->is_nested();
-    if (!out->strided) return;
-    TORCH_CHECK(!t->unsafeGetTensorImpl()->has_symbolic_sizes_strides(),
-                "tensors with symbolic shapes are served under torch.compile only");
-    out->ordinary = ordinary(*t);
-    out->sizes = t->sizes().data();
-    out->strides = out->ordinary ? t->strides().data() : nullptr;
-    out->ndim = t->dim();
-    out->data = out->ordinary ? t->data_ptr() : nullptr;
-    out->kind = static_cast<int32_t>(t->scalar_type());
-    out->device_type = static_cast<int32_t>(t->device().type());
-    out->device_index = t->device().index();
-    out->wants_grad = t->requires_grad() && at::GradMode::is_enabled();
-    const auto device = t->device().type();
-    out->autocast = at::autocast::is_autocast_available(device) &&
-        at::autocast::is_autocast_enabled(device);
+    const Surroundings now;
+    for (size_t k = 0; k < count; ++k) describe(*tensors[k], now, out[k]);
   });
 }
 

@@ -11,9 +11,10 @@ use torch_sys::C_tensor;
 const CPU: i32 = 0;
 const META: i32 = 14;
 
-/// Mirror of `tllib_facts` in bridge.cpp.
+/// Mirror of `tllib_facts` in bridge.cpp: what the checks and kernels ask of a tensor. The pointers
+/// borrow from the tensor, for as long as nobody resizes it.
 #[repr(C)]
-struct Facts {
+pub struct Facts {
     data: *mut std::ffi::c_void,
     sizes: *const i64,
     strides: *const i64,
@@ -23,12 +24,149 @@ struct Facts {
     device_index: i32,
     strided: bool,
     ordinary: bool,
+    contiguous: bool,
     wants_grad: bool,
     autocast: bool,
 }
 
 unsafe extern "C" {
-    fn tllib_describe(tensor: *const C_tensor, out: *mut Facts) -> *mut c_char;
+    fn tllib_describe(
+        tensors: *const *const C_tensor,
+        count: usize,
+        out: *mut Facts,
+    ) -> *mut c_char;
+    fn tllib_unpack(object: *mut std::ffi::c_void) -> *const C_tensor;
+}
+
+impl Facts {
+    /// Of a live tensor.
+    fn of(tensor: &Tensor) -> Result<Self> {
+        let mut facts = std::mem::MaybeUninit::<Self>::zeroed();
+        // SAFETY: the tensor is live, and the bridge fills all of `facts` unless it reports failure.
+        check(unsafe { tllib_describe(&tensor.as_ptr(), 1, facts.as_mut_ptr()) })?;
+        // SAFETY: no failure was reported, and all bits that may be left unset are valid.
+        Ok(unsafe { facts.assume_init() })
+    }
+
+    /// The sizes.
+    pub fn shape(&self) -> &[i64] {
+        self.per_dimension(self.sizes)
+    }
+
+    /// The strides, in elements; empty where the tensor is not ordinary.
+    pub fn strides(&self) -> &[i64] {
+        self.per_dimension(self.strides)
+    }
+
+    fn per_dimension(&self, values: *const i64) -> &[i64] {
+        if values.is_null() || self.ndim == 0 {
+            return &[];
+        }
+        // SAFETY: the bridge returned the address of `ndim` values that live as long as the tensor.
+        // Facts stay private to `Input`, which borrows it, and to `Borrowed::facts`, whose caller
+        // promised the same.
+        unsafe { std::slice::from_raw_parts(values, self.ndim as usize) }
+    }
+
+    /// The number of elements.
+    pub fn numel(&self) -> usize {
+        self.shape().iter().map(|&n| n as usize).product()
+    }
+
+    /// The dtype, where it has kernels.
+    pub fn dtype(&self) -> Option<Dtype> {
+        Dtype::of(self.kind)
+    }
+
+    /// The memory of an ordinary tensor, null otherwise.
+    pub fn data(&self) -> *mut std::ffi::c_void {
+        self.data
+    }
+
+    /// Whether it is an ordinary dense CPU tensor, which kernels may read directly.
+    pub fn on_cpu(&self) -> bool {
+        self.ordinary && self.device_type == CPU
+    }
+
+    /// Whether it is an ordinary tensor whose elements follow each other in memory in order.
+    pub fn contiguous(&self) -> bool {
+        self.contiguous
+    }
+
+    /// Whether a gradient with respect to it is wanted: grad mode is on and it requires one.
+    pub fn wants_grad(&self) -> bool {
+        self.wants_grad
+    }
+
+    /// Whether an autocast region is active for its device.
+    pub fn autocast(&self) -> bool {
+        self.autocast
+    }
+
+    /// Whether it is on the meta device, and has no values.
+    pub fn is_meta(&self) -> bool {
+        self.device_type == META
+    }
+
+    /// A sparse, mkldnn or nested tensor has no other facts.
+    pub fn strided(&self) -> bool {
+        self.strided
+    }
+
+    /// Its dtype, as torch spells it.
+    pub fn dtype_name(&self) -> &'static str {
+        scalar_type_name(self.kind)
+    }
+}
+
+/// A tensor that a Python object holds.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Borrowed(*const C_tensor);
+
+// SAFETY: as for a `Tensor`: the reference count is atomic, and the rest is only read.
+unsafe impl Send for Borrowed {}
+// SAFETY: as above.
+unsafe impl Sync for Borrowed {}
+
+impl Borrowed {
+    /// The tensor of a Python object, `None` for any other object.
+    ///
+    /// # Safety
+    /// `object` is a live Python object, the caller holds the GIL, and keeps the object for as long
+    /// as it uses the result and what comes from it.
+    pub unsafe fn of(object: *mut std::ffi::c_void) -> Option<Self> {
+        // SAFETY: per contract.
+        let tensor = unsafe { tllib_unpack(object) };
+        (!tensor.is_null()).then_some(Self(tensor))
+    }
+
+    /// A reference of one's own.
+    pub fn tensor(self) -> Tensor {
+        // SAFETY: it points to a live tensor, whose reference count this increases.
+        unsafe { Tensor::clone_from_ptr(self.0.cast_mut()) }
+    }
+
+    /// Tells autograd that it was written.
+    pub fn bump_version(self) {
+        // SAFETY: it points to a live tensor.
+        unsafe { super::tllib_bump_version(self.0) }
+    }
+
+    /// The facts of many, in one call.
+    pub fn facts(tensors: &[Self]) -> Result<Vec<Facts>> {
+        let mut facts = Vec::<Facts>::with_capacity(tensors.len());
+        // SAFETY: a `Borrowed` is such a pointer, to a live tensor; there is room for as many facts,
+        // and the bridge writes at most these.
+        let failure = unsafe {
+            facts.as_mut_ptr().write_bytes(0, tensors.len());
+            tllib_describe(tensors.as_ptr().cast(), tensors.len(), facts.as_mut_ptr())
+        };
+        check(failure)?;
+        // SAFETY: zeroed memory is a valid `Facts`, written over or not.
+        unsafe { facts.set_len(tensors.len()) };
+        Ok(facts)
+    }
 }
 
 /// An argument of the class `class`, called `name` there. Every check raises with both.
@@ -40,18 +178,20 @@ pub struct Input<'a> {
     facts: Facts,
 }
 
+impl std::ops::Deref for Input<'_> {
+    type Target = Facts;
+
+    fn deref(&self) -> &Facts {
+        &self.facts
+    }
+}
+
 impl<'a> Input<'a> {
     /// Reads the facts. They hold as long as nobody resizes the tensor.
     pub fn new(class: &'static str, name: &'static str, tensor: &'a Tensor) -> Result<Self> {
-        let mut facts = std::mem::MaybeUninit::<Facts>::zeroed();
-        // SAFETY: the tensor is live, and the bridge fills all of `facts` unless it reports failure.
-        check(unsafe { tllib_describe(tensor.as_ptr(), facts.as_mut_ptr()) })?;
-        // SAFETY: no failure was reported, and all bits that may be left unset are valid.
-        let facts = unsafe { facts.assume_init() };
+        let facts = Facts::of(tensor)?;
         if !facts.strided {
-            return Err(Error::Type(format!(
-                "{class}: {name} must be a dense tensor, got a sparse, mkldnn or nested one"
-            )));
+            return Err(sparse(class, name));
         }
         Ok(Self {
             tensor,
@@ -59,55 +199,6 @@ impl<'a> Input<'a> {
             name,
             facts,
         })
-    }
-
-    /// The sizes.
-    pub fn shape(&self) -> &[i64] {
-        self.per_dimension(self.facts.sizes)
-    }
-
-    /// The strides, in elements; empty where the tensor is not ordinary.
-    pub fn strides(&self) -> &[i64] {
-        self.per_dimension(self.facts.strides)
-    }
-
-    fn per_dimension(&self, values: *const i64) -> &[i64] {
-        if values.is_null() || self.facts.ndim == 0 {
-            return &[];
-        }
-        // SAFETY: the bridge returned the address of `ndim` values that live as long as the tensor,
-        // which `self` borrows.
-        unsafe { std::slice::from_raw_parts(values, self.facts.ndim as usize) }
-    }
-
-    /// The number of elements.
-    pub fn numel(&self) -> usize {
-        self.shape().iter().map(|&n| n as usize).product()
-    }
-
-    /// The dtype, where it has kernels.
-    pub fn dtype(&self) -> Option<Dtype> {
-        Dtype::of(self.facts.kind)
-    }
-
-    /// The memory of an ordinary tensor, null otherwise.
-    pub fn data(&self) -> *mut std::ffi::c_void {
-        self.facts.data
-    }
-
-    /// Whether it is an ordinary dense CPU tensor, which kernels may read directly.
-    pub fn on_cpu(&self) -> bool {
-        self.facts.ordinary && self.facts.device_type == CPU
-    }
-
-    /// Whether a gradient with respect to it is wanted: grad mode is on and it requires one.
-    pub fn wants_grad(&self) -> bool {
-        self.facts.wants_grad
-    }
-
-    /// Whether an autocast region is active for its device.
-    pub fn autocast(&self) -> bool {
-        self.facts.autocast
     }
 
     /// A [`Error::Value`] about this argument.
@@ -204,11 +295,6 @@ impl<'a> Input<'a> {
         Ok(unsafe { std::slice::from_raw_parts(plain.data_ptr().cast(), len) }.to_vec())
     }
 
-    /// Whether it is on the meta device, and has no values.
-    pub fn is_meta(&self) -> bool {
-        self.facts.device_type == META
-    }
-
     /// (minibatch, C) with at least one class.
     pub fn matrix(&self) -> Result<(usize, usize)> {
         match *self.shape() {
@@ -260,6 +346,13 @@ impl<'a> Input<'a> {
         // the call is a race in torch itself and excluded there too.
         Some(unsafe { Rows::strided(self.facts.data.cast_const().cast(), shape, strides) })
     }
+}
+
+/// A `TypeError` about a tensor without strides.
+pub fn sparse(class: &str, name: &str) -> Error {
+    Error::Type(format!(
+        "{class}: {name} must be a dense tensor, got a sparse, mkldnn or nested one"
+    ))
 }
 
 /// As torch spells it; tch panics for the kinds it does not know.

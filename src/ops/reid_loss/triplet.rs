@@ -118,7 +118,7 @@ impl<'a> Inputs<'a> {
                 .memory
                 .as_ref()
                 .is_none_or(|(f, l)| f.on_cpu() && labels(l))
-            && self.teacher.as_ref().is_none_or(Input::on_cpu)
+            && self.teacher.as_ref().is_none_or(|teacher| teacher.on_cpu())
     }
 }
 
