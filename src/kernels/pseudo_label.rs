@@ -184,7 +184,9 @@ impl<F: Real> Target<F> {
         let (total, confidence) = (F::of(self.total), self.confidence::<E>());
         let ties =
             |z: F| z == self.max || round_to::<E>((z - self.max).exp::<I>() / total) == confidence;
-        row.iter().position(|&z| z >= near && ties(z)).unwrap_or(0)
+        let start = reduce::first(row, |z| z >= near);
+        let tied = row[start..].iter().position(|&z| z >= near && ties(z));
+        tied.map_or(0, |k| start + k)
     }
 }
 

@@ -4,51 +4,95 @@
 use super::isa::Isa;
 use super::real::Real;
 
-const LANES: usize = 16;
+/// Independent accumulators: enough vectors of them to hide the latency of an addition. The loops over
+/// them run over arrays of this length, not slices, so that they stay in registers.
+const LANES: usize = 32;
 /// Elements that are mapped into a buffer, vectorised, before they are added up. Partial sums in the
 /// computing type end here and go on in f64, so that a row of 100,000 classes loses no more than one
 /// of 100.
-const BLOCK: usize = 256;
+const BLOCK: usize = 512;
 
 /// The maximum; NaN if any value is NaN; minus infinity for an empty row.
 #[inline(always)]
 pub fn max<F: Real>(row: &[F]) -> F {
-    // NaN replaces every number, and no number compares greater than NaN.
-    let larger = |a: F, b: F| if b > a || b.nan() { b } else { a };
-    let mut acc = [F::NEG_INFINITY; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let rest = chunks.remainder();
+    // No number compares greater than NaN, and NaN not greater than a number: NaN is kept apart, so
+    // that the maximum itself is one instruction.
+    let (mut acc, mut nan) = ([F::NEG_INFINITY; LANES], [F::ZERO; LANES]);
+    let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
-        for (a, &b) in acc.iter_mut().zip(chunk) {
-            *a = larger(*a, b);
+        for k in 0..LANES {
+            acc[k] = larger(chunk[k], acc[k]);
+            nan[k] = if chunk[k].nan() { chunk[k] } else { nan[k] };
         }
     }
-    acc.into_iter()
-        .chain(rest.iter().copied())
-        .fold(F::NEG_INFINITY, larger)
+    for (k, &x) in rest.iter().enumerate() {
+        acc[k] = larger(x, acc[k]);
+        nan[k] = if x.nan() { x } else { nan[k] };
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for k in 0..width {
+            acc[k] = larger(acc[k], acc[k + width]);
+            nan[k] += nan[k + width];
+        }
+        width /= 2;
+    }
+    if nan[0].nan() { nan[0] } else { acc[0] }
+}
+
+#[inline(always)]
+fn larger<F: Real>(a: F, b: F) -> F {
+    if a > b { a } else { b }
 }
 
 /// The index of the first maximum, or of the first NaN; 0 for an empty row.
 #[inline(always)]
 pub fn argmax<F: Real>(row: &[F]) -> usize {
-    let largest = max(row);
-    let found = |&x: &F| x == largest || x.nan();
-    row.iter().position(found).unwrap_or(0)
+    position_of(row, max(row))
 }
 
-/// The sum of at most [`BLOCK`] values.
+/// The index of the first value that equals `largest`, the maximum of `row`, or of the first NaN.
+#[inline(always)]
+pub fn position_of<F: Real>(row: &[F], largest: F) -> usize {
+    first(row, |x| x == largest || x.nan())
+}
+
+/// The index of the first value for which `found` holds, 0 if there is none.
+#[inline(always)]
+pub fn first<F: Real>(row: &[F], found: impl Fn(F) -> bool) -> usize {
+    let (chunks, _) = row.as_chunks::<LANES>();
+    // Without an exit inside a chunk it is a few vector instructions.
+    let holds = |chunk: &[F; LANES]| chunk.iter().fold(false, |any, &x| any | found(x));
+    let start = chunks.iter().position(holds).unwrap_or(chunks.len()) * LANES;
+    let within = row[start..].iter().position(|&x| found(x));
+    within.map_or(0, |k| start + k)
+}
+
+/// The sum of at most [`BLOCK`] values: lane by lane in the computing type, across the lanes in f64.
 #[inline(always)]
 fn add_up<F: Real>(block: &[F]) -> f64 {
     let mut acc = [F::ZERO; LANES];
-    let chunks = block.chunks_exact(LANES);
-    let rest = chunks.remainder();
+    let (chunks, rest) = block.as_chunks::<LANES>();
     for chunk in chunks {
-        for (a, &b) in acc.iter_mut().zip(chunk) {
-            *a += b;
+        for k in 0..LANES {
+            acc[k] += chunk[k];
         }
     }
-    // Up to 31 values of one magnitude: added in f32 they would lose as much as the lanes did.
-    acc.iter().chain(rest).map(|x| x.to_f64()).sum()
+    for (a, &x) in acc.iter_mut().zip(rest) {
+        *a += x;
+    }
+    let mut sums = [0.0; LANES];
+    for k in 0..LANES {
+        sums[k] = acc[k].to_f64();
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for k in 0..width {
+            sums[k] += sums[k + width];
+        }
+        width /= 2;
+    }
+    sums[0]
 }
 
 /// `sum_j row_j`

@@ -66,25 +66,36 @@ pub fn split_with_gradient<I: Isa, E: Element>(
     spare: &mut [E::Acc],
     grad: &mut [E],
 ) -> Split {
-    let fill = |p: &mut [E::Acc]| {
-        reduce::exp_shifted::<I, _>(z, max, E::Acc::ONE, p);
-        let split = Split {
-            own: p[label].to_f64(),
-            others: reduce::sum(&p[..label]) + reduce::sum(&p[label + 1..]),
-        };
-        let factor = weight(&split) / split.total();
-        let rounded = E::Acc::of(factor);
-        for p in &mut *p {
-            *p *= rounded;
-        }
-        p[label] = E::Acc::of(-split.others * factor);
-        split
-    };
     if let Some(grad) = E::exact_mut(grad) {
-        return fill(grad);
+        return fill::<I, _>(z, max, label, weight, grad);
     }
-    let split = fill(spare);
+    let split = fill::<I, _>(z, max, label, weight, spare);
     store_row(spare, E::Acc::ONE, grad);
+    split
+}
+
+/// [`split_with_gradient`] in the computing type. A function, not a closure: only functions can be made
+/// part of what is compiled for an instruction set.
+#[inline(always)]
+fn fill<I: Isa, F: Real>(
+    z: &[F],
+    max: F,
+    label: usize,
+    weight: impl FnOnce(&Split) -> f64,
+    p: &mut [F],
+) -> Split {
+    reduce::exp_shifted::<I, _>(z, max, F::ONE, p);
+    let own = std::mem::replace(&mut p[label], F::ZERO);
+    let split = Split {
+        own: own.to_f64(),
+        others: reduce::sum(p),
+    };
+    let factor = weight(&split) / split.total();
+    let rounded = F::of(factor);
+    for p in &mut *p {
+        *p *= rounded;
+    }
+    p[label] = F::of(-split.others * factor);
     split
 }
 
