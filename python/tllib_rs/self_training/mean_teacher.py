@@ -63,7 +63,7 @@ class EMATeacher:
         dtype (torch.dtype, optional): of the teacher's floating-point values, say ``torch.float32`` for a
             student in half precision.
         device (torch.device or str, optional): of the teacher.
-        unwrap (bool): the teacher is a copy of what wrappers wrap, and the keys of its state lack their names.
+        unwrap (bool): the teacher is a copy of what wrappers wrap; the keys of its state lack their names.
         buffers (str): at each update ``"leave"`` buffers alone, ``"copy"`` the student's, or ``"average"``
             those with floating-point values and copy the others.
         schedule (callable or "warmup", optional): gives the decay factor of each update from its number, 1 at

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def possible() -> bool:
-    """Whether this process can hold a DTensor: their module is imported on first use, and they need a group."""
+    """Whether this process can hold a DTensor: it has imported them, and has a process group."""
     return "torch.distributed.tensor" in sys.modules and torch.distributed.is_initialized()
 
 
