@@ -119,7 +119,7 @@ def _half_precision_run(steps, alpha=0.9999):
         # Half a unit in the last place of w is at least w / 512, and the step 1e-4 of the way: what is less than
         # 19 w away cannot move a bfloat16 teacher. Weights near 0 would move, so there are none.
         for parameter in student.parameters():
-            parameter.uniform_(0.5, 1).mul_(torch.randn_like(parameter).sign())
+            parameter.uniform_(0.5, 1)
     wide = EMATeacher(student, alpha, dtype=torch.float32)
     naive = EMATeacher(student, alpha)
     exact = [parameter.double() for parameter in student.parameters()]
