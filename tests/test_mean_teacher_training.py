@@ -249,3 +249,35 @@ def test_a_schedule_that_fails_changes_nothing():
         teacher.update()
     assert (teacher.step, teacher.alpha) == (0, 0.9)
     assert all(map(torch.equal, values(teacher.teacher), before))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dtype": "float32"}, TypeError, "dtype must be a torch.dtype, got str"),
+        ({"dtype": torch.int64}, ValueError, "dtype must be floating point, got torch.int64"),
+        ({"buffers": "swap"}, ValueError, "buffers must be one of leave, copy, average, got 'swap'"),
+        ({"schedule": "cosine"}, ValueError, "schedule must be callable or 'warmup', got 'cosine'"),
+        ({"teacher": 3}, TypeError, "teacher must be a torch.nn.Module, got int"),
+        ({"teacher": net(), "unwrap": True}, ValueError, "shape a copy, and teacher takes its place"),
+        ({"teacher": nn.Linear(4, 5)}, ValueError, "must have the same parameters, got 2 and 6"),
+    ],
+)
+def test_bad_keywords(arguments, error, message):
+    with pytest.raises(error, match=f"EMATeacher: .*{message}"):
+        EMATeacher(net(), 0.5, **arguments)
+
+
+def test_a_teacher_handed_in_starts_as_the_student_and_shares_nothing():
+    student, other = net(), net()
+    move(other)
+    teacher = EMATeacher(student, 0.5, teacher=other)
+    assert teacher.teacher is other
+    assert all(map(torch.equal, other.state_dict().values(), student.state_dict().values()))
+    with pytest.raises(ValueError, match="must have parameters of its own, got some of model's"):
+        EMATeacher(student, 0.5, teacher=nn.Sequential(*student))
+
+
+def test_alpha_follows_a_schedule_only():
+    with pytest.raises(ValueError, match="alpha follows the schedule and cannot be set"):
+        EMATeacher(net(), 0.5, schedule="warmup").set_alpha(0.4)
