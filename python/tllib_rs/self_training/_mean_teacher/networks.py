@@ -100,6 +100,8 @@ def _adopt(teacher: nn.Module, model: nn.Module) -> nn.Module:
     own = set(map(id, teacher.parameters()))
     if teacher is model or any(id(parameter) in own for parameter in model.parameters()):
         raise ValueError("EMATeacher: teacher must have parameters of its own, got some of model's")
+    shards.reshard(teacher)
+    shards.reshard(model)
     with torch.no_grad():
         for ours, theirs in _pairs(teacher, model, "parameter") + _pairs(teacher, model, "buffer"):
             ours.copy_(theirs)
@@ -108,9 +110,6 @@ def _adopt(teacher: nn.Module, model: nn.Module) -> nn.Module:
 
 def _pairs(teacher: nn.Module, student: nn.Module, kind: str) -> list[tuple[Tensor, Tensor]]:
     """The parameters or buffers of both, this rank's shards of them."""
-    if shards.possible():
-        shards.reshard(teacher)
-        shards.reshard(student)
     return shards.local_pairs(*(getattr(net, f"{kind}s")() for net in (teacher, student)), kind)
 
 
@@ -130,15 +129,18 @@ def update(teacher: nn.Module, student: nn.Module, alpha: float, buffers: str) -
 
     Everything is checked before anything is written.
     """
-    if buffers == "leave" and not shards.possible():
+    shards.reshard(teacher)
+    shards.reshard(student)
+    if buffers == "leave":
         _core.ema_update(teacher, student, alpha)
         return
-    averaged, copied = _pairs(teacher, student, "parameter"), []
-    if buffers != "leave":
-        for pair in _pairs(teacher, student, "buffer"):
-            both = all(t.is_floating_point() or t.is_complex() for t in pair)
-            (averaged if buffers == "average" and both else copied).append(pair)
-    _core.ema_update(_Tensors([t for t, _ in averaged]), _Tensors([s for _, s in averaged]), alpha)
+    averaged, copied = [], []
+    for pair in _pairs(teacher, student, "buffer"):
+        both = all(t.is_floating_point() or t.is_complex() for t in pair)
+        (averaged if buffers == "average" and both else copied).append(pair)
+    ours = [*teacher.parameters(), *(t for t, _ in averaged)]
+    theirs = [*student.parameters(), *(s for _, s in averaged)]
+    _core.ema_update(_Tensors(ours), _Tensors(theirs), alpha)
     with torch.no_grad():
         for ours, theirs in copied:
             ours.copy_(theirs)
