@@ -1,7 +1,13 @@
 """Shared fixtures."""
 
+import importlib
+import pathlib
+import sys
+
 import pytest
 import torch
+
+STANDIN = str(pathlib.Path(__file__).parent / "standin")
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +28,15 @@ def precision(request):
     torch.set_default_dtype(request.param)
     yield request.param
     torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def standin(monkeypatch):
+    """Imports from the stand-in under tllib's names."""
+    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "tllib"}
+    monkeypatch.syspath_prepend(STANDIN)
+    yield lambda stem, name: getattr(importlib.import_module(f"tllib.{stem}"), name)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "tllib":
+            del sys.modules[name]
+    sys.modules.update(before)

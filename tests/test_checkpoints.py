@@ -3,8 +3,6 @@
 import copy
 import importlib
 import io
-import pathlib
-import sys
 
 import pytest
 import torch
@@ -14,8 +12,6 @@ from tests import golden
 from tests.test_api import build
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 from tllib_rs.self_training.mean_teacher import EMATeacher
-
-STANDIN = str(pathlib.Path(__file__).parent / "standin")
 
 
 def _through_a_file(state):
@@ -46,18 +42,6 @@ def test_a_state_recorded_from_tllib_loads_strictly(case):
     assert list(saved) == list(model.state_dict())
     for key, value in recorded.items():
         torch.testing.assert_close(saved[key], value, rtol=0, atol=0)
-
-
-@pytest.fixture
-def standin(monkeypatch):
-    """Imports from the stand-in under tllib's names."""
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "tllib"}
-    monkeypatch.syspath_prepend(STANDIN)
-    yield lambda stem, name: getattr(importlib.import_module(f"tllib.{stem}"), name)
-    for name in list(sys.modules):
-        if name.partition(".")[0] == "tllib":
-            del sys.modules[name]
-    sys.modules.update(before)
 
 
 def _ours(stem, name):

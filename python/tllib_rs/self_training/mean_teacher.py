@@ -1,13 +1,16 @@
 """Mean teacher: `Mean teachers are better role models: Weight-averaged consistency targets improve
 semi-supervised deep learning results (NIPS 2017) <https://arxiv.org/abs/1703.01780>`_."""
 
-import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from tllib_rs import _core
+from tllib_rs.schedules import WarmUp
+from tllib_rs.self_training._mean_teacher import networks, progress, shards
 
 __all__ = ["EMATeacher", "set_requires_grad", "update_bn"]
 
@@ -22,6 +25,14 @@ def _checked(alpha: float) -> float:
     except ValueError as error:
         raise AlphaError(str(error)) from None
     return alpha
+
+
+def _schedule(schedule: Callable[[int], float] | str | None, alpha: float) -> Callable[[int], float] | None:
+    if schedule == "warmup":
+        return WarmUp(alpha)
+    if schedule is None or callable(schedule):
+        return schedule
+    raise ValueError(f"EMATeacher: schedule must be callable or 'warmup', got {schedule!r}")
 
 
 def set_requires_grad(net: nn.Module, requires_grad: bool = False) -> None:
@@ -40,18 +51,33 @@ class EMATeacher:
 
     over the parameters of the moment; buffers are left alone (see :func:`update_bn`). The update is in
     place: parameters keep their identity and storage. Student and teacher may differ in dtype and device;
-    the teacher keeps its own.
+    the teacher keeps its own. Either may be wrapped by DataParallel, DistributedDataParallel or
+    ``torch.compile``. Parameters that are DTensors (``fully_shard``) are averaged shard by shard, without
+    communication.
 
     Args:
         model (torch.nn.Module): the student. The teacher starts as a copy of it.
         alpha (float): decay factor in [0, 1].
+        teacher (torch.nn.Module, optional): the network that becomes the teacher and is given the values of
+            ``model``, for a model that cannot be copied: one that ``fully_shard`` was called on.
+        dtype (torch.dtype, optional): of the teacher's floating-point values, say ``torch.float32`` for a
+            student in half precision.
+        device (torch.device or str, optional): of the teacher.
+        unwrap (bool): the teacher is a copy of what wrappers wrap; the keys of its state lack their names.
+        buffers (str): at each update ``"leave"`` buffers alone, ``"copy"`` the student's, or ``"average"``
+            those with floating-point values and copy the others.
+        schedule (callable or "warmup", optional): gives the decay factor of each update from its number, 1 at
+            the first. ``"warmup"`` is :class:`tllib_rs.schedules.WarmUp` up to ``alpha``.
+        track (bool): count updates in ``step``, and save and load ``step`` and ``alpha`` with the state. A
+            schedule implies it.
 
     Inputs:
         - x (tensor): input of the teacher network.
 
     Raises:
         TypeError: ``model`` is no module; a parameter is neither floating point nor complex.
-        ValueError: ``alpha`` outside [0, 1]; parameters of teacher and student that do not correspond.
+        ValueError: ``alpha`` outside [0, 1]; parameters of teacher and student that do not correspond; an
+            unknown policy or schedule.
 
     Examples::
 
@@ -60,21 +86,50 @@ class EMATeacher:
         >>> teacher.update()  # after each step of the optimizer
     """
 
-    def __init__(self, model: nn.Module, alpha: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        alpha: float,
+        *,
+        teacher: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        unwrap: bool = False,
+        buffers: str = "leave",
+        schedule: Callable[[int], float] | str | None = None,
+        track: bool = False,
+    ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"EMATeacher: model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model
         self.alpha = _checked(alpha)
-        self.teacher = copy.deepcopy(model)
+        self.step = 0
+        self._buffers = networks.checked_buffers(buffers)
+        self._schedule = _schedule(schedule, alpha)
+        self._track = track or schedule is not None
+        self._unwrap = unwrap
+        self._plain = buffers == "leave" and not self._track
+        self.teacher = networks.make(model, teacher, dtype, device, unwrap)
         set_requires_grad(self.teacher, False)
 
     def set_alpha(self, alpha: float) -> None:
         """Change the decay factor."""
+        if self._schedule is not None:
+            raise ValueError("EMATeacher: alpha follows the schedule and cannot be set")
         self.alpha = _checked(alpha)
 
     def update(self) -> None:
         """Move the teacher towards the student."""
-        _core.ema_update(self.teacher, self.model, self.alpha)
+        if self._plain and not shards.possible():
+            _core.ema_update(self.teacher, self.model, self.alpha)
+        else:
+            self._update()
+
+    def _update(self) -> None:
+        alpha = self.alpha if self._schedule is None else _checked(self._schedule(self.step + 1))
+        networks.update(self.teacher, self.model, alpha, self._buffers)
+        if self._track:
+            self.step, self.alpha = self.step + 1, alpha
 
     def __call__(self, x: torch.Tensor) -> Any:
         return self.teacher(x)
@@ -88,17 +143,30 @@ class EMATeacher:
         self.train(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's state, as ``teacher.state_dict()``."""
-        return self.teacher.state_dict()
+        """The teacher's state, as ``teacher.state_dict()``. Where they are tracked, it carries step and alpha
+        beside its keys."""
+        state = self.teacher.state_dict()
+        return progress.attach(state, self.step, self.alpha) if self._track else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the teacher's state."""
+        found = progress.find(state_dict) if self._track else None
+        if self._unwrap:
+            state_dict = networks.bare_state(state_dict, self.teacher)
         self.teacher.load_state_dict(state_dict)
+        if found is not None:
+            self.step, self.alpha = found
+        elif self._track:
+            warnings.warn(
+                f"EMATeacher: the state carries no step and alpha; going on from step {self.step} with "
+                f"alpha {self.alpha}",
+                stacklevel=2,
+            )
 
     @property
     def module(self) -> nn.Module:
         """What a DataParallel or DistributedDataParallel teacher wraps."""
-        return self.teacher.module
+        return self.teacher if self._unwrap else self.teacher.module
 
 
 def update_bn(model: nn.Module, ema_model: nn.Module) -> None:

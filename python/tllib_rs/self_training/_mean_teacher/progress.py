@@ -1,0 +1,41 @@
+"""How many updates a teacher has seen, and its decay factor, carried by its saved state.
+
+They travel in the attribute ``_metadata`` that ``torch.nn.Module.state_dict`` gives its dictionary:
+``torch.save`` keeps it, and who knows nothing of it, tllib's teacher and ``strict`` loading among them, does
+not see it. A state that was rebuilt from its keys and tensors alone has lost it.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+from tllib_rs import _core
+
+#: No module has this name: the other keys are dotted paths of identifiers.
+KEY = "<tllib_rs.EMATeacher>"
+
+
+def attach(state: dict[str, Any], step: int, alpha: float) -> dict[str, Any]:
+    """``state``, carrying both."""
+    metadata = getattr(state, "_metadata", None)
+    if metadata is None:
+        # A module with a `state_dict` of its own may return a dictionary that takes no attributes.
+        state = OrderedDict(state)
+        metadata = state._metadata = OrderedDict()
+    metadata[KEY] = {"step": step, "alpha": alpha}
+    return state
+
+
+def find(state: dict[str, Any]) -> tuple[int, float] | None:
+    """Step and alpha, where ``state`` carries them.
+
+    Raises:
+        TypeError, ValueError: it carries something else.
+    """
+    found = (getattr(state, "_metadata", None) or {}).get(KEY)
+    if found is None:
+        return None
+    step, alpha = found["step"], found["alpha"]
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"EMATeacher: step in the state must be a count of updates, got {step!r}")
+    _core.check_alpha(alpha)
+    return step, alpha
