@@ -1,0 +1,1 @@
+"""The methods inside other libraries. Each module needs its library and is imported only when asked for."""
