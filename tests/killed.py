@@ -1,10 +1,10 @@
-"""Runs the digits demo once in peace and once with stops by SIGKILL, each followed by ``--resume``.
+"""Runs the digits demo once in peace and twice with stops by SIGKILL, each followed by ``--resume``.
 
-    python tests/killed.py FOLDER events     # 20 stops at random events of the run, half of them in a save
-    python tests/killed.py FOLDER moments    # stops from outside, at random moments
+    python tests/killed.py FOLDER
 
-Every attempt is a fork of this process, so that the imports are paid for once. Prints the stops; the files
-of the two runs are in FOLDER/peace and FOLDER/killed.
+stops at 20 random events of the run, among them every part of a save, and then from outside, at random
+moments. Every attempt is a fork of this process, so that the imports are paid for once. Prints the stops; the
+files of the runs are in FOLDER/peace, FOLDER/events and FOLDER/moments.
 """
 
 import io
@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import digits_flexmatch
 
-STOPS, MOST_ATTEMPTS = 20, 60
+STOPS, MOST_MOMENTS = 20, 40
 # Not a multiple of the iterations between saves: the save at the end has a label of its own.
 ARGUMENTS = "--iterations 31 --seeds 0 --save-every 2 --resume --out"
 
@@ -119,41 +119,49 @@ def in_peace(folder):
 
 
 def by_events(folder, labels):
-    """Stop at 20 of the labels, in their order."""
+    """Stop at 20 of the labels, in their order; return them."""
     numbers = random.Random(1)
-    for stop in [labels[k] for k in sorted(numbers.sample(range(len(labels)), STOPS))]:
+    stops = [labels[k] for k in sorted(numbers.sample(range(len(labels)), STOPS))]
+    for stop in stops:
 
         def run(stop=stop):
             watch(killing(stop))
-            demo(folder / "killed")
+            demo(folder)
 
         assert ended(fork(run)) == signal.SIGKILL, f"did not come to {stop}"
-        yield list(stop)
+    return stops
 
 
 def by_moments(folder, duration):
-    """Stop at random moments until the run ends by itself."""
-    for _ in range(MOST_ATTEMPTS):
-        child = fork(lambda: demo(folder / "killed"))
-        seconds = random.uniform(0, duration / 3)
+    """Stop at random moments until the run ends by itself; return after how many seconds each."""
+    stops = []
+    while len(stops) < MOST_MOMENTS:
+        child = fork(lambda: demo(folder))
+        seconds = random.uniform(0, duration / 2)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
         if ended(child) is None:
-            return
-        yield seconds
+            break
+        stops.append(seconds)
+    return stops
 
 
-def main(folder, how):
+def main(folder):
     """The stops, as JSON."""
     torch.set_num_threads(1)  # before anything starts threads, which a fork would lose
+    digits_flexmatch.Run("FlexMatch", 0, digits_flexmatch.Config())  # what is imported late is imported here
     folder = pathlib.Path(folder)
     start = time.perf_counter()
     labels = in_peace(folder)
     duration = time.perf_counter() - start
-    stops = list(by_events(folder, labels) if how == "events" else by_moments(folder, duration))
-    assert ended(fork(lambda: demo(folder / "killed"))) is None
+    stops = {
+        "events": by_events(folder / "events", labels),
+        "moments": by_moments(folder / "moments", duration),
+    }
+    for how in stops:
+        assert ended(fork(lambda how=how: demo(folder / how))) is None
     print(json.dumps(stops))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -59,12 +59,12 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of the global random number generators of torch (CPU and, once used, CUDA), numpy and Python.
+    """The states of the global random numbers of torch (CPU and, once used, CUDA), numpy and Python.
 
     Generators of your own (``torch.Generator``, ``numpy.random.default_rng``) have a state of their own:
     save ``generator.get_state()``, ``rng.bit_generator.state``.
     """
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002: it is the one whose state is global
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the one whose state is global)
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         # weights_only takes tensors and no arrays.
