@@ -19,7 +19,7 @@ $(STAMPS)/venv: pyproject.toml
 	@mkdir -p $(STAMPS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV); }
-	$(BIN)/python tools/requirements.py requires dev > $(STAMPS)/requirements.txt
+	$(BIN)/python tools/requirements.py requires dev integrations > $(STAMPS)/requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements.txt
 	@touch $@
 
@@ -49,7 +49,7 @@ format: $(STAMPS)/venv  ## format all sources
 	$(BIN)/ruff check --quiet --fix .
 	$(BIN)/ruff format --quiet .
 
-demo: $(STAMPS)/build  ## FlexMatch learns digits from 40 labels; table, and picture in demo/
+demo: $(STAMPS)/build  ## FlexMatch learns digits from 40 labels; table, losses and picture in demo/
 	$(BIN)/python examples/digits_flexmatch.py
 
 bench: $(STAMPS)/build  ## every method against plain PyTorch and its limit

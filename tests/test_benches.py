@@ -56,7 +56,8 @@ def test_a_wrong_provider_is_not_timed(wrong):
         check(case, case.set_up())
 
 
-@pytest.mark.parametrize("stem", methods())
+# Only semilearn has no cases, where it is not installed.
+@pytest.mark.parametrize("stem", [stem for stem, method in methods().items() if method.cases])
 def test_a_disturbed_result_is_caught_in_every_method(stem):
     case = methods()[stem].cases[-1 if stem == "mean_teacher" else 0]
     check(case, case.set_up())

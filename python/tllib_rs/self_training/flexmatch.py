@@ -129,10 +129,13 @@ class DynamicThresholdingModule:
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_state"]
-        return state | {"net_outputs": self.net_outputs.clone()}
+        labels = self.net_outputs
+        # An array, since torch sends a tensor to a spawned process as shared memory: a copy made here would
+        # be gone before the process opens it, and the labels themselves would be written by two.
+        return state | {"net_outputs": labels.cpu().numpy(), "labels_device": labels.device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        labels = state.pop("net_outputs")
+        labels = torch.tensor(state.pop("net_outputs"), device=state.pop("labels_device"))
         self.__dict__.update(state)
         self._state = _core.FlexMatch(
             self.num_classes, self.n_unlabeled_samples, bool(self.warmup), labels.device
