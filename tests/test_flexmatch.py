@@ -3,7 +3,10 @@
 import copy
 import io
 import math
+import pathlib
 import pickle
+import sys
+import time
 
 import pytest
 import torch
@@ -149,6 +152,30 @@ def test_classes_that_do_not_fit(dtype, most):
     with pytest.raises(TypeError, match=f"net_outputs must be {str(dtype)[6:]}, got int64"):
         module.net_outputs = torch.zeros(50, dtype=torch.int64)
     assert (module.net_outputs == -1).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_hundred_million_samples_take_a_byte_each(tmp_path):
+    samples = 100_000_000
+    make(dtype=torch.int8).class_counts()
+    before = _resident()
+    module = make(100, samples, dtype=torch.int8)
+    # The last sample too, and counts that no narrow type would hold.
+    module.update(torch.tensor([0, samples - 1]), torch.ones(2), torch.tensor([99, 99]))
+    assert (_resident() - before) / samples < 1.1
+    module.net_outputs[5:] = 7
+    expected = [4, *[samples - 5 if c == 7 else int(c == 99) for c in range(100)]]
+    assert module.class_counts().tolist() == expected
+    start = time.perf_counter()
+    torch.save(module.state_dict(), tmp_path / "state.pt")
+    fresh = make(100, samples, dtype=torch.int8)
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert time.perf_counter() - start < 20
+    assert fresh.class_counts().tolist() == expected
+
+
+def _resident():
+    return 1024 * int(pathlib.Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
 
 
 def test_alias_written_behind_every_counter():
