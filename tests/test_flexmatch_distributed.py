@@ -27,7 +27,7 @@ def batches(step, ranks):
     generator = torch.Generator().manual_seed(step)
     made = []
     for rank in range(ranks):
-        size = (0, 7, 13, 90)[(step + rank) % 4] if step % 9 else 0
+        size = (0, 7, 13, 120 + 3 * step)[(step + rank) % 4] if step % 9 else 0
         idxes = torch.randint(SAMPLES, (size,), generator=generator)
         mask = (torch.rand(size, generator=generator) < 0.6).float()
         if (step + rank) % 5 == 0:
