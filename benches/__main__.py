@@ -1,4 +1,5 @@
-"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded]``"""
+"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded]
+[--scaling]``"""
 
 import argparse
 import pathlib
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benches import _loaded, _report
+from benches import _loaded, _report, _scaling
 from benches._case import Method, Verdict, methods
 from benches._measure import FULL, QUICK, Effort, run_case
 
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     _report.print_environment()
     effort = QUICK if options.quick else FULL
+    if options.scaling:
+        verdicts = _scaling.run(options.quick)
+        return int(options.check and not all(verdict.met for verdict in verdicts))
     verdicts = _loaded.run(chosen, effort) if options.loaded else _run(chosen, effort, options)
     return int(options.check and not all(verdict.met for verdict in verdicts))
 
@@ -56,6 +60,7 @@ def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="where --save puts them instead")
     parser.add_argument("--check", action="store_true", help="fail where a bar is missed")
     parser.add_argument("--loaded", action="store_true", help="small losses, quiet and with every core busy")
+    parser.add_argument("--scaling", action="store_true", help="FlexMatch at 10^8 samples, and projected on")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
     return parser
 

@@ -149,7 +149,7 @@ def test_flexmatch_takes_and_gives_tllib_s_labels(standin):
         ({"net_outputs": torch.zeros(12).long(), "x": 1}, ValueError, r"got \['net_outputs', 'x'\]"),
         ({"net_outputs": [1]}, TypeError, "or that torch.Tensor itself, got list"),
         ([1, 2], TypeError, "state_dict must be a mapping with net_outputs, .* got list"),
-        (torch.zeros(12), TypeError, "net_outputs must be int64, got float32"),
+        (torch.zeros(12), TypeError, "net_outputs must be int8, int16, int32 or int64, got float32"),
         (torch.zeros(11).long(), ValueError, r"shape \(n_unlabeled_samples,\) = \[12\], got shape \[11\]"),
         (torch.full((12,), 4), IndexError, "classes below 4, got 4 at position 0"),
         (torch.full((12,), -2), IndexError, "got -2 at position 0"),

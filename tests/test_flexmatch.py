@@ -3,7 +3,10 @@
 import copy
 import io
 import math
+import pathlib
 import pickle
+import sys
+import time
 
 import pytest
 import torch
@@ -23,8 +26,8 @@ def convex(x):
     return x / (2 - x)
 
 
-def make(classes=5, samples=50, warmup=False, cls=DynamicThresholdingModule):
-    return cls(0.95, warmup, convex, classes, samples, "cpu")
+def make(classes=5, samples=50, warmup=False, cls=DynamicThresholdingModule, **settings):
+    return cls(0.95, warmup, convex, classes, samples, "cpu", **settings)
 
 
 @pytest.mark.parametrize("case", golden.cases("flexmatch"), ids=repr)
@@ -98,6 +101,81 @@ def test_ten_thousand_steps_with_outside_writes_equal_a_recount(generator, warmu
         if step % 50 == 0:
             assert torch.equal(ours.net_outputs, plain.net_outputs)
         assert torch.equal(ours.get_threshold(every), plain.get_threshold(every)), step
+
+
+NARROW = {torch.int8: 128, torch.int16: 32_768, torch.int32: None}
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_narrow_labels_are_the_same_labels(generator, dtype, on_device):
+    """Steps, outside writes and loads, with the highest class that the dtype holds in use."""
+    from tllib_rs import _core
+
+    classes = NARROW[dtype] or 40_000
+    wide, narrow = make(classes, 200), make(classes, 200, dtype=dtype)
+    if on_device:  # the steps of other devices, here on the CPU
+        narrow._state = _core.FlexMatch(classes, 200, False, "cpu", True, dtype)
+        narrow._ranks._state = narrow._state
+    for step in range(200):
+        batch = random_step(generator, 200, classes)
+        batch[2][step % 16] = classes - 1
+        for module in (wide, narrow):
+            module.update(*batch)
+            if step % 7 == 0:
+                module.net_outputs[step % 50 :: 9] = classes - 1
+            if step % 11 == 0:
+                # As an optimizer's checkpoint would: also into the other dtype.
+                module.load_state_dict(wide.state_dict())
+        assert torch.equal(wide.get_threshold(batch[2]), narrow.get_threshold(batch[2])), step
+        assert torch.equal(wide.class_counts(), narrow.class_counts())
+        assert torch.equal(wide.net_outputs, narrow.net_outputs.long())
+    assert narrow.net_outputs.dtype == narrow.state_dict()["net_outputs"].dtype == dtype
+    wide.load_state_dict(narrow.state_dict())
+    assert torch.equal(wide.class_counts(), narrow.class_counts())
+    assert copy.deepcopy(narrow).net_outputs.dtype == dtype
+
+
+@pytest.mark.parametrize(("dtype", "most"), [item for item in NARROW.items() if item[1]], ids=str)
+def test_classes_that_do_not_fit(dtype, most):
+    with pytest.raises(
+        ValueError, match=rf"dtype {dtype} holds the labels of at most {most} classes, got num_classes = "
+    ):
+        make(most + 1, dtype=dtype)
+    with pytest.raises(TypeError, match=r"dtype must be torch.int8, int16, int32 or int64, got torch.uint8"):
+        make(dtype=torch.uint8)
+    module = make(dtype=dtype)
+    # 256 and 65,536 more than a class: in the narrow type they would be one.
+    for stray in (2**8 + 1, 2**16 + 1):
+        with pytest.raises(IndexError, match=f"got {stray} at position 3"):
+            module.load_state_dict(torch.tensor([-1, -1, -1, stray] + [0] * 46))
+    with pytest.raises(TypeError, match=f"net_outputs must be {str(dtype)[6:]}, got int64"):
+        module.net_outputs = torch.zeros(50, dtype=torch.int64)
+    assert (module.net_outputs == -1).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_hundred_million_samples_take_a_byte_each(tmp_path):
+    samples = 100_000_000
+    make(dtype=torch.int8).class_counts()
+    before = _resident()
+    module = make(100, samples, dtype=torch.int8)
+    # The last sample too, and counts that no narrow type would hold.
+    module.update(torch.tensor([0, samples - 1]), torch.ones(2), torch.tensor([99, 99]))
+    assert (_resident() - before) / samples < 1.1
+    module.net_outputs[5:] = 7
+    expected = [4, *[samples - 5 if c == 7 else int(c == 99) for c in range(100)]]
+    assert module.class_counts().tolist() == expected
+    start = time.perf_counter()
+    torch.save(module.state_dict(), tmp_path / "state.pt")
+    fresh = make(100, samples, dtype=torch.int8)
+    fresh.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert time.perf_counter() - start < 20
+    assert fresh.class_counts().tolist() == expected
+
+
+def _resident():
+    return 1024 * int(pathlib.Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
 
 
 def test_alias_written_behind_every_counter():

@@ -74,6 +74,7 @@ def _definition(name: str, function: object) -> str:
     signature = str(inspect.signature(function))
     for long, short in (
         ("torch.nn.modules.module.Module", "nn.Module"),
+        ("torch.distributed.distributed_c10d.ProcessGroup", "ProcessGroup"),
         ("collections.abc.", ""),
         ("typing.", ""),
     ):

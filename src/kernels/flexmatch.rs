@@ -10,6 +10,33 @@
 //! and 0 for every class where one single value fills all samples (tllib does so, also when that
 //! value is a class).
 
+use super::parallel::{run, split};
+use std::num::NonZeroUsize;
+
+/// A type that labels are stored in: i8, i16, i32 or i64.
+pub trait Label: Copy + Send + Sync + 'static {
+    /// Exact.
+    fn wide(self) -> i64;
+    /// Exact for what fits; the caller has checked that.
+    fn narrow(label: i64) -> Self;
+}
+
+macro_rules! label {
+    ($($t:ty),+) => {$(
+        impl Label for $t {
+            #[inline(always)]
+            fn wide(self) -> i64 {
+                i64::from(self)
+            }
+            #[inline(always)]
+            fn narrow(label: i64) -> Self {
+                label as $t
+            }
+        }
+    )+};
+}
+label!(i8, i16, i32, i64);
+
 /// How often each value occurs in `net_outputs`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Counts {
@@ -27,33 +54,73 @@ pub struct OutOfRange {
     pub value: i64,
 }
 
+/// Tables that take turns, so that a run of equal labels does not wait for its own last increment.
+const TABLES: usize = 4;
+/// The widest table of which [`TABLES`] stay in the nearest cache.
+const NARROW: usize = 1 << 10;
+
+/// `counts[c + 1]` of a part of all labels.
+fn tally<L: Label>(outputs: &[L], classes: usize) -> Result<Vec<i64>, OutOfRange> {
+    let width = classes + 1;
+    let tables = if width <= NARROW { TABLES } else { 1 };
+    let mut counts = vec![0; tables * width];
+    for (position, &label) in outputs.iter().enumerate() {
+        // -1 becomes 0; what is below it becomes a number beyond every class.
+        let k = label.wide().wrapping_add(1) as u64;
+        if k >= width as u64 {
+            let value = label.wide();
+            return Err(OutOfRange { position, value });
+        }
+        counts[(position & (tables - 1)) * width + k as usize] += 1;
+    }
+    let mut tables = counts.chunks_exact(width);
+    let mut sum = tables.next().map_or_else(Vec::new, <[i64]>::to_vec);
+    for table in tables {
+        add(&mut sum, table);
+    }
+    Ok(sum)
+}
+
+fn add(sum: &mut [i64], counts: &[i64]) {
+    for (s, c) in sum.iter_mut().zip(counts) {
+        *s += c;
+    }
+}
+
 impl Counts {
     /// Counts `outputs`, whose values must be -1 or a class below `classes`.
-    pub fn of(outputs: &[i64], classes: usize) -> Result<Self, OutOfRange> {
+    pub fn of<L: Label>(
+        outputs: &[L],
+        classes: usize,
+        threads: NonZeroUsize,
+    ) -> Result<Self, OutOfRange> {
+        let parts = split(outputs.len(), threads);
+        let jobs: Vec<_> = parts
+            .iter()
+            .map(|part| move || tally(&outputs[part.clone()], classes))
+            .collect();
         let mut counts = vec![0; classes + 1];
-        for (position, &value) in outputs.iter().enumerate() {
-            match usize::try_from(value.wrapping_add(1))
-                .ok()
-                .and_then(|k| counts.get_mut(k))
-            {
-                Some(count) => *count += 1,
-                None => return Err(OutOfRange { position, value }),
-            }
+        for (found, part) in run(jobs).into_iter().zip(&parts) {
+            let found = found.map_err(|stray| OutOfRange {
+                position: part.start + stray.position,
+                ..stray
+            })?;
+            add(&mut counts, &found);
         }
-        Ok(Self {
-            counts,
-            samples: outputs.len() as i64,
-        })
+        Ok(Self::from_raw(counts))
+    }
+
+    /// From the number of samples without a label, and those of each class.
+    pub fn from_raw(counts: Vec<i64>) -> Self {
+        let samples = counts.iter().sum();
+        Self { counts, samples }
     }
 
     /// Counts of `samples` samples that have no label yet.
     pub fn unlabelled(samples: usize, classes: usize) -> Self {
         let mut counts = vec![0; classes + 1];
         counts[0] = samples as i64;
-        Self {
-            counts,
-            samples: samples as i64,
-        }
+        Self::from_raw(counts)
     }
 
     /// Counts per class, and of -1 in front.
@@ -63,8 +130,8 @@ impl Counts {
 
     /// Labels one sample: `outputs[index] = label`. Both must be in range.
     #[inline]
-    pub fn relabel(&mut self, outputs: &mut [i64], index: usize, label: i64) {
-        let old = std::mem::replace(&mut outputs[index], label);
+    pub fn relabel<L: Label>(&mut self, outputs: &mut [L], index: usize, label: i64) {
+        let old = std::mem::replace(&mut outputs[index], L::narrow(label)).wide();
         self.counts[(old + 1) as usize] -= 1;
         self.counts[(label + 1) as usize] += 1;
     }
@@ -97,10 +164,11 @@ impl Counts {
 mod tests {
     use super::*;
 
-    #[test]
-    fn random_updates_equal_a_recount() {
+    const ONE: NonZeroUsize = NonZeroUsize::MIN;
+
+    fn random_updates<L: Label + std::fmt::Debug>() {
         let (samples, classes) = (40, 4);
-        let mut outputs = vec![-1; samples];
+        let mut outputs = vec![L::narrow(-1); samples];
         let mut counts = Counts::unlabelled(samples, classes);
         let mut seed = 1u64;
         let mut next = |n: usize| {
@@ -112,13 +180,49 @@ mod tests {
         for _ in 0..5000 {
             let (index, label) = (next(samples), next(classes + 1) as i64 - 1);
             counts.relabel(&mut outputs, index, label);
-            assert_eq!(counts, Counts::of(&outputs, classes).unwrap());
+            assert_eq!(counts, Counts::of(&outputs, classes, ONE).unwrap());
+        }
+    }
+
+    #[test]
+    fn random_updates_equal_a_recount() {
+        random_updates::<i8>();
+        random_updates::<i16>();
+        random_updates::<i32>();
+        random_updates::<i64>();
+    }
+
+    #[test]
+    fn threads_and_tables_count_the_same() {
+        for classes in [1, 127, NARROW - 1, NARROW, 3000] {
+            let outputs: Vec<i16> = (0..10_007)
+                .map(|k| (k * k % (classes + 1)) as i16 - 1)
+                .collect();
+            let mut expected = vec![0; classes + 1];
+            for &label in &outputs {
+                expected[(label + 1) as usize] += 1;
+            }
+            for threads in 1..5 {
+                let counts = Counts::of(&outputs, classes, NonZeroUsize::new(threads).unwrap());
+                assert_eq!(counts.unwrap().raw(), expected);
+            }
+        }
+        let mut outputs = vec![0i8; 1000];
+        for (position, value) in [(999, 100), (600, -128)] {
+            outputs[position] = value;
+            let value = i64::from(value);
+            for threads in 1..5 {
+                assert_eq!(
+                    Counts::of(&outputs, 100, NonZeroUsize::new(threads).unwrap()),
+                    Err(OutOfRange { position, value })
+                );
+            }
         }
     }
 
     #[test]
     fn status() {
-        let counts = Counts::of(&[-1, -1, -1, 0, 1, 1], 3).unwrap();
+        let counts = Counts::of(&[-1i64, -1, -1, 0, 1, 1], 3, ONE).unwrap();
         let statuses = |warmup| {
             let largest = counts.largest(warmup);
             [0, 1, 2].map(|c| counts.status(c, largest))
@@ -128,8 +232,8 @@ mod tests {
             statuses(true),
             [(1.0f64 / 3.0) as f32, (2.0f64 / 3.0) as f32, 0.0]
         );
-        for filled in [-1, 2] {
-            let counts = Counts::of(&[filled; 4], 3).unwrap();
+        for filled in [-1i64, 2] {
+            let counts = Counts::of(&[filled; 4], 3, ONE).unwrap();
             assert_eq!(counts.largest(false), None);
             assert_eq!(counts.status(2, None), 0.0);
         }
@@ -137,8 +241,8 @@ mod tests {
             position: 1,
             value: 3,
         };
-        assert_eq!(Counts::of(&[0, 3], 3), Err(stray));
-        assert_eq!(Counts::of(&[0, -2], 3).unwrap_err().value, -2);
-        assert!(Counts::of(&[i64::MAX], 3).is_err());
+        assert_eq!(Counts::of(&[0i64, 3], 3, ONE), Err(stray));
+        assert_eq!(Counts::of(&[0i64, -2], 3, ONE).unwrap_err().value, -2);
+        assert!(Counts::of(&[i64::MAX], 3, ONE).is_err());
     }
 }

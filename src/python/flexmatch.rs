@@ -58,23 +58,27 @@ impl FlexMatch {
 impl FlexMatch {
     /// `counts_on_device` keeps the counts where `net_outputs` lives, as every device but the CPU does.
     #[new]
-    #[pyo3(signature = (classes, samples, warmup, device, counts_on_device=None))]
+    #[pyo3(signature = (classes, samples, warmup, device, counts_on_device=None, dtype=None))]
     fn new(
         classes: i64,
         samples: i64,
         warmup: bool,
         device: &Bound<'_, PyAny>,
         counts_on_device: Option<bool>,
+        dtype: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let (classes, count) = (
             positive("num_classes", classes)?,
             positive("n_unlabeled_samples", samples)?,
         );
         let torch = device.py().import("torch")?;
-        let options = [
-            ("device", device.clone()),
-            ("dtype", torch.getattr("int64")?),
-        ];
+        let dtype = match dtype {
+            Some(dtype) => dtype.clone(),
+            None => torch.getattr("int64")?,
+        };
+        // Before anything is allocated.
+        ops::Stored::named(&dtype.str()?.to_cow()?)?.holds(classes)?;
+        let options = [("device", device.clone()), ("dtype", dtype)];
         let options = options.into_py_dict(device.py())?;
         let labels = torch.call_method("full", ((samples,), -1), Some(&options))?;
         let labels = tensor(CLASS, "net_outputs", &labels)?;
@@ -85,7 +89,7 @@ impl FlexMatch {
         })
     }
 
-    /// The label of each sample, int64, -1 where it has none yet. May be written.
+    /// The label of each sample, -1 where it has none yet. May be written.
     #[getter]
     fn net_outputs(&self) -> PyResult<PyTensor> {
         Ok(PyTensor(self.lock().net_outputs()?))
@@ -97,6 +101,16 @@ impl FlexMatch {
         Ok(self.lock().set_net_outputs(&labels)?)
     }
 
+    /// Makes a copy of `labels` the new ones; they may be of any of the types that labels are stored in.
+    fn load(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
+        let labels = tensor(CLASS, "net_outputs", labels)?;
+        without_gil(py, self.samples, move || {
+            let labels = labels;
+            // The lock is given back before the argument, whose end may ask for the GIL.
+            self.lock().load(&labels)
+        })
+    }
+
     /// The learning status of the class of each label, float32.
     fn status(
         &self,
@@ -105,11 +119,14 @@ impl FlexMatch {
         warmup: bool,
     ) -> PyResult<PyTensor> {
         let labels = tensor(CLASS, "pseudo_labels", labels)?;
-        self.with(py, |state| {
+        let status = |state: &mut ops::FlexMatch| {
             state.set_warmup(warmup);
             state.status(&labels)
-        })
-        .map(PyTensor)
+        };
+        if self.lock().has_totals() {
+            return Ok(PyTensor(status(&mut self.lock())?));
+        }
+        self.with(py, status).map(PyTensor)
     }
 
     /// Writes the labels of the selected samples.
@@ -124,6 +141,38 @@ impl FlexMatch {
         let mask = tensor(CLASS, "selected_mask", selected_mask)?;
         let labels = tensor(CLASS, "pseudo_labels", pseudo_labels)?;
         self.with(py, |state| state.update(&idxes, &mask, &labels))
+    }
+
+    /// What `update` would write, in one int64 for each selected sample; nothing is written.
+    fn pack(
+        &self,
+        idxes: &Bound<'_, PyAny>,
+        selected_mask: &Bound<'_, PyAny>,
+        pseudo_labels: &Bound<'_, PyAny>,
+    ) -> PyResult<PyTensor> {
+        let idxes = tensor(CLASS, "idxes", idxes)?;
+        let mask = tensor(CLASS, "selected_mask", selected_mask)?;
+        let labels = tensor(CLASS, "pseudo_labels", pseudo_labels)?;
+        Ok(PyTensor(self.lock().pack(&idxes, &mask, &labels)?))
+    }
+
+    /// Writes what `pack` made, in order.
+    fn apply(&self, py: Python<'_>, words: &Bound<'_, PyAny>) -> PyResult<()> {
+        let words = tensor(CLASS, "words", words)?;
+        self.with(py, |state| state.apply(&words))
+    }
+
+    /// The status is from now on that of these counts, int64, of which `counts` are a part.
+    fn set_totals(&self, totals: &Bound<'_, PyAny>) -> PyResult<()> {
+        let totals = tensor(CLASS, "totals", totals)?;
+        Ok(self.lock().set_totals(&totals)?)
+    }
+
+    /// Whether anybody else can reach the labels now.
+    fn is_shared(&self) -> bool {
+        let mut state = self.lock();
+        state.look();
+        state.is_shared()
     }
 
     /// Whether the next step counts all samples again.

@@ -213,27 +213,31 @@ impl<'a> Input<'a> {
 
     /// The dtype, or a `TypeError` that lists the supported ones.
     pub fn floating(&self) -> Result<Dtype> {
-        self.dtype().ok_or_else(|| {
-            Error::Type(format!(
-                "{}: {} must be float32, float64, float16 or bfloat16, got {}",
-                self.class,
-                self.name,
-                scalar_type_name(self.facts.kind)
-            ))
-        })
+        self.dtype()
+            .ok_or_else(|| self.unsupported("float32, float64, float16 or bfloat16"))
     }
 
     /// `TypeError` unless the tensor holds integers of 64 bits.
     pub fn int64(&self) -> Result<()> {
-        if self.facts.kind == 4 {
+        self.of_type(4)
+    }
+
+    /// `TypeError` unless the tensor's dtype is this `c10::ScalarType`.
+    pub fn of_type(&self, scalar_type: i32) -> Result<()> {
+        if self.facts.kind == scalar_type {
             return Ok(());
         }
-        Err(Error::Type(format!(
-            "{}: {} must be int64, got {}",
+        Err(self.unsupported(scalar_type_name(scalar_type)))
+    }
+
+    /// A [`Error::Type`] about this argument's dtype.
+    pub fn unsupported(&self, expected: &str) -> Error {
+        Error::Type(format!(
+            "{}: {} must be {expected}, got {}",
             self.class,
             self.name,
             scalar_type_name(self.facts.kind)
-        )))
+        ))
     }
 
     /// `TypeError` unless the tensor holds real numbers, integers or booleans.

@@ -2,11 +2,13 @@
 <https://arxiv.org/abs/2110.08263>`_."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch.distributed import ProcessGroup
 
 from tllib_rs import _core
+from tllib_rs.self_training import _flexmatch_ranks
 
 __all__ = ["DynamicThresholdingModule"]
 
@@ -33,12 +35,29 @@ class DynamicThresholdingModule:
         num_classes (int): number of classes.
         n_unlabeled_samples (int): number of unlabelled samples.
         device (torch.device): where :attr:`net_outputs` lives.
+        process_group (ProcessGroup, optional): the ranks that train together, as in
+            ``torch.distributed.group.WORLD``. Each then has the thresholds that one process would have with
+            the batches of all ranks concatenated in rank order. Default: this process alone.
+        layout (str): ``"replicated"``: every rank holds the labels of all samples, and any sampler will do.
+            ``"sharded"``: ``n_unlabeled_samples`` is the number of this rank's own samples, indices count
+            from 0 on each rank, and only counts are exchanged.
+        dtype (torch.dtype): of :attr:`net_outputs`: int8 for at most 128 classes, int16 for at most
+            32,768, int32, or int64, which tllib has.
+
+    With a process group, all ranks construct the module, call :meth:`update` (with an empty batch where
+    there is none), :meth:`load_state_dict` and :meth:`synchronize` equally often; the others need no
+    partner. ``update`` starts one exchange and returns; who needs its outcome first waits for it. It runs on
+    the CPU over a gloo group of the module's own, so labels on a device are waited for once a step. What
+    is written to :attr:`net_outputs` from outside must be written on every rank (replicated), or takes
+    part from this rank's next ``update`` or ``synchronize`` on (sharded). The module cannot be pickled.
 
     Raises:
         TypeError: an argument is no tensor or has the wrong dtype.
-        ValueError: shapes that differ; no classes or samples.
+        ValueError: shapes that differ; no classes or samples; more classes than ``dtype`` holds; ranks
+            that were constructed differently.
         IndexError: an index or label out of range (on the CPU; on other devices the device raises).
-        RuntimeError: devices that differ.
+        RuntimeError: devices that differ; a rank that died, or did not call within the group's time-out.
+            Bad input raises before anything is sent: the rank may try again while the others wait.
 
     Examples::
 
@@ -56,6 +75,10 @@ class DynamicThresholdingModule:
         num_classes: int,
         n_unlabeled_samples: int,
         device: torch.device | str,
+        *,
+        process_group: ProcessGroup | None = None,
+        layout: Literal["replicated", "sharded"] = "replicated",
+        dtype: torch.dtype = torch.int64,
     ):
         self.threshold = threshold
         self.warmup = warmup
@@ -63,26 +86,38 @@ class DynamicThresholdingModule:
         self.num_classes = num_classes
         self.n_unlabeled_samples = n_unlabeled_samples
         self.device = device
-        self._state = _core.FlexMatch(num_classes, n_unlabeled_samples, bool(warmup), device)
+        self.process_group = process_group
+        self.layout = layout
+        self.dtype = dtype
+        self._connect()
+
+    def _connect(self) -> None:
+        self._state = _core.FlexMatch(
+            self.num_classes, self.n_unlabeled_samples, bool(self.warmup), self.device, dtype=self.dtype
+        )
+        self._ranks = _flexmatch_ranks.join(self._state, self)
 
     @property
     def net_outputs(self) -> torch.Tensor:
-        """(n_unlabeled_samples,), int64: each sample's latest confident label, -1 before the first.
+        """(n_unlabeled_samples,), of ``dtype``: each sample's latest confident label, -1 before the first.
 
         May be read, written in place, and assigned."""
+        self._ranks.settle()
         return self._state.net_outputs
 
     @net_outputs.setter
     def net_outputs(self, labels: torch.Tensor) -> None:
+        self._ranks.settle()
         self._state.net_outputs = labels
 
     def get_threshold(self, pseudo_labels: torch.Tensor) -> torch.Tensor:
         """The threshold of each label's class, float32 (or what ``mapping_func`` makes of it), in the
         shape of ``pseudo_labels`` (int64)."""
+        self._ranks.complete()
         return self.threshold * self.mapping_func(self._state.status(pseudo_labels, bool(self.warmup)))
 
     def update(self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor) -> None:
-        """Note the labels of the selected samples.
+        """Note the labels of the selected samples. With a process group all ranks call it.
 
         Args:
             idxes (tensor): (minibatch,), int64, the samples' positions in the unlabelled set. Of equal
@@ -90,23 +125,36 @@ class DynamicThresholdingModule:
             selected_mask (tensor): (minibatch,), any numeric dtype, 1 where a sample is selected.
             pseudo_labels (tensor): (minibatch,), int64.
         """
-        self._state.update(idxes, selected_mask, pseudo_labels)
+        self._ranks.update(idxes, selected_mask, pseudo_labels)
 
     def class_counts(self) -> torch.Tensor:
-        """(num_classes + 1,), int64: samples without a label, then samples per class. A copy."""
-        return self._state.counts()
+        """(num_classes + 1,), int64: samples without a label, then samples per class. A copy. Over the
+        samples of all ranks."""
+        return self._ranks.class_counts()
+
+    def synchronize(self) -> None:
+        """Tell the other ranks what was written to :attr:`net_outputs` from outside (sharded), or check that
+        the counts are the same on all ranks (replicated). All ranks call it; alone it does nothing.
+
+        Raises:
+            RuntimeError: the counts differ (replicated).
+        """
+        self._ranks.synchronize()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """``{"net_outputs": ...}``, a copy; the arguments of the constructor are not part of it."""
+        """``{"net_outputs": ...}``, a copy; the arguments of the constructor are not part of it. Of this
+        rank's samples."""
         return {"net_outputs": self.net_outputs.clone()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor] | torch.Tensor) -> None:
         """Load what :meth:`state_dict` returned, or a bare ``net_outputs`` as scripts for tllib save it.
 
-        The tensor is copied to :attr:`device`. State is unchanged after an error.
+        The tensor, of any of the dtypes that labels may have, is copied to :attr:`device` and ``dtype``.
+        State is unchanged after an error in it. With a process group all ranks load, and then
+        :meth:`synchronize`.
 
         Raises:
-            TypeError: neither a mapping nor a tensor, or not int64.
+            TypeError: neither a mapping nor a tensor, or of another dtype.
             ValueError: other keys than ``net_outputs``, or the labels of another number of samples.
             IndexError: a label that is neither -1 nor a class.
         """
@@ -124,11 +172,18 @@ class DynamicThresholdingModule:
                 "DynamicThresholdingModule: state_dict must be a mapping with net_outputs, or that "
                 f"torch.Tensor itself, got {type(labels).__name__}"
             )
-        self.net_outputs = labels.detach().clone()
+        self._ranks.settle()
+        self._state.load(labels)
+        self._ranks.synchronize()
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError(
+                "DynamicThresholdingModule: a module with a process group can be neither pickled nor copied; "
+                "construct another on all ranks and load this one's state_dict"
+            )
         state = self.__dict__.copy()
-        del state["_state"]
+        del state["_state"], state["_ranks"]
         labels = self.net_outputs
         # An array, since torch sends a tensor to a spawned process as shared memory: a copy made here would
         # be gone before the process opens it, and the labels themselves would be written by two.
@@ -136,8 +191,9 @@ class DynamicThresholdingModule:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         labels = torch.tensor(state.pop("net_outputs"), device=state.pop("labels_device"))
-        self.__dict__.update(state)
-        self._state = _core.FlexMatch(
-            self.num_classes, self.n_unlabeled_samples, bool(self.warmup), labels.device
-        )
+        # Modules pickled before these settings existed lack them.
+        self.__dict__.update({"process_group": None, "layout": "replicated", "dtype": labels.dtype} | state)
+        device, self.device = self.device, labels.device
+        self._connect()
+        self.device = device
         self._state.net_outputs = labels

@@ -4,11 +4,17 @@
 use crate::error::Result;
 use tch::{Kind, Tensor};
 
+/// Labels that are widened to indices at a time: the count needs no second copy of all labels.
+const CHUNK: i64 = 1 << 24;
+
 /// `counts[c + 1]` of all samples.
 pub fn count(net_outputs: &Tensor, classes: usize) -> Result<Tensor> {
-    let zeros = Tensor::f_zeros([classes as i64 + 1], (Kind::Int64, net_outputs.device()))?;
-    let ones = net_outputs.f_ones_like()?;
-    Ok(zeros.f_scatter_add(0, &net_outputs.f_add_scalar(1)?, &ones)?)
+    let mut counts = Tensor::f_zeros([classes as i64 + 1], (Kind::Int64, net_outputs.device()))?;
+    for chunk in net_outputs.f_split(CHUNK, 0)? {
+        let places = chunk.f_to_kind(Kind::Int64)?.f_add_scalar(1)?;
+        counts = counts.f_scatter_add(0, &places, &places.f_ones_like()?)?;
+    }
+    Ok(counts)
 }
 
 /// The status of each label's class.
@@ -66,7 +72,7 @@ pub fn update(
         .f_sub_scalar(1)?;
     let end = end.f_clamp_min(0)?;
     let found = keys.f_index_select(0, &end)?.f_eq_tensor(&idxes)?;
-    let old = outputs.f_index_select(0, &idxes)?;
+    let old = outputs.f_index_select(0, &idxes)?.f_to_kind(Kind::Int64)?;
     let new = sorted.f_index_select(0, &end)?.f_where_self(&found, &old)?;
     // A row is its run's winner where the run ends at the row itself.
     let winner = order
@@ -75,7 +81,8 @@ pub fn update(
     let winner = winner
         .f_logical_and(&unselected.f_logical_not()?)?
         .f_to_kind(Kind::Int64)?;
-    let _ = outputs.shallow_clone().f_index_copy_(0, &idxes, &new)?;
+    let stored = new.f_to_kind(outputs.f_kind()?)?;
+    let _ = outputs.shallow_clone().f_index_copy_(0, &idxes, &stored)?;
     let counts = counts.f_scatter_add(0, &old.f_add_scalar(1)?, &winner.f_neg()?)?;
     Ok(counts.f_scatter_add(0, &new.f_add_scalar(1)?, &winner)?)
 }

@@ -1,28 +1,39 @@
 //! FlexMatch's steps where `net_outputs` is in host memory: `O(B)` a step.
 
-use super::CLASS;
+use super::stored::by_label;
+use super::{CLASS, Stored};
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::flexmatch::Counts;
+use crate::kernels::parallel::threads_for;
 use crate::torch::input::Input;
-use crate::torch::{Owned, by_dtype};
+use crate::torch::{Owned, by_dtype, max_threads};
+use std::ffi::c_void;
 use tch::{Kind, Tensor};
 
-/// The labels of `net_outputs`, which FlexMatch keeps contiguous, int64 and of one dimension.
-fn labels_of(net_outputs: &Tensor) -> (*mut i64, usize) {
+/// Labels that one thread counts in the time that makes another thread worth starting.
+const GRAIN: usize = 1 << 18;
+
+/// The memory of `net_outputs`, which FlexMatch keeps contiguous and of one dimension.
+fn memory(net_outputs: &Tensor) -> (*mut c_void, usize) {
     (
-        net_outputs.data_ptr().cast(),
+        net_outputs.data_ptr(),
         net_outputs.size().iter().product::<i64>() as usize,
     )
 }
 
-/// Counts all samples. `IndexError` for a label that is no class and not -1.
-pub fn count(net_outputs: &Tensor, classes: usize) -> Result<Counts> {
-    let (data, len) = labels_of(net_outputs);
-    // SAFETY: `len` live elements. A user thread that writes them meanwhile races with torch's own
-    // readers in the same way.
-    let labels = unsafe { std::slice::from_raw_parts(data, len) };
-    Counts::of(labels, classes).map_err(|stray| {
+/// Counts all samples, of the type `stored`. `IndexError` for a label that is no class and not -1.
+pub fn count(net_outputs: &Tensor, stored: Stored, classes: usize) -> Result<Counts> {
+    let (data, len) = memory(net_outputs);
+    // A thread has a table as wide as the classes to fill and to add up, too.
+    let threads = threads_for(len, GRAIN.max(classes), max_threads());
+    by_label!(stored, L => {
+        // SAFETY: `len` live elements of type `L`. A user thread that writes them meanwhile races
+        // with torch's own readers in the same way.
+        let labels = unsafe { std::slice::from_raw_parts(data.cast::<L>().cast_const(), len) };
+        Counts::of(labels, classes, threads)
+    })
+    .map_err(|stray| {
         Error::Index(format!(
             "{CLASS}: net_outputs must hold -1 or classes below {classes}, got {} at position {}",
             stray.value, stray.position
@@ -44,9 +55,9 @@ pub fn status(counts: &Counts, labels: &Input<'_>, classes: usize, warmup: bool)
 }
 
 /// The selected samples of a step, checked.
-pub struct Batch(Vec<(usize, i64)>);
+pub struct Pairs(Vec<(usize, i64)>);
 
-impl Batch {
+impl Pairs {
     /// Reads the selected (index, label) pairs. `IndexError` where one is out of range; indices may
     /// be negative as torch's may, labels may be -1.
     pub fn read(
@@ -72,15 +83,45 @@ impl Batch {
         Ok(Self(pairs))
     }
 
-    /// Writes the labels and keeps `counts` true. Whether anything was written.
-    pub fn apply(self, counts: &mut Counts, net_outputs: &Tensor) -> bool {
-        let (data, len) = labels_of(net_outputs);
-        // SAFETY: `len` live elements, and the state's lock keeps our own threads apart. A user
-        // thread that writes an alias meanwhile races with torch's own writers in the same way.
-        let outputs = unsafe { std::slice::from_raw_parts_mut(data, len) };
-        for &(index, label) in &self.0 {
-            counts.relabel(outputs, index, label);
+    /// One number for each pair, `index (classes + 1) + label + 1`.
+    pub fn pack(&self, classes: usize) -> Result<Tensor> {
+        let mut words = Owned::<i64>::new(&[self.0.len() as i64])?;
+        for (word, &(index, label)) in words.slice().iter_mut().zip(&self.0) {
+            *word = index as i64 * (classes as i64 + 1) + label + 1;
         }
+        Ok(words.into_tensor())
+    }
+
+    /// From what [`Pairs::pack`] made of it, checked again: it has come from elsewhere.
+    pub fn unpack(words: &Input<'_>, samples: usize, classes: usize) -> Result<Self> {
+        let width = classes as u64 + 1;
+        let pair = |word: i64| {
+            let (index, place) = (word as u64 / width, word as u64 % width);
+            if index < samples as u64 {
+                return Ok((index as usize, place as i64 - 1));
+            }
+            Err(out_of_range("a received index", index as i64, 0, samples))
+        };
+        words
+            .integers()?
+            .into_iter()
+            .map(pair)
+            .collect::<Result<_>>()
+            .map(Self)
+    }
+
+    /// Writes the labels, stored as `stored`, and keeps `counts` true. Whether anything was written.
+    pub fn apply(self, counts: &mut Counts, net_outputs: &Tensor, stored: Stored) -> bool {
+        let (data, len) = memory(net_outputs);
+        by_label!(stored, L => {
+            // SAFETY: `len` live elements of type `L`, and the state's lock keeps our own threads
+            // apart. A user thread that writes an alias meanwhile races with torch's own writers in
+            // the same way.
+            let outputs = unsafe { std::slice::from_raw_parts_mut(data.cast::<L>(), len) };
+            for &(index, label) in &self.0 {
+                counts.relabel(outputs, index, label);
+            }
+        });
         !self.0.is_empty()
     }
 }

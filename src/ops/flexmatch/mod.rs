@@ -5,14 +5,18 @@
 //! were made at, and no alias of its memory was alive since. Otherwise they are counted again, once.
 //! What is handed out is an alias that shares the version; the tensor kept here never leaves.
 
+mod batch;
 mod device;
 mod host;
+mod stored;
 
 use crate::error::{Error, Result};
 use crate::kernels::flexmatch::Counts;
 use crate::torch::input::Input;
 use crate::torch::{aliased, bump_version, version};
-use tch::Tensor;
+use batch::Batch;
+pub use stored::Stored;
+use tch::{Device, Tensor};
 
 const CLASS: &str = "DynamicThresholdingModule";
 
@@ -30,12 +34,15 @@ enum Tally {
 )]
 pub struct FlexMatch {
     net_outputs: Tensor,
+    stored: Stored,
     classes: usize,
     samples: usize,
     warmup: bool,
     /// Whether counts are kept on the host, beside labels that are there too.
     on_host: bool,
     tally: Option<Tally>,
+    /// Counts over more samples than these, and the number of them: what the status is then made of.
+    totals: Option<(Tally, usize)>,
     /// The version of `net_outputs` that the tally belongs to.
     version: i64,
     /// Whether an alias of `net_outputs` was alive at the last look before the count, or since.
@@ -59,16 +66,20 @@ impl FlexMatch {
                 "{CLASS}: device must hold values, got meta"
             )));
         }
+        let stored = Stored::of(&input)?;
+        stored.holds(classes)?;
         let on_host = !counts_on_device.unwrap_or(!on_cpu);
         let tally = on_host.then(|| Tally::Host(Counts::unlabelled(samples, classes)));
         let version = version(&net_outputs);
         Ok(Self {
             net_outputs,
+            stored,
             classes,
             samples,
             warmup,
             on_host,
             tally,
+            totals: None,
             version,
             exposed: false,
             shared: false,
@@ -84,23 +95,50 @@ impl FlexMatch {
     /// Takes `labels` as the new `net_outputs`. On the same device it is adopted, not copied.
     pub fn set_net_outputs(&mut self, labels: &Tensor) -> Result<()> {
         let input = Input::new(CLASS, "net_outputs", labels)?;
-        input.int64()?;
-        if input.shape() != [self.samples as i64] {
-            return Err(input.wrong(&format!(
-                "have shape (n_unlabeled_samples,) = [{}]",
-                self.samples
-            )));
-        }
+        input.of_type(self.stored.scalar_type())?;
+        self.check_shape(&input)?;
         let mut moved = labels.f_detach()?.f_to_device(self.net_outputs.device())?;
         if self.on_host {
             moved = Input::new(CLASS, "net_outputs", &moved)?.in_memory()?;
-            host::count(&moved, self.classes)?;
+            host::count(&moved, self.stored, self.classes)?;
         } else {
             moved = moved.f_contiguous()?;
         }
         self.net_outputs = moved;
         self.tally = None;
         Ok(())
+    }
+
+    /// Makes a copy of `labels`, of any of the stored types, the new `net_outputs`. May wait for the
+    /// device.
+    pub fn load(&mut self, labels: &Tensor) -> Result<()> {
+        let input = Input::new(CLASS, "net_outputs", labels)?;
+        let from = Stored::of(&input)?;
+        self.check_shape(&input)?;
+        // Counted in the type they come in: in a narrower one a number might turn into a class.
+        let here = labels.f_detach()?.f_to_device(Device::Cpu)?;
+        let here = Input::new(CLASS, "net_outputs", &here)?.in_memory()?;
+        let counts = host::count(&here, from, self.classes)?;
+        let mut copy = Tensor::f_empty(
+            [self.samples as i64],
+            (self.stored.kind(), self.net_outputs.device()),
+        )?;
+        copy.f_copy_(&here)?;
+        self.version = version(&copy);
+        self.net_outputs = copy;
+        self.tally = self.on_host.then_some(Tally::Host(counts));
+        (self.exposed, self.shared) = (false, false);
+        Ok(())
+    }
+
+    fn check_shape(&self, labels: &Input<'_>) -> Result<()> {
+        if labels.shape() == [self.samples as i64] {
+            return Ok(());
+        }
+        Err(labels.wrong(&format!(
+            "have shape (n_unlabeled_samples,) = [{}]",
+            self.samples
+        )))
     }
 
     /// Whether warm-up counts the samples without a label.
@@ -114,36 +152,95 @@ impl FlexMatch {
         input.integer()?;
         input.same_device(&Input::new(CLASS, "net_outputs", &self.net_outputs)?)?;
         let (classes, warmup, samples) = (self.classes, self.warmup, self.samples);
-        match self.tally()? {
+        let (tally, samples) = match &self.totals {
+            Some((totals, all)) => (totals, *all),
+            None => (&*self.tally()?, samples),
+        };
+        match tally {
             Tally::Host(counts) => host::status(counts, &input, classes, warmup),
             Tally::Device(counts) => device::status(counts, labels, samples, warmup),
         }
     }
 
+    /// From now on the status is that of these counts (`counts[c + 1]`, int64, on the CPU) and not of
+    /// the labels here, of which they hold more than ours.
+    pub fn set_totals(&mut self, counts: &Tensor) -> Result<()> {
+        let input = Input::new(CLASS, "totals", counts)?;
+        input.int64()?;
+        if input.shape() != [self.classes as i64 + 1] {
+            return Err(input.wrong(&format!(
+                "have shape (num_classes + 1,) = [{}]",
+                self.classes + 1
+            )));
+        }
+        let raw = input.integers()?;
+        let all = raw.iter().sum::<i64>() as usize;
+        let totals = if self.on_host {
+            Tally::Host(Counts::from_raw(raw))
+        } else {
+            Tally::Device(counts.f_to_device(self.net_outputs.device())?)
+        };
+        self.totals = Some((totals, all));
+        Ok(())
+    }
+
+    /// Whether [`FlexMatch::status`] looks at no labels.
+    pub fn has_totals(&self) -> bool {
+        self.totals.is_some()
+    }
+
     /// `net_outputs[idxes[mask == 1]] = labels[mask == 1]`; of equal indices the last one wins.
     pub fn update(&mut self, idxes: &Tensor, mask: &Tensor, labels: &Tensor) -> Result<()> {
-        let index = Input::new(CLASS, "idxes", idxes)?;
-        let selected = Input::new(CLASS, "selected_mask", mask)?;
-        let label = Input::new(CLASS, "pseudo_labels", labels)?;
-        index.integer()?;
-        label.integer()?;
-        index.vector()?;
-        for other in [&selected, &label] {
-            if other.shape() != index.shape() {
-                return Err(other.wrong(&format!("have the shape of idxes, {:?}", index.shape())));
-            }
-            other.same_device(&index)?;
-        }
-        index.same_device(&Input::new(CLASS, "net_outputs", &self.net_outputs)?)?;
+        let batch = Batch::new(idxes, mask, labels, &self.net_outputs)?;
         let (samples, classes) = (self.samples, self.classes);
-        let outputs = self.net_outputs.shallow_clone();
+        self.write(
+            || batch.read(samples, classes),
+            |counts, outputs| device::update(counts, outputs, idxes, mask, labels),
+        )
+    }
+
+    /// What [`FlexMatch::update`] would write, checked, in one int64 for each selected sample, on the
+    /// CPU: `index (classes + 1) + label + 1`. Nothing is written. Waits for a device.
+    pub fn pack(&self, idxes: &Tensor, mask: &Tensor, labels: &Tensor) -> Result<Tensor> {
+        let here = |t: &Tensor| t.f_to_device(Device::Cpu);
+        Batch::new(idxes, mask, labels, &self.net_outputs)?;
+        let (idxes, mask, labels) = (here(idxes)?, here(mask)?, here(labels)?);
+        let batch = Batch::new(&idxes, &mask, &labels, &idxes)?;
+        batch.read(self.samples, self.classes)?.pack(self.classes)
+    }
+
+    /// Writes what [`FlexMatch::pack`] made, here or elsewhere, in order: of equal indices the last
+    /// one wins.
+    pub fn apply(&mut self, words: &Tensor) -> Result<()> {
+        let input = Input::new(CLASS, "words", words)?;
+        input.integer()?;
+        input.vector()?;
+        let (samples, classes) = (self.samples, self.classes);
+        let pairs = host::Pairs::unpack(&input, samples, classes)?;
+        let device = self.net_outputs.device();
+        self.write(
+            || Ok(pairs),
+            |counts, outputs| {
+                let width = classes as i64 + 1;
+                let words = words.f_to_device(device)?;
+                let idxes = words.f_divide_scalar_mode(width, "floor")?;
+                let labels = words.f_remainder(width)?.f_sub_scalar(1)?;
+                device::update(counts, outputs, &idxes, &idxes.f_ones_like()?, &labels)
+            },
+        )
+    }
+
+    /// Writes a batch into the labels and the counts, whichever of the two ways they are kept.
+    fn write(
+        &mut self,
+        on_host: impl FnOnce() -> Result<host::Pairs>,
+        on_device: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
+    ) -> Result<()> {
+        let (outputs, stored) = (self.net_outputs.shallow_clone(), self.stored);
         let changed = match self.tally()? {
-            Tally::Host(counts) => {
-                let batch = host::Batch::read(&index, &selected, &label, samples, classes)?;
-                batch.apply(counts, &outputs)
-            }
+            Tally::Host(counts) => on_host()?.apply(counts, &outputs, stored),
             Tally::Device(counts) => {
-                *counts = device::update(counts, &outputs, idxes, mask, labels)?;
+                *counts = on_device(counts, &outputs)?;
                 true
             }
         };
@@ -169,6 +266,11 @@ impl FlexMatch {
         self.exposed |= self.shared;
     }
 
+    /// Whether others could reach them at the last look.
+    pub fn is_shared(&self) -> bool {
+        self.shared
+    }
+
     /// Whether the next step has to count all samples again.
     pub fn is_stale(&self) -> bool {
         self.tally.is_none() || self.exposed || version(&self.net_outputs) != self.version
@@ -184,7 +286,7 @@ impl FlexMatch {
             // Invalid until the count succeeds.
             self.tally = None;
             let fresh = if self.on_host {
-                Tally::Host(host::count(&self.net_outputs, self.classes)?)
+                Tally::Host(host::count(&self.net_outputs, self.stored, self.classes)?)
             } else {
                 Tally::Device(device::count(&self.net_outputs, self.classes)?)
             };

@@ -1,0 +1,47 @@
+//! The three arguments of a step.
+
+use super::{CLASS, host};
+use crate::error::Result;
+use crate::torch::input::Input;
+use tch::Tensor;
+
+/// Indices, mask and labels whose dtypes, shapes and devices fit.
+pub struct Batch<'a> {
+    idxes: Input<'a>,
+    mask: Input<'a>,
+    labels: Input<'a>,
+}
+
+impl<'a> Batch<'a> {
+    /// All checks that need no value.
+    pub fn new(
+        idxes: &'a Tensor,
+        mask: &'a Tensor,
+        labels: &'a Tensor,
+        net_outputs: &Tensor,
+    ) -> Result<Self> {
+        let index = Input::new(CLASS, "idxes", idxes)?;
+        let selected = Input::new(CLASS, "selected_mask", mask)?;
+        let label = Input::new(CLASS, "pseudo_labels", labels)?;
+        index.integer()?;
+        label.integer()?;
+        index.vector()?;
+        for other in [&selected, &label] {
+            if other.shape() != index.shape() {
+                return Err(other.wrong(&format!("have the shape of idxes, {:?}", index.shape())));
+            }
+            other.same_device(&index)?;
+        }
+        index.same_device(&Input::new(CLASS, "net_outputs", net_outputs)?)?;
+        Ok(Self {
+            idxes: index,
+            mask: selected,
+            labels: label,
+        })
+    }
+
+    /// The selected samples' pairs.
+    pub fn read(&self, samples: usize, classes: usize) -> Result<host::Pairs> {
+        host::Pairs::read(&self.idxes, &self.mask, &self.labels, samples, classes)
+    }
+}
