@@ -76,6 +76,7 @@ def _definition(name: str, function: object) -> str:
         ("torch.nn.modules.module.Module", "nn.Module"),
         ("collections.abc.", ""),
         ("typing.", ""),
+        ("torch.distributed.distributed_c10d.", ""),
     ):
         signature = signature.replace(long, short)
     return f"def {name}{signature}: ..."

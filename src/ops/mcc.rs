@@ -57,8 +57,6 @@ fn fused(
 pub struct Part {
     /// `s_c`, then `d_c` of these rows: (2 C,), float64.
     pub sums: Tensor,
-    /// Of the logits.
-    pub elements: usize,
     second: Second,
 }
 
@@ -82,7 +80,7 @@ impl Part {
             let slice = grad.as_mut().map(Owned::slice);
             let mut swept = sweep(rows, temperature, slice, threads(input.numel()));
             let sums = vector(&[&swept.sums.s[..], &swept.sums.d].concat(), Dtype::F64)?;
-            let (logits, elements) = (logits.shallow_clone(), input.numel());
+            let logits = logits.shallow_clone();
             let second: Second = Box::new(move |all: &Exchanged<'_>| {
                 let values = all.values()?;
                 let (s, d) = values.split_at(cols);
@@ -96,7 +94,7 @@ impl Part {
                 all.attach(LABEL, CLASS, &value, &logits, grad)?;
                 Ok(value)
             });
-            Ok(Self { sums, elements, second })
+            Ok(Self { sums, second })
         })
     }
 
@@ -105,7 +103,6 @@ impl Part {
         let own = Tensor::f_cat(&sums(&leaf, temperature, kind)?, 0)?;
         Ok(Self {
             sums: own.f_detach()?.f_to_kind(Kind::Double)?,
-            elements: input.numel(),
             second: Box::new(move |all: &Exchanged<'_>| {
                 let [s, d] = &all.through(&own)?.f_chunk(2, 0)?[..] else {
                     return Err(Error::Bridge("chunk: two halves expected".to_owned()));

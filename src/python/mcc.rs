@@ -74,8 +74,8 @@ impl MccPart {
         let sums = tensor(CLASS, "sums", sums)?;
         let taken = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         let part = taken.ok_or_else(finished)?;
-        let work = part.elements;
-        without_gil(py, work, move || {
+        // Whatever the size: off the CPU this runs torch's autograd, which refuses to with the GIL held.
+        without_gil(py, usize::MAX, move || {
             part.finish(&Exchanged {
                 sums: &sums,
                 world_size,

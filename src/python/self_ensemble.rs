@@ -45,7 +45,8 @@ pub fn class_balance_of_sums(
 ) -> PyResult<PyTensor> {
     let (p, sums) = (tensor(CLASS, "p", p)?, tensor(CLASS, "sums", sums)?);
     let num_classes = integer(CLASS, "num_classes", num_classes)?;
-    without_gil(py, elements(&p), move || {
+    // Whatever the size: off the CPU this runs torch's autograd, which refuses to with the GIL held.
+    without_gil(py, usize::MAX, move || {
         let all = Exchanged {
             sums: &sums,
             world_size,

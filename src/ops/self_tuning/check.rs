@@ -173,7 +173,7 @@ impl<'a> Checked<'a> {
     /// Labels and pointers on the host, in range; `None` where a look at them would wait for a
     /// device or is not possible.
     pub fn on_host(&self, settings: Settings) -> Result<Option<(Vec<usize>, Vec<i64>)>> {
-        let enqueued = self.enqueued.as_ref().is_none_or(Input::on_cpu);
+        let enqueued = self.enqueued.as_ref().is_none_or(|labels| labels.on_cpu());
         if !(self.labels.on_cpu() && self.queue_ptr.on_cpu() && enqueued) {
             return Ok(None);
         }
