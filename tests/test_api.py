@@ -36,6 +36,10 @@ ADDED = {
         "layout": "replicated",
         "dtype": torch.int64,
     },
+    ("self_training.mcc", "MinimumClassConfusionLoss"): {"process_group": None},
+    ("self_training.self_ensemble", "ClassBalanceLoss"): {"process_group": None},
+    ("self_training.self_tuning", "SelfTuning"): {"process_group": None},
+    ("vision.models.reid.loss", "SoftTripletLoss"): {"process_group": None},
 }
 PREFIX = {
     inspect.Parameter.VAR_POSITIONAL: "*",

@@ -77,6 +77,7 @@ def _definition(name: str, function: object) -> str:
         ("torch.distributed.distributed_c10d.ProcessGroup", "ProcessGroup"),
         ("collections.abc.", ""),
         ("typing.", ""),
+        ("torch.distributed.distributed_c10d.", ""),
     ):
         signature = signature.replace(long, short)
     return f"def {name}{signature}: ..."

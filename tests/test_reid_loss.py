@@ -308,7 +308,8 @@ def test_signatures_and_attributes_are_those_of_tllib():
     assert parameters(CrossEntropyLossWithLabelSmooth) == {"num_classes": required, "epsilon": 0.1}
     assert parameters(TripletLoss) == {"margin": required, "normalize_feature": False}
     assert parameters(TripletLossXBM) == {"margin": 0.3, "normalize_feature": False}
-    assert parameters(SoftTripletLoss) == {"margin": None, "normalize_feature": False}
+    ours = {"process_group": None}  # an addition, by keyword only
+    assert parameters(SoftTripletLoss) == {"margin": None, "normalize_feature": False} | ours
     assert parameters(hard_examples_mining)["return_idxes"] is False
     assert list(parameters(TripletLossXBM().forward)) == ["f", "labels", "xbm_f", "xbm_labels"]
     assert list(parameters(SoftTripletLoss().forward)) == ["features_1", "features_2", "labels"]

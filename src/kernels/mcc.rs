@@ -38,10 +38,20 @@ struct Row<F> {
     reciprocal: F,
 }
 
-/// Per class: `s_c` and `d_c`.
-struct Sums {
-    s: Vec<f64>,
-    d: Vec<f64>,
+/// Per class: `s_c` and `d_c`. Those of several batches add up to those of all their rows.
+pub struct Sums {
+    /// `s_c`
+    pub s: Vec<f64>,
+    /// `d_c`
+    pub d: Vec<f64>,
+}
+
+/// What the first sweep over a batch leaves for the second.
+pub struct Swept<E: Element> {
+    /// Of this batch; those of a larger one in their place make it a part of that.
+    pub sums: Sums,
+    kept: Vec<Vec<Row<E::Acc>>>,
+    ranges: Vec<Range<usize>>,
 }
 
 /// Loss of `logits` at `temperature`; with `grad` (contiguous, same shape) also its gradient.
@@ -51,17 +61,20 @@ pub fn mcc<E: Element>(
     mut grad: Option<&mut [E]>,
     threads: NonZeroUsize,
 ) -> Loss {
-    let (rows, cols) = (logits.rows(), logits.cols());
-    // |dL/dz| <= 4 / T, from s_c >= w_i p_ic.
-    let scale = stored_scale::<E>(4.0 / temperature);
-    if rows == 0 {
-        return Loss {
-            value: f64::NAN,
-            scale,
-        };
-    }
-    let ranges = split(rows, threads);
-    let mut probabilities = cut_optional(grad.as_deref_mut(), &ranges, cols);
+    let swept = sweep(logits, temperature, grad.as_deref_mut(), threads);
+    finish(swept, logits, temperature, grad)
+}
+
+/// The first sweep. `grad` must reach [`finish`] as it is left here.
+pub fn sweep<E: Element>(
+    logits: Rows<'_, E>,
+    temperature: f64,
+    grad: Option<&mut [E]>,
+    threads: NonZeroUsize,
+) -> Swept<E> {
+    let cols = logits.cols();
+    let ranges = split(logits.rows(), threads);
+    let mut probabilities = cut_optional(grad, &ranges, cols);
     let sweeps: Vec<_> = ranges
         .iter()
         .zip(&mut probabilities)
@@ -87,7 +100,20 @@ pub fn mcc<E: Element>(
             sums.d[c] += part.d[c];
         }
     }
+    Swept { sums, kept, ranges }
+}
 
+/// The loss, and with `grad` the second sweep. NaN where no row was seen.
+pub fn finish<E: Element>(
+    swept: Swept<E>,
+    logits: Rows<'_, E>,
+    temperature: f64,
+    grad: Option<&mut [E]>,
+) -> Loss {
+    let Swept { sums, kept, ranges } = swept;
+    let cols = logits.cols();
+    // |dL/dz| <= 4 / T, from s_c >= w_i p_ic.
+    let scale = stored_scale::<E>(4.0 / temperature);
     let tiny = E::Acc::TINY.to_f64();
     // NaN is not below TINY: it stays in the loss.
     let present = |c: usize| !(sums.s[c] < tiny);
@@ -95,7 +121,12 @@ pub fn mcc<E: Element>(
         .filter(|&c| present(c))
         .map(|c| sums.d[c] / sums.s[c])
         .sum();
-    let value = 1.0 - trace / cols as f64;
+    // Of a row, some class is present.
+    let value = if (0..cols).any(present) {
+        1.0 - trace / cols as f64
+    } else {
+        f64::NAN
+    };
 
     if grad.is_some() {
         let ratio: Vec<E::Acc> = (0..cols)
@@ -111,10 +142,11 @@ pub fn mcc<E: Element>(
             .map(|c| E::Acc::of(if present(c) { 1.0 / sums.s[c] } else { 0.0 }))
             .collect();
         let (ratio, inverse) = (&ratio, &inverse);
+        let parts = cut_optional(grad, &ranges, cols);
         let jobs: Vec<_> = ranges
             .into_iter()
             .zip(kept)
-            .zip(cut_optional(grad, &split(rows, threads), cols))
+            .zip(parts)
             .filter_map(|((range, kept), out)| {
                 let out = out?;
                 let job = Gradient {
@@ -358,6 +390,44 @@ mod tests {
                     );
                 }
             }
+        }
+    }
+
+    #[test]
+    fn parts_that_add_their_sums_are_one_batch() {
+        let (rows, cols, t) = (11, 5, 1.5);
+        let z = logits(rows, cols);
+        let mut whole = vec![0.0; z.len()];
+        let view = Rows::contiguous(&z, rows, cols).unwrap();
+        let expected = mcc(view, t, Some(&mut whole), NonZeroUsize::MIN);
+
+        let mut grad = vec![0.0; z.len()];
+        let mut total = vec![0.0; 2 * cols];
+        let mut parts = Vec::new();
+        let mut start = 0;
+        // A part may be empty.
+        for (count, threads) in [(4, 1), (0, 2), (7, 3)] {
+            let range = start * cols..(start + count) * cols;
+            start += count;
+            let view = Rows::contiguous(&z[range.clone()], count, cols).unwrap();
+            let threads = NonZeroUsize::new(threads).unwrap();
+            let swept = sweep(view, t, Some(&mut grad[range.clone()]), threads);
+            for (total, sum) in total
+                .iter_mut()
+                .zip(swept.sums.s.iter().chain(&swept.sums.d))
+            {
+                *total += sum;
+            }
+            parts.push((view, range, swept));
+        }
+        for (view, range, mut swept) in parts {
+            swept.sums.s.copy_from_slice(&total[..cols]);
+            swept.sums.d.copy_from_slice(&total[cols..]);
+            let loss = finish(swept, view, t, Some(&mut grad[range]));
+            assert!((loss.value - expected.value).abs() < 1e-14);
+        }
+        for (part, whole) in grad.iter().zip(&whole) {
+            assert!((part - whole).abs() < 1e-15, "{part} {whole}");
         }
     }
 

@@ -27,20 +27,26 @@ const WIDTH: usize = 128;
 
 /// The mean of each column; NaN over no rows.
 pub fn column_means<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64> {
-    let jobs: Vec<_> = split(p.rows(), threads)
-        .into_iter()
-        .map(|range| move || dispatch(ColumnSums { p, range }))
-        .collect();
-    let mut means = vec![0.0; p.cols()];
-    for part in run(jobs) {
-        for (mean, sum) in means.iter_mut().zip(part) {
-            *mean += sum;
-        }
-    }
+    let mut means = column_sums(p, threads);
     for mean in &mut means {
         *mean /= p.rows() as f64;
     }
     means
+}
+
+/// The sum of each column.
+pub fn column_sums<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64> {
+    let jobs: Vec<_> = split(p.rows(), threads)
+        .into_iter()
+        .map(|range| move || dispatch(ColumnSums { p, range }))
+        .collect();
+    let mut sums = vec![0.0; p.cols()];
+    for part in run(jobs) {
+        for (sum, part) in sums.iter_mut().zip(part) {
+            *sum += part;
+        }
+    }
+    sums
 }
 
 struct ColumnSums<'a, E> {

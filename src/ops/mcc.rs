@@ -1,14 +1,17 @@
 //! Minimum class confusion on tensors. The mathematics is in [`crate::kernels::mcc`].
 
+use super::ranks::{Exchanged, gradient, leaf};
 use super::{loss_dtype, positive, threads};
-use crate::error::Result;
-use crate::kernels::mcc::{ENTROPY_EPSILON, mcc as kernel};
+use crate::error::{Error, Result};
+use crate::kernels::mcc::{ENTROPY_EPSILON, finish, mcc as kernel, sweep};
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, FullPrecision, Owned, by_dtype, scalar};
+use crate::torch::{Dtype, FullPrecision, Owned, by_dtype, scalar, vector};
+use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
 const CLASS: &str = "MinimumClassConfusionLoss";
+const LABEL: &CStr = c"MccBackward";
 
 /// `ValueError` for a temperature that is not above 0.
 pub fn check_temperature(temperature: f64) -> Result<()> {
@@ -29,7 +32,7 @@ pub fn mcc(logits: &Tensor, temperature: f64) -> Result<Tensor> {
     if wants_grad {
         let kind = loss.f_kind()?;
         let formula = Box::new(move |t: &[Tensor]| composite(&t[0], temperature, kind));
-        attach(c"MccBackward", &loss, &[logits], vec![grad], formula)?;
+        attach(LABEL, &loss, &[logits], vec![grad], formula)?;
     }
     Ok(loss)
 }
@@ -50,8 +53,94 @@ fn fused(
     })
 }
 
+/// A rank's part of a batch, between its two sweeps.
+pub struct Part {
+    /// `s_c`, then `d_c` of these rows: (2 C,), float64.
+    pub sums: Tensor,
+    second: Second,
+}
+
+type Second = Box<dyn FnOnce(&Exchanged<'_>) -> Result<Tensor> + Send>;
+
+impl Part {
+    /// The first sweep over `logits` (minibatch, C).
+    pub fn new(logits: &Tensor, temperature: f64) -> Result<Self> {
+        let input = Input::new(CLASS, "logits", logits)?;
+        check_temperature(temperature)?;
+        let dtype = input.floating()?;
+        let (_, cols) = input.matrix()?;
+        let out = loss_dtype(&input, dtype);
+        if !input.on_cpu() {
+            return Self::composite(&input, temperature, out.kind());
+        }
+        by_dtype!(dtype, E => {
+            let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+            let wants_grad = input.wants_grad();
+            let mut grad = wants_grad.then(|| Owned::<E>::new(input.shape())).transpose()?;
+            let slice = grad.as_mut().map(Owned::slice);
+            let mut swept = sweep(rows, temperature, slice, threads(input.numel()));
+            let sums = vector(&[&swept.sums.s[..], &swept.sums.d].concat(), Dtype::F64)?;
+            let logits = logits.shallow_clone();
+            let second: Second = Box::new(move |all: &Exchanged<'_>| {
+                let values = all.values()?;
+                let (s, d) = values.split_at(cols);
+                swept.sums.s.copy_from_slice(s);
+                swept.sums.d.copy_from_slice(d);
+                let input = Input::new(CLASS, "logits", &logits)?;
+                let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+                let loss = finish(swept, rows, temperature, grad.as_mut().map(Owned::slice));
+                let value = scalar(loss.value, out)?;
+                let grad = grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale: loss.scale });
+                all.attach(LABEL, CLASS, &value, &logits, grad)?;
+                Ok(value)
+            });
+            Ok(Self { sums, second })
+        })
+    }
+
+    fn composite(input: &Input<'_>, temperature: f64, kind: Kind) -> Result<Self> {
+        let (leaf, logits) = (leaf(input)?, input.tensor.shallow_clone());
+        let own = Tensor::f_cat(&sums(&leaf, temperature, kind)?, 0)?;
+        Ok(Self {
+            sums: own.f_detach()?.f_to_kind(Kind::Double)?,
+            second: Box::new(move |all: &Exchanged<'_>| {
+                let [s, d] = &all.through(&own)?.f_chunk(2, 0)?[..] else {
+                    return Err(Error::Bridge("chunk: two halves expected".to_owned()));
+                };
+                // No class is present in no row.
+                let rows = s.f_detach()?.f_sum(s.f_kind()?)?;
+                let nothing = rows.f_eq(0.0)?;
+                let loss = of_sums(s, d)?.f_masked_fill(&nothing, f64::NAN)?;
+                let grad = gradient(&loss, &leaf)?;
+                let loss = loss.f_detach()?.f_to_kind(kind)?;
+                all.attach(LABEL, CLASS, &loss, &logits, grad)?;
+                Ok(loss)
+            }),
+        })
+    }
+
+    /// The loss of all rows of all ranks, differentiable with respect to the rows of this one.
+    pub fn finish(self, all: &Exchanged<'_>) -> Result<Tensor> {
+        all.check(CLASS, self.sums.size1()? as usize)?;
+        (self.second)(all)
+    }
+}
+
 /// The same loss in libtorch operations, `O(B C)` too.
 fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
+    let [s, d] = sums(logits, temperature, kind)?;
+    let loss = of_sums(&s, &d)?;
+    let empty = logits.size().first() == Some(&0);
+    let loss = if empty {
+        loss.f_mul_scalar(f64::NAN)?
+    } else {
+        loss
+    };
+    Ok(loss.f_to_kind(kind)?)
+}
+
+/// `s_c` and `d_c`.
+fn sums(logits: &Tensor, temperature: f64, kind: Kind) -> Result<[Tensor; 2]> {
     let inside = if kind == Kind::Double {
         Kind::Double
     } else {
@@ -60,18 +149,17 @@ fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
     let (p, wp) = weighted(logits, temperature, inside)?;
     let s = wp.f_sum_dim_intlist(0, false, inside)?;
     let d = wp.f_mul(&p)?.f_sum_dim_intlist(0, false, inside)?;
+    Ok([s, d])
+}
+
+fn of_sums(s: &Tensor, d: &Tensor) -> Result<Tensor> {
     // A class that no row predicts: 0/0, whose limit is 0. A divisor of 1 keeps NaN out of the
     // gradient as well.
     let absent = s.f_eq(0.0)?;
-    let trace = d.f_div(&s.f_masked_fill(&absent, 1.0)?)?.f_mean(inside)?;
-    let loss = trace.f_neg()?.f_add_scalar(1.0)?;
-    let empty = logits.size().first() == Some(&0);
-    let loss = if empty {
-        loss.f_mul_scalar(f64::NAN)?
-    } else {
-        loss
-    };
-    Ok(loss.f_to_kind(kind)?)
+    let trace = d
+        .f_div(&s.f_masked_fill(&absent, 1.0)?)?
+        .f_mean(s.f_kind()?)?;
+    Ok(trace.f_neg()?.f_add_scalar(1.0)?)
 }
 
 /// The probabilities of `logits`, and the same times their row's entropy weight, which is not

@@ -12,6 +12,7 @@ pub mod mcc;
 pub mod mean_teacher;
 pub mod pi_model;
 pub mod pseudo_label;
+pub mod ranks;
 pub mod reid_loss;
 pub mod self_ensemble;
 pub mod self_tuning;

@@ -1,17 +1,20 @@
 //! Class balance on tensors. The mathematics is in [`crate::kernels::self_ensemble`].
 
+use super::ranks::{Exchanged, gradient, leaf};
 use super::{loss_dtype, threads};
 use crate::error::{Error, Result};
-use crate::kernels::element::stored_scale;
+use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::self_ensemble::{
-    LOG_FLOOR, SLOPE_FLOOR, class_balance as kernel, column_means, repeat_row,
+    LOG_FLOOR, SLOPE_FLOOR, class_balance as kernel, column_means, column_sums, repeat_row,
 };
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, by_dtype, scalar};
+use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, vector};
+use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
 const CLASS: &str = "ClassBalanceLoss";
+const LABEL: &CStr = c"ClassBalanceBackward";
 /// Elements that are added or written in the time in which one exponential is computed.
 const CHEAP: usize = 4;
 
@@ -27,13 +30,7 @@ pub fn check_num_classes(num_classes: i64) -> Result<()> {
 
 /// The loss of the probabilities `p` (minibatch, `num_classes`), differentiable.
 pub fn class_balance(p: &Tensor, num_classes: i64) -> Result<Tensor> {
-    let input = Input::new(CLASS, "p", p)?;
-    check_num_classes(num_classes)?;
-    let dtype = input.floating()?;
-    let (_, cols) = input.matrix()?;
-    if cols as i64 != num_classes {
-        return Err(input.wrong(&format!("have shape (minibatch, {num_classes})")));
-    }
+    let (input, dtype) = checked(p, num_classes)?;
     let out = loss_dtype(&input, dtype);
     if !input.on_cpu() {
         return composite(p, out.kind());
@@ -41,39 +38,110 @@ pub fn class_balance(p: &Tensor, num_classes: i64) -> Result<Tensor> {
     let (loss, grad) = fused(&input, dtype, out)?;
     if let Some(grad) = grad {
         let formula = Box::new(move |t: &[Tensor]| composite(&t[0], out.kind()));
-        attach(
-            c"ClassBalanceBackward",
-            &loss,
-            &[p],
-            vec![Some(grad)],
-            formula,
-        )?;
+        attach(LABEL, &loss, &[p], vec![Some(grad)], formula)?;
     }
+    Ok(loss)
+}
+
+fn checked(p: &Tensor, num_classes: i64) -> Result<(Input<'_>, Dtype)> {
+    let input = Input::new(CLASS, "p", p)?;
+    check_num_classes(num_classes)?;
+    let dtype = input.floating()?;
+    let (_, cols) = input.matrix()?;
+    if cols as i64 == num_classes {
+        return Ok((input, dtype));
+    }
+    Err(input.wrong(&format!("have shape (minibatch, {num_classes})")))
+}
+
+/// What the ranks exchange: the sum of each column of `p`, then its number of rows, float64.
+pub fn part(p: &Tensor, num_classes: i64) -> Result<Tensor> {
+    let (input, dtype) = checked(p, num_classes)?;
+    if !input.on_cpu() {
+        let sums = p.f_detach()?.f_sum_dim_intlist(0, false, Kind::Double)?;
+        let count = sums.f_new_full([1], input.shape()[0] as f64, (Kind::Double, sums.device()))?;
+        return Ok(Tensor::f_cat(&[sums, count], 0)?);
+    }
+    by_dtype!(dtype, E => {
+        let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+        let mut sums = column_sums(rows, threads(input.numel() / CHEAP));
+        sums.push(rows.rows() as f64);
+        vector(&sums, Dtype::F64)
+    })
+}
+
+/// The loss of the rows of all ranks, differentiable with respect to the rows `p` of this one.
+pub fn finish(p: &Tensor, num_classes: i64, all: &Exchanged<'_>) -> Result<Tensor> {
+    let (input, dtype) = checked(p, num_classes)?;
+    all.check(CLASS, num_classes as usize + 1)?;
+    let out = loss_dtype(&input, dtype);
+    let (loss, grad) = if input.on_cpu() {
+        let mut means = all.values()?;
+        let count = means.pop().unwrap_or_default();
+        means.iter_mut().for_each(|mean| *mean /= count);
+        by_dtype!(dtype, E => of_means::<E>(&input, &means, count as usize, out)?)
+    } else {
+        let leaf = leaf(&input)?;
+        let inside = out.at_least_f32().kind();
+        let sums = leaf
+            .f_to_kind(inside)?
+            .f_sum_dim_intlist(0, false, inside)?;
+        let (others, count) = (
+            all.sums.f_narrow(0, 0, num_classes)?,
+            all.sums.f_narrow(0, num_classes, 1)?,
+        );
+        let others = Exchanged {
+            sums: &others,
+            world_size: all.world_size,
+        };
+        let mean = others.through(&sums)?.f_div(&count.f_to_kind(inside)?)?;
+        let loss = of_mean(&mean)?;
+        let grad = gradient(&loss, &leaf)?;
+        (loss.f_detach()?.f_to_kind(out.kind())?, grad)
+    };
+    all.attach(LABEL, CLASS, &loss, p, grad)?;
     Ok(loss)
 }
 
 fn fused(input: &Input<'_>, dtype: Dtype, out: Dtype) -> Result<(Tensor, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
         let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
-        let threads = threads(input.numel() / CHEAP);
-        let means = column_means(rows, threads);
-        if let Some(mean) = means.iter().find(|mean| **mean < 0.0 || **mean > 1.0) {
-            return Err(Error::Value(format!(
-                "{CLASS}: p must hold probabilities, with column means in [0, 1], got a mean of {mean} \
-                 in shape {:?}",
-                input.shape()
-            )));
-        }
-        let (value, slope) = kernel(&means, rows.rows());
-        let mut grad = None;
-        if input.wants_grad() {
-            let mut stored = Owned::<E>::new(input.shape())?;
-            let scale = stored_scale::<E>(slope.iter().fold(0.0, |bound, g| g.abs().max(bound)));
-            repeat_row(&slope, scale, stored.slice(), threads);
-            grad = Some(StoredGrad { tensor: stored.into_tensor(), scale });
-        }
-        Ok((scalar(value, out)?, grad))
+        let means = column_means(rows, threads(input.numel() / CHEAP));
+        of_means::<E>(input, &means, rows.rows(), out)
     })
+}
+
+/// The loss over `count` rows with these means, and its gradient with respect to those of `input`.
+fn of_means<E: Element + Stored>(
+    input: &Input<'_>,
+    means: &[f64],
+    count: usize,
+    out: Dtype,
+) -> Result<(Tensor, Option<StoredGrad>)> {
+    if let Some(mean) = means.iter().find(|mean| **mean < 0.0 || **mean > 1.0) {
+        return Err(Error::Value(format!(
+            "{CLASS}: p must hold probabilities, with column means in [0, 1], got a mean of {mean} \
+             in shape {:?}",
+            input.shape()
+        )));
+    }
+    let (value, slope) = kernel(means, count);
+    let mut grad = None;
+    if input.wants_grad() {
+        let mut stored = Owned::<E>::new(input.shape())?;
+        let scale = stored_scale::<E>(slope.iter().fold(0.0, |bound, g| g.abs().max(bound)));
+        repeat_row(
+            &slope,
+            scale,
+            stored.slice(),
+            threads(input.numel() / CHEAP),
+        );
+        grad = Some(StoredGrad {
+            tensor: stored.into_tensor(),
+            scale,
+        });
+    }
+    Ok((scalar(value, out)?, grad))
 }
 
 /// The same in libtorch operations. Where a mean is outside [0, 1] the loss is NaN: raising would
@@ -86,6 +154,11 @@ fn composite(p: &Tensor, kind: Kind) -> Result<Tensor> {
         Kind::Float
     };
     let mean = p.f_to_kind(inside)?.f_mean_dim(0, false, inside)?;
+    Ok(of_mean(&mean)?.f_to_kind(kind)?)
+}
+
+/// The loss of the mean probabilities.
+fn of_mean(mean: &Tensor) -> Result<Tensor> {
     let outside = mean.f_lt(0.0)?.f_logical_or(&mean.f_gt(1.0)?)?;
     let poison = mean
         .f_detach()?
@@ -94,7 +167,7 @@ fn composite(p: &Tensor, kind: Kind) -> Result<Tensor> {
     let m = mean.f_add(&poison)?;
 
     let held = m.f_detach()?;
-    let u = 1.0 / p.size()[1] as f64;
+    let u = 1.0 / mean.size1()? as f64;
     let cross_entropy = |m: &Tensor, floor: f64| -> Result<Tensor> {
         let ln = m.f_log()?.f_clamp_min(floor)?.f_mul_scalar(-u)?;
         let rest = m.f_neg()?.f_add_scalar(1.0)?;
@@ -111,5 +184,5 @@ fn composite(p: &Tensor, kind: Kind) -> Result<Tensor> {
         cross_entropy(&held, LOG_FLOOR)?.f_add(&parabola.f_sub(&parabola.f_detach()?)?)?;
     let between = cross_entropy(&m.f_masked_fill(&edge, 0.5)?, f64::NEG_INFINITY)?;
     let each = at_edge.f_where_self(&edge, &between)?;
-    Ok(each.f_mean(inside)?.f_to_kind(kind)?)
+    Ok(each.f_mean(mean.f_kind()?)?)
 }

@@ -117,6 +117,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(info::build_info, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::confusion_matrix, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::mcc, m)?)?;
+    m.add_class::<mcc::MccPart>()?;
     m.add_function(wrap_pyfunction!(mean_teacher::ema_update, m)?)?;
     m.add_function(wrap_pyfunction!(pi_model::check_reduction, m)?)?;
     m.add_function(wrap_pyfunction!(pi_model::pi_model, m)?)?;
@@ -125,8 +126,11 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(uda::uda, m)?)?;
     m.add_function(wrap_pyfunction!(self_ensemble::check_num_classes, m)?)?;
     m.add_function(wrap_pyfunction!(self_ensemble::class_balance, m)?)?;
+    m.add_function(wrap_pyfunction!(self_ensemble::class_balance_of_sums, m)?)?;
+    m.add_function(wrap_pyfunction!(self_ensemble::class_balance_sums, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::check_margin, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::check_smoothing, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::check_soft_triplet, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::hardest, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::label_smooth, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::soft_cross_entropy, m)?)?;

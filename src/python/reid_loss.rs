@@ -75,6 +75,53 @@ pub fn triplet_xbm(
     .map(PyTensor)
 }
 
+/// The arguments of the soft triplet loss; the teacher's features count only where `margin` is `None`.
+struct Soft {
+    features: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    teacher: Option<Tensor>,
+}
+
+impl Soft {
+    fn new(
+        features_1: &Bound<'_, PyAny>,
+        features_2: &Bound<'_, PyAny>,
+        labels: &Bound<'_, PyAny>,
+        margin: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let (features, labels) = (
+            tensor(SOFT, "features_1", features_1)?,
+            tensor(SOFT, "labels", labels)?,
+        );
+        let (objective, teacher) = match margin {
+            Some(margin) => (Objective::Margin(number(SOFT, "margin", margin)?), None),
+            None => (
+                Objective::Taught,
+                Some(tensor(SOFT, "features_2", features_2)?),
+            ),
+        };
+        Ok(Self {
+            features,
+            labels,
+            objective,
+            teacher,
+        })
+    }
+
+    fn arguments(&self, normalize: bool) -> Arguments<'_> {
+        Arguments {
+            class: SOFT,
+            features: ("features_1", &self.features),
+            labels: ("labels", &self.labels),
+            memory: None,
+            teacher: self.teacher.as_ref(),
+            objective: self.objective,
+            normalize,
+        }
+    }
+}
+
 /// The soft triplet loss; the teacher's features count only where `margin` is `None`.
 #[pyfunction]
 pub fn soft_triplet(
@@ -85,29 +132,23 @@ pub fn soft_triplet(
     margin: Option<&Bound<'_, PyAny>>,
     normalize_feature: bool,
 ) -> PyResult<PyTensor> {
-    let (features, labels) = (
-        tensor(SOFT, "features_1", features_1)?,
-        tensor(SOFT, "labels", labels)?,
-    );
-    let (objective, teacher) = match margin {
-        Some(margin) => (Objective::Margin(number(SOFT, "margin", margin)?), None),
-        None => (
-            Objective::Taught,
-            Some(tensor(SOFT, "features_2", features_2)?),
-        ),
-    };
-    without_gil(py, triplet_work(&features), move || {
-        ops::triplet(&Arguments {
-            class: SOFT,
-            features: ("features_1", &features),
-            labels: ("labels", &labels),
-            memory: None,
-            teacher: teacher.as_ref(),
-            objective,
-            normalize: normalize_feature,
-        })
+    let call = Soft::new(features_1, features_2, labels, margin)?;
+    without_gil(py, triplet_work(&call.features), move || {
+        ops::triplet(&call.arguments(normalize_feature))
     })
     .map(PyTensor)
+}
+
+/// Raises for arguments that `soft_triplet` does not take, but takes those without a row.
+#[pyfunction]
+pub fn check_soft_triplet(
+    features_1: &Bound<'_, PyAny>,
+    features_2: &Bound<'_, PyAny>,
+    labels: &Bound<'_, PyAny>,
+    margin: Option<&Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let call = Soft::new(features_1, features_2, labels, margin)?;
+    Ok(ops::check_triplet(&call.arguments(false))?)
 }
 
 /// Indices of the hardest positive and negative of each row of a matrix of distances.

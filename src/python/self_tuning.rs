@@ -69,7 +69,9 @@ impl SelfTuningHistory {
         (py.get_type::<Self>(), ())
     }
 
-    /// The log-probabilities of a batch against the queue; then its keys are enqueued.
+    /// The log-probabilities of a batch against the queue; then its keys are enqueued, or those that
+    /// are given for it with their labels.
+    #[pyo3(signature = (h_q, h_k, labels, queue_list, queue_ptr, settings, enqueued = None))]
     #[allow(clippy::too_many_arguments, reason = "the step's tensors, one by one")]
     fn step(
         &self,
@@ -80,11 +82,19 @@ impl SelfTuningHistory {
         queue_list: &Bound<'_, PyAny>,
         queue_ptr: &Bound<'_, PyAny>,
         settings: &SelfTuningSettings,
+        enqueued: Option<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
     ) -> PyResult<PyTensor> {
         let (h_q, h_k) = (tensor(CLASS, "h_q", h_q)?, tensor(CLASS, "h_k", h_k)?);
         let labels = tensor(CLASS, "labels", labels)?;
         let queue_list = tensor(CLASS, "queue_list", queue_list)?;
         let queue_ptr = tensor(CLASS, "queue_ptr", queue_ptr)?;
+        let enqueued = match &enqueued {
+            None => None,
+            Some((keys, labels)) => Some((
+                tensor(CLASS, "enqueued keys", keys)?,
+                tensor(CLASS, "enqueued labels", labels)?,
+            )),
+        };
         let (settings, history) = (settings.0, &self.0);
         // The product reads the queue once a step.
         let work = elements(&queue_list);
@@ -95,6 +105,7 @@ impl SelfTuningHistory {
                 labels: &labels,
                 queue_list: &queue_list,
                 queue_ptr: &queue_ptr,
+                enqueued: enqueued.as_ref().map(|(keys, labels)| (keys, labels)),
             };
             ops::self_tuning(&batch, settings, history)
         })

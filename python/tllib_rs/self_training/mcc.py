@@ -3,8 +3,10 @@
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from tllib_rs import _core
+from tllib_rs._distributed import Ranks
 from tllib_rs._library import register
 from tllib_rs.modules.classifier import Classifier as ClassifierBase
 
@@ -34,6 +36,8 @@ class MinimumClassConfusionLoss(nn.Module):
 
     Args:
         temperature (float): :math:`T > 0`, divides the logits; 1 is the plain softmax.
+        process_group (ProcessGroup, optional): ranks over whose batches, taken as one, the loss is.
+            Default: ``None``, the batch of this process alone
 
     Inputs:
         - logits (tensor): unnormalized predictions :math:`g^t` on the target domain,
@@ -44,7 +48,15 @@ class MinimumClassConfusionLoss(nn.Module):
 
     Raises:
         TypeError: logits are not a floating-point tensor.
-        ValueError: logits are not (minibatch, C) with C > 0, or the temperature is not above 0.
+        ValueError: logits are not (minibatch, C) with C > 0, or the temperature is not above 0; this
+            process is no member of the group.
+        RuntimeError: the group was destroyed; ``create_graph=True`` with a group.
+
+    With a group the ranks add up their :math:`\sum_i w_i p_{ic}` and :math:`\sum_i w_i p_{ic}^2`, :math:`2C`
+    numbers in float64, in one message. Their batches may differ in size, also be empty; classes and
+    temperature may not. All get the same loss, and each the gradient with respect to its own logits **times
+    the number of ranks**, so that the mean which DistributedDataParallel takes is the gradient of the loss.
+    Backward sends nothing, so the incoming gradient must be the same on every rank.
 
     A class that has probability 0 in every row makes tllib's loss NaN; here it contributes its limit.
 
@@ -55,13 +67,17 @@ class MinimumClassConfusionLoss(nn.Module):
         >>> loss(g_t).backward()
     """
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float, *, process_group: ProcessGroup | None = None):
         super().__init__()
         _core.check_temperature(temperature)
         self.temperature = temperature
+        self._ranks = Ranks.of(type(self).__name__, process_group)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """See the class."""
+        if self._ranks is not None:
+            part = _core.MccPart(logits, self.temperature)
+            return part.finish(self._ranks.sum_(part.sums), self._ranks.size)
         if torch.compiler.is_compiling():
             return _compiled(logits, self.temperature)
         return _core.mcc(logits, self.temperature)
@@ -75,7 +91,8 @@ class MinimumClassConfusionLoss(nn.Module):
         Returns:
             :math:`M_{ab} / \sum_k M_{kb}`, (C, C), without a gradient, in the dtype of the loss. Column
             :math:`b` is what goes along with class :math:`b`: it sums to 1, or is 0 where no row predicts the
-            class. The loss is the mean over the columns of what is off the diagonal.
+            class. The loss is the mean over the columns of what is off the diagonal. It is always of these
+            rows alone, whatever the process group.
         """
         return _core.confusion_matrix(logits, self.temperature)
 

@@ -3,8 +3,10 @@
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from tllib_rs import _core
+from tllib_rs._distributed import Ranks
 from tllib_rs._library import register
 from tllib_rs.self_training import mcc
 
@@ -33,6 +35,8 @@ class ClassBalanceLoss(nn.Module):
 
     Args:
         num_classes (int): :math:`C`, the number of classes.
+        process_group (ProcessGroup, optional): ranks over whose batches, taken as one, the means are.
+            Default: ``None``, the batch of this process alone
 
     Inputs:
         - p (tensor): probabilities, (minibatch, C), float32, float64, float16 or bfloat16 (tllib: float32).
@@ -43,7 +47,14 @@ class ClassBalanceLoss(nn.Module):
     Raises:
         TypeError: p is not a floating-point tensor, or num_classes no integer.
         ValueError: p is not (minibatch, C), the mean of a column is outside [0, 1], or num_classes is below
-            1.
+            1; this process is no member of the group.
+        RuntimeError: the group was destroyed; ``create_graph=True`` with a group.
+
+    With a group the ranks add up their sums over the columns and their numbers of rows, which may differ and
+    be 0, in one message of :math:`C + 1` numbers in float64. All get the same loss, or the same ValueError
+    for a mean outside [0, 1], and each the gradient with respect to its own probabilities **times the number
+    of ranks**, so that the mean which DistributedDataParallel takes is the gradient of the loss. Backward
+    sends nothing, so the incoming gradient must be the same on every rank.
 
     The means are checked on the CPU only: elsewhere the check would wait for the device, and the loss is
     NaN instead.
@@ -55,10 +66,11 @@ class ClassBalanceLoss(nn.Module):
         >>> loss(p).backward()
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, *, process_group: ProcessGroup | None = None):
         super().__init__()
         _core.check_num_classes(num_classes)
         self.num_classes = num_classes
+        self._ranks = Ranks.of(type(self).__name__, process_group)
 
     @property
     def uniform_distribution(self) -> torch.Tensor:
@@ -67,6 +79,9 @@ class ClassBalanceLoss(nn.Module):
 
     def forward(self, p: torch.Tensor) -> torch.Tensor:
         """See the class."""
+        if self._ranks is not None:
+            sums = self._ranks.sum_(_core.class_balance_sums(p, self.num_classes))
+            return _core.class_balance_of_sums(p, self.num_classes, sums, self._ranks.size)
         if torch.compiler.is_compiling():
             return _compiled(p, self.num_classes)
         return _core.class_balance(p, self.num_classes)

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from tllib_rs import _core
+from tllib_rs._distributed import Ranks, Rows
 from tllib_rs.modules.classifier import Classifier as ClassifierBase
 
 __all__ = ["Classifier", "SelfTuning"]
@@ -98,6 +100,8 @@ class SelfTuning(nn.Module):
         K (int): keys per class. Default: 32
         m (float): momentum of the key encoder, in [0, 1]. Default: 0.999
         T (float): temperature, above 0. Default: 0.07
+        process_group (ProcessGroup, optional): ranks whose keys all enter the queue. Default: ``None``, those
+            of this process alone
 
     Inputs:
         - im_q, im_k (tensor): two views of the same samples, (minibatch, ...).
@@ -114,9 +118,16 @@ class SelfTuning(nn.Module):
     Raises:
         TypeError: an argument is no tensor or has the wrong dtype.
         ValueError: shapes that differ; K or num_classes below 1, m outside [0, 1], T not above 0; encoders
-            that do not correspond or are in evaluation mode.
+            that do not correspond or are in evaluation mode; this process is no member of the group.
         IndexError: a label that is no class (on the CPU; on other devices the device raises).
-        RuntimeError: devices that differ.
+        RuntimeError: devices that differ; the group was destroyed.
+
+    With a group the rows of each rank see the queue as it was before the batch of all ranks, and then the
+    keys of all ranks are enqueued in the order of the ranks: the queues stay equal, and are those of one
+    process with the concatenated batch. Batches may differ in size and be empty. The sizes travel while the
+    encoders run, keys and labels in one message after. At the first forward the queue of the group's first
+    rank is broadcast; DistributedDataParallel around this module leaves the queue alone. The
+    log-probabilities are those of the own rows, so gradients are as in any other loss of a rank's rows.
 
     Examples::
 
@@ -134,8 +145,11 @@ class SelfTuning(nn.Module):
         K: int = 32,
         m: float = 0.999,
         T: float = 0.07,
+        *,
+        process_group: ProcessGroup | None = None,
     ):
         super().__init__()
+        self._ranks = Ranks.of("SelfTuning", process_group)
         self.K = K
         self.m = m
         self.T = T
@@ -148,6 +162,10 @@ class SelfTuning(nn.Module):
         self.register_buffer("queue_list", F.normalize(queue, dim=0))
         self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
         self._history = _core.SelfTuningHistory()
+        self._alike = False
+        if self._ranks is not None:
+            # Its broadcast would write the queue, between forward and backward where a step has several.
+            self._ddp_params_and_buffers_to_ignore = ["queue_list", "queue_ptr"]
 
     def forward(
         self, im_q: torch.Tensor, im_k: torch.Tensor, labels: torch.Tensor
@@ -155,11 +173,13 @@ class SelfTuning(nn.Module):
         """See the class."""
         settings = self._settings()
         settings.check(im_q, im_k, labels, self.queue_list, self.queue_ptr)
+        rows = None if self._ranks is None else self._announce(len(labels))
         h_q, y_q = _training_outputs("encoder_q", self.encoder_q(im_q))
         with torch.no_grad():
             _core.ema_update(self.encoder_k, self.encoder_q, self.m)
             h_k, _ = _training_outputs("encoder_k", self.encoder_k(im_k))
-        pgc_logits = self._history.step(h_q, h_k, labels, self.queue_list, self.queue_ptr, settings)
+        enqueued = None if rows is None else self._gathered(rows, h_k, labels)
+        pgc_logits = self._history.step(h_q, h_k, labels, self.queue_list, self.queue_ptr, settings, enqueued)
         pgc_labels = torch.zeros(len(labels), 1 + self.K * self.num_classes, device=h_q.device)
         pgc_labels[:, : 1 + self.K] = 1.0 / (self.K + 1)
         return pgc_logits, pgc_labels, y_q
@@ -167,6 +187,25 @@ class SelfTuning(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""
         return f"num_classes={self.num_classes}, K={self.K}, m={self.m}, T={self.T}"
+
+    def _announce(self, count: int) -> Rows:
+        width = len(self.queue_list)
+        rows = self._ranks.rows(
+            count, self.queue_list.device, projection_dim=width, num_classes=self.num_classes, K=self.K
+        )
+        if not self._alike:
+            rows.counts()
+            # Drawn at random, on each rank from its own stream.
+            self._ranks.broadcast_(self.queue_list)
+            self._ranks.broadcast_(self.queue_ptr)
+            self._alike = True
+        return rows
+
+    def _gathered(self, rows: Rows, h_k: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        expected = (len(labels), len(self.queue_list))
+        if h_k.shape != expected:
+            raise ValueError(f"SelfTuning: keys must have shape {expected}, got {tuple(h_k.shape)}")
+        return tuple(rows.gather([h_k, labels.to(h_k.device).long()]).tensors)
 
     def _settings(self) -> _core.SelfTuningSettings:
         # Read at every step: they are public attributes.

@@ -8,7 +8,7 @@ mod triplet;
 
 pub use cross_entropy::{check_smoothing, cross_entropy, label_smooth};
 pub use mining::hardest;
-pub use triplet::{Arguments, Objective, check_margin, triplet};
+pub use triplet::{Arguments, Objective, check_margin, check_triplet, triplet};
 
 use crate::error::{Error, Result};
 use tch::Kind;

@@ -96,10 +96,6 @@ impl<'a> Inputs<'a> {
                 return Err(teacher.wrong(&format!("have {rows} rows as {} has", call.features.0)));
             }
         }
-        let candidates = memory.as_ref().map_or(&features, |(memory, _)| memory);
-        if candidates.shape().first() == Some(&0) {
-            return Err(candidates.wrong("hold at least one row to find pairs in"));
-        }
         Ok(Self {
             features,
             labels,
@@ -107,6 +103,16 @@ impl<'a> Inputs<'a> {
             teacher,
             dtype,
         })
+    }
+
+    /// `ValueError` where there is nothing to find pairs in.
+    fn candidates(&self) -> Result<()> {
+        let memory = self.memory.as_ref();
+        let candidates = memory.map_or(&self.features, |(memory, _)| memory);
+        if candidates.shape().first() == Some(&0) {
+            return Err(candidates.wrong("hold at least one row to find pairs in"));
+        }
+        Ok(())
     }
 
     /// Whether kernels may read everything.
@@ -141,9 +147,15 @@ fn identities_of(labels: &Input<'_>, features: &Input<'_>, rows: i64) -> Result<
     Ok(())
 }
 
+/// Raises for what [`triplet`] does not take, but takes a part of a batch that has no rows.
+pub fn check_triplet(call: &Arguments<'_>) -> Result<()> {
+    Inputs::check(call).map(|_| ())
+}
+
 /// The loss, differentiable with respect to the features and the memory.
 pub fn triplet(call: &Arguments<'_>) -> Result<Tensor> {
     let inputs = Inputs::check(call)?;
+    inputs.candidates()?;
     let kind = inputs.dtype.at_least_f32().kind();
     if !inputs.fusible() {
         return composite(call, kind);

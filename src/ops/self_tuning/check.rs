@@ -107,6 +107,8 @@ pub struct Checked<'a> {
     pub h_q: Input<'a>,
     pub labels: Input<'a>,
     pub queue_ptr: Input<'a>,
+    /// Labels to enqueue in place of `labels`.
+    enqueued: Option<Input<'a>>,
     /// What the queries, the keys and the queue are promoted to.
     pub dtype: Dtype,
     /// Whether all that a kernel would read is in host memory, and the queue of type `dtype`.
@@ -131,6 +133,20 @@ impl<'a> Checked<'a> {
         for other in [&h_k, &list, &queue_ptr] {
             other.same_device(&h_q)?;
         }
+        let enqueued = match batch.enqueued {
+            None => None,
+            Some((keys, labels)) => {
+                let keys = Input::new(CLASS, "enqueued keys", keys)?;
+                let labels = Input::new(CLASS, "enqueued labels", labels)?;
+                let entering = keys.matrix()?;
+                if entering.1 != dim || keys.dtype() != h_k.dtype() {
+                    return Err(keys.wrong(&format!("have the dtype and width of h_k, {dim}")));
+                }
+                keys.same_device(&h_q)?;
+                check_labels(&labels, entering.0 as i64)?;
+                Some(labels)
+            }
+        };
         // tllib concatenates to an empty tensor of the default dtype.
         let dtype = dtypes.into_iter().fold(Dtype::default(), Dtype::promote);
         let on_cpu = [&h_q, &h_k, &list].iter().all(|i| i.on_cpu());
@@ -139,15 +155,26 @@ impl<'a> Checked<'a> {
             h_q,
             labels,
             queue_ptr,
+            enqueued,
             dtype,
             fusible,
         })
     }
 
+    /// The labels to enqueue where they are not those of the batch, in range. They are where the
+    /// batch's labels are.
+    pub fn enqueued_on_host(&self, settings: Settings) -> Result<Option<Vec<usize>>> {
+        self.enqueued
+            .as_ref()
+            .map(|labels| classes_of(labels, settings.classes))
+            .transpose()
+    }
+
     /// Labels and pointers on the host, in range; `None` where a look at them would wait for a
     /// device or is not possible.
     pub fn on_host(&self, settings: Settings) -> Result<Option<(Vec<usize>, Vec<i64>)>> {
-        if !(self.labels.on_cpu() && self.queue_ptr.on_cpu()) {
+        let enqueued = self.enqueued.as_ref().is_none_or(|labels| labels.on_cpu());
+        if !(self.labels.on_cpu() && self.queue_ptr.on_cpu() && enqueued) {
             return Ok(None);
         }
         let labels = classes_of(&self.labels, settings.classes)?;

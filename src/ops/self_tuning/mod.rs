@@ -47,6 +47,9 @@ pub struct Batch<'a> {
     pub queue_list: &'a Tensor,
     /// (C,)
     pub queue_ptr: &'a Tensor,
+    /// Keys (rows, D) and labels (rows,) to enqueue in place of `h_k` and `labels`: those of all
+    /// ranks.
+    pub enqueued: Option<(&'a Tensor, &'a Tensor)>,
 }
 
 /// The log-probabilities of a batch against the queue, (minibatch, 1 + K C), differentiable with
@@ -55,14 +58,22 @@ pub fn self_tuning(batch: &Batch<'_>, settings: Settings, history: &History) -> 
     let checked = Checked::new(batch, settings)?;
     let Some((labels, pointers)) = checked.on_host(settings)? else {
         // Labels may still be on the host: their copy to the device does not wait for it.
-        let labels = batch
-            .labels
-            .f_to_device(batch.h_q.device())?
-            .f_to_kind(Kind::Int64)?;
-        let plan = Plan::on_device(&labels, batch.queue_ptr, settings.keys)?;
+        let on_device = |labels: &Tensor| -> Result<Tensor> {
+            Ok(labels
+                .f_to_device(batch.h_q.device())?
+                .f_to_kind(Kind::Int64)?)
+        };
+        let labels = on_device(batch.labels)?;
+        let entering = match batch.enqueued {
+            Some((_, all)) => on_device(all)?,
+            None => labels.shallow_clone(),
+        };
+        let plan = Plan::on_device(&entering, batch.queue_ptr, settings.keys)?;
         return composite(batch, &labels, settings, checked.dtype, &plan);
     };
-    let plan = Plan::on_host(&labels, pointers, settings.keys as usize)?;
+    let entering = checked.enqueued_on_host(settings)?;
+    let entering = entering.as_ref().unwrap_or(&labels);
+    let plan = Plan::on_host(entering, pointers, settings.keys as usize)?;
     match checked.dtype {
         Dtype::F32 if checked.fusible => {
             fused::<f32>(batch, &checked, labels, settings, &plan, history)
@@ -87,6 +98,10 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
 ) -> Result<Tensor> {
     let queries = batch.h_q.f_detach()?.f_to_kind(E::KIND)?;
     let keys = batch.h_k.f_detach()?.f_to_kind(E::KIND)?;
+    let entering = match batch.enqueued {
+        Some((all, _)) => all.f_detach()?.f_to_kind(E::KIND)?,
+        None => keys.shallow_clone(),
+    };
     let queue = batch.queue_list.f_detach()?;
     let columns = settings.keys * settings.classes;
     let shape = Shape {
@@ -112,7 +127,7 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     let wanted = checked.h_q.wants_grad();
     let (list, pointers) = (batch.queue_list, batch.queue_ptr);
     let (out, snapshot) =
-        tch::no_grad(|| history.step(list, pointers, &keys, plan, wanted, forward))?;
+        tch::no_grad(|| history.step(list, pointers, &entering, plan, wanted, forward))?;
     if let Some(snapshot) = snapshot {
         let classes = batch.labels.f_to_kind(Kind::Int64)?;
         let held = Held::new(snapshot, &keys, &classes, settings)?;
@@ -139,7 +154,8 @@ fn composite(
 ) -> Result<Tensor> {
     let (keys, queue) = (batch.h_k.f_detach()?, batch.queue_list.f_detach_copy()?);
     let out = formula(batch.h_q, &keys, labels, &queue, settings, dtype.kind())?;
-    plan.apply(&keys, batch.queue_list, batch.queue_ptr)?;
+    let entering = batch.enqueued.map_or(&keys, |(all, _)| all);
+    plan.apply(entering, batch.queue_list, batch.queue_ptr)?;
     Ok(out)
 }
 

@@ -6,8 +6,10 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from tllib_rs import _core
+from tllib_rs._distributed import Ranks, dtype_number
 from tllib_rs._library import at_least_float32, register
 
 __all__ = [
@@ -359,6 +361,8 @@ class SoftTripletLoss(nn.Module):
         margin (float, optional): :math:`r` for all samples; ``None`` for the teacher's. Default: None
         normalize_feature (bool, optional): whether features are first divided by their norms.
             Default: False
+        process_group (ProcessGroup, optional): ranks over whose batches, taken as one, pairs are looked for
+            and the mean is. Default: ``None``, the batch of this process alone
 
     Inputs:
         - features_1 (tensor): features to train, (minibatch, F), floating point.
@@ -371,8 +375,15 @@ class SoftTripletLoss(nn.Module):
     Raises:
         TypeError: an input is not a tensor, or features are not floating point.
         ValueError: features are not (minibatch, F) with at least one row and column, or there is not one
-            label for each, or the margin is not finite.
-        RuntimeError: the devices differ.
+            label for each, or the margin is not finite; this process is no member of the group; on every
+            rank, the ranks' features or labels differ in width or dtype.
+        RuntimeError: the devices differ; the group was destroyed; ``create_graph=True`` with a group.
+
+    With a group features and labels of all ranks, whose batches may differ in size and be empty as long as
+    not all are, are gathered in the order of the ranks: one small message with the sizes and one with the
+    rows. All get the same loss, and each the gradient with respect to its own features **times the number of
+    ranks**, so that the mean which DistributedDataParallel takes is the gradient of the loss. Backward sends
+    nothing, so the incoming gradient must be the same on every rank.
 
     Examples::
 
@@ -381,16 +392,43 @@ class SoftTripletLoss(nn.Module):
         >>> loss(f, teacher, torch.arange(64) // 4).backward()
     """
 
-    def __init__(self, margin: float | None = None, normalize_feature: bool = False):
+    def __init__(
+        self,
+        margin: float | None = None,
+        normalize_feature: bool = False,
+        *,
+        process_group: ProcessGroup | None = None,
+    ):
         super().__init__()
         if margin is not None:
             _core.check_margin("SoftTripletLoss", margin)
         self.margin = margin
         self.normalize_feature = normalize_feature
+        self._ranks = Ranks.of("SoftTripletLoss", process_group)
 
     def forward(
         self, features_1: torch.Tensor, features_2: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
         """See the class."""
+        if self._ranks is not None:
+            features_1, features_2, labels = self._gathered(features_1, features_2, labels)
+            return _core.soft_triplet(features_1, features_2, labels, self.margin, self.normalize_feature)
         call = _compiled_soft_triplet if torch.compiler.is_compiling() else _core.soft_triplet
         return call(features_1, features_2, labels, self.margin, self.normalize_feature)
+
+    def _gathered(
+        self, features_1: torch.Tensor, features_2: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        _core.check_soft_triplet(features_1, features_2, labels, self.margin)
+        tensors = {"features_1": features_1, "labels": labels}
+        if self.margin is None:
+            tensors["features_2"] = features_2
+        alike = {"margin is None": int(self.margin is None)}
+        for name in ("features_1", "features_2", "labels"):
+            # Without a teacher too: the message has one size whatever the margin.
+            x = tensors.get(name)
+            alike |= {f"the width of {name}": 0 if x is None else x.shape[1:].numel()}
+            alike |= {f"the dtype of {name}": 0 if x is None else dtype_number(x.dtype)}
+        rows = self._ranks.rows(len(labels), features_1.device, **alike)
+        gathered = rows.gather(list(tensors.values()))
+        return gathered.through(0, features_1), *(gathered.tensors[2:] or [None]), gathered.tensors[1]
