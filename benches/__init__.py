@@ -17,3 +17,10 @@ of them alike; what counts is the ratio of blocks of the same round.
 
 Modules whose name begins with an underscore are the harness.
 """
+
+import os
+
+# The profiler (:mod:`benches._memory`) otherwise warns of devices that are not there, and of tensors older
+# than itself. Read when torch is loaded.
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

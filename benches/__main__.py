@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benches import _loaded, _report
+from benches import _loaded, _memory, _report, _results
 from benches._case import Method, Verdict, methods
 from benches._measure import FULL, QUICK, Effort, run_case
 
@@ -39,11 +39,13 @@ def _run(chosen: Sequence[Method], effort: Effort, options: argparse.Namespace) 
         results = [run_case(method.stem, case, effort) for case in cases]
         found = [verdict for result in results for verdict in result.verdicts()]
         found += method.verdicts({result.case.setting: result for result in results})
+        if effort.thorough:
+            found += _memory.verdicts(method)
         _report.print_method(method.stem, results, found)
         verdicts += found
         if options.save:
-            run = _report.record(results, found, options.quick)
-            print(f"  saved to {_report.save(method.stem, run, options.output)}")
+            run = _results.record(results, found, options.quick)
+            print(f"  saved to {_results.save(method.stem, run, options.output)}")
     return verdicts
 
 

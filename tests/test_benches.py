@@ -10,6 +10,7 @@ from benches import mean_teacher
 from benches.__main__ import main
 from benches._case import OURS, PLAIN, Disagreement, Provider, check, methods
 from benches._losses import loss_case
+from benches._providers import prepare
 
 
 def test_quick_run_keeps_its_results(tmp_path, capsys):
@@ -18,7 +19,7 @@ def test_quick_run_keeps_its_results(tmp_path, capsys):
     assert main(["flexmatch", "--quick", "--save", "--output", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "threads" in printed
-    assert "plain/ours" in printed
+    assert "/ours" in printed
     runs = json.loads(path.read_text())
     assert list(runs) == ["flexmatch", "pseudo_label"]
     run = runs["pseudo_label"]
@@ -29,7 +30,7 @@ def test_quick_run_keeps_its_results(tmp_path, capsys):
         assert {"ours", "plain", "limit"} <= case["providers"].keys()
         assert case["ratios"].keys() == case["providers"].keys() - {"ours"}
         for figures in case["providers"].values():
-            assert figures.keys() == {"p20", "p50", "p80", "iqr", "blocks"}
+            assert figures.keys() == {"p20", "p50", "p80", "iqr", "blocks", "memory"}
             assert 0 < figures["p20"] <= figures["p50"] <= figures["p80"]
             assert figures["blocks"] >= 3
     assert all(verdict.keys() == {"text", "met"} for verdict in run["verdicts"])
@@ -59,8 +60,7 @@ def test_a_wrong_provider_is_not_timed(wrong):
 @pytest.mark.parametrize("stem", methods())
 def test_a_disturbed_result_is_caught_in_every_method(stem):
     case = methods()[stem].cases[-1 if stem == "mean_teacher" else 0]
-    check(case, case.set_up())
-    providers = dict(case.set_up())
+    providers, _ = prepare(case, thorough=False)
     ours = providers[OURS]
 
     def disturbed():
