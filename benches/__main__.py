@@ -1,4 +1,5 @@
-"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded]``"""
+"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded]``,
+``python -m benches [--draw] [--pages]`` from what was kept."""
 
 import argparse
 import pathlib
@@ -7,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benches import _loaded, _memory, _report, _results
+from benches import _loaded, _memory, _pages, _report, _results
 from benches._case import Method, Verdict, methods
 from benches._measure import FULL, QUICK, Effort, run_case
 
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for method in chosen:
             print(method.stem, *(f"  {case.setting}" for case in method.cases), sep="\n")
         return 0
+    if options.draw or options.pages:
+        return _show(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     _report.print_environment()
@@ -49,6 +52,21 @@ def _run(chosen: Sequence[Method], effort: Effort, options: argparse.Namespace) 
     return verdicts
 
 
+def _show(options: argparse.Namespace) -> int:
+    runs = _results.latest()
+    if not runs:
+        print("no results are kept; --save keeps them", file=sys.stderr)
+        return 1
+    if options.draw:
+        # matplotlib takes a second to load, and its threads would be in the way of a measurement.
+        from benches import _draw
+
+        print("drawn:", *_draw.draw(runs))
+    if options.pages:
+        print("rewritten:", *(_pages.rewrite(runs) or ["nothing to change"]))
+    return 0
+
+
 def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benches", description="How fast the methods are.")
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(known)}; default: all")
@@ -57,6 +75,8 @@ def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
     parser.add_argument("--save", action="store_true", help="keep the results, in benches/results")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="where --save puts them instead")
     parser.add_argument("--check", action="store_true", help="fail where a bar is missed")
+    parser.add_argument("--draw", action="store_true", help="draw what was kept, run nothing")
+    parser.add_argument("--pages", action="store_true", help="put what was kept on the pages, run nothing")
     parser.add_argument("--loaded", action="store_true", help="small losses, quiet and with every core busy")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
     return parser

@@ -14,7 +14,7 @@ SHAPES = [*SMALL, (32, 345), (448, 100), (256, 1000), (1024, 1000), (8, 100_000)
 #: Inductor takes ten seconds for each.
 COMPILED_SHAPES = [(32, 31), (256, 1000)]
 #: Where memory is judged: large enough that a gradient is much more than what else a process does.
-LARGE = (2048, 8192)
+LARGE = (1024, 8192)
 #: Formulas with C x C matrices are run up to this many classes.
 MATRIX = 10_000
 #: How many times faster than plain a row loss has to be at the small shapes.

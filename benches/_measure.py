@@ -27,7 +27,7 @@ class Effort:
     thorough: bool = True
 
 
-FULL = Effort(block=0.02, rounds=25, budget=1.5)
+FULL = Effort(block=0.02, rounds=25, budget=1.0)
 QUICK = Effort(block=0.002, rounds=5, budget=0.1, thorough=False)
 
 
