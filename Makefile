@@ -52,8 +52,14 @@ format: $(STAMPS)/venv  ## format all sources
 demo: $(STAMPS)/build  ## FlexMatch learns digits from 40 labels; table, losses and picture in demo/
 	$(BIN)/python examples/digits_flexmatch.py
 
-bench: $(STAMPS)/build  ## every method against plain PyTorch and its limit
-	$(BIN)/python -m benches
+bench: $(STAMPS)/build $(STAMPS)/bench  ## every method against plain PyTorch, other packages and its limit
+	$(BIN)/python -m benches --save
+	$(BIN)/python -m benches --draw --pages
+
+$(STAMPS)/bench: $(STAMPS)/venv
+	$(BIN)/python tools/requirements.py requires bench > $(STAMPS)/requirements-bench.txt
+	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements-bench.txt
+	@touch $@
 
 parity: $(STAMPS)/build  ## compare with tllib itself, where it is installed or TLLIB_DIR names it
 	$(BIN)/python tools/parity.py

@@ -1,5 +1,5 @@
-"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded]
-[--scaling]``"""
+"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded] [--scaling]``,
+``python -m benches [--draw] [--pages]`` from what was kept."""
 
 import argparse
 import pathlib
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benches import _loaded, _report, _scaling
+from benches import _loaded, _memory, _pages, _report, _results, _scaling
 from benches._case import Method, Verdict, methods
 from benches._measure import FULL, QUICK, Effort, run_case
 
@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for method in chosen:
             print(method.stem, *(f"  {case.setting}" for case in method.cases), sep="\n")
         return 0
+    if options.draw or options.pages:
+        return _show(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     _report.print_environment()
@@ -43,12 +45,29 @@ def _run(chosen: Sequence[Method], effort: Effort, options: argparse.Namespace) 
         results = [run_case(method.stem, case, effort) for case in cases]
         found = [verdict for result in results for verdict in result.verdicts()]
         found += method.verdicts({result.case.setting: result for result in results})
+        if effort.thorough:
+            found += _memory.verdicts(method)
         _report.print_method(method.stem, results, found)
         verdicts += found
         if options.save:
-            run = _report.record(results, found, options.quick)
-            print(f"  saved to {_report.save(method.stem, run, options.output)}")
+            run = _results.record(results, found, options.quick)
+            print(f"  saved to {_results.save(method.stem, run, options.output)}")
     return verdicts
+
+
+def _show(options: argparse.Namespace) -> int:
+    runs = _results.latest()
+    if not runs:
+        print("no results are kept; --save keeps them", file=sys.stderr)
+        return 1
+    if options.draw:
+        # matplotlib takes a second to load, and its threads would be in the way of a measurement.
+        from benches import _draw
+
+        print("drawn:", *_draw.draw(runs))
+    if options.pages:
+        print("rewritten:", *(_pages.rewrite(runs) or ["nothing to change"]))
+    return 0
 
 
 def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
@@ -59,6 +78,8 @@ def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
     parser.add_argument("--save", action="store_true", help="keep the results, in benches/results")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="where --save puts them instead")
     parser.add_argument("--check", action="store_true", help="fail where a bar is missed")
+    parser.add_argument("--draw", action="store_true", help="draw what was kept, run nothing")
+    parser.add_argument("--pages", action="store_true", help="put what was kept on the pages, run nothing")
     parser.add_argument("--loaded", action="store_true", help="small losses, quiet and with every core busy")
     parser.add_argument("--scaling", action="store_true", help="FlexMatch at 10^8 samples, and projected on")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")

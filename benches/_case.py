@@ -1,16 +1,15 @@
 """What a method's file is made of."""
 
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-OURS, PLAIN, LIMIT, TLLIB = "ours", "plain", "limit", "tllib"
+OURS, PLAIN, LIMIT, TLLIB, COMPILED = "ours", "plain", "limit", "tllib", "compiled"
+TOLERANCE = 1e-4
 
 
 class Disagreement(AssertionError):
@@ -29,18 +28,43 @@ class Provider:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """How ours is expected to compare with a provider: see :func:`faster` and :func:`within`."""
+
+    provider: str
+    factor: float
+    #: True: at least ``factor`` times as fast. False: at most ``factor`` times as long.
+    at_least: bool
+
+
+def faster(provider: str, factor: float) -> Bar:
+    """Ours is at least ``factor`` times as fast as ``provider``."""
+    return Bar(provider, factor, at_least=True)
+
+
+def within(provider: str, factor: float) -> Bar:
+    """Ours takes at most ``factor`` times as long as ``provider``."""
+    return Bar(provider, factor, at_least=False)
+
+
+@dataclass(frozen=True)
 class Case:
     """One setting of a method."""
 
     setting: str
     #: Makes the inputs and the providers. Called when the case runs, so that listing costs nothing.
     set_up: Callable[[], Mapping[str, Provider]]
-    #: How many times faster than a provider ours is expected to be, by the provider's name.
-    bars: Mapping[str, float] | None = None
+    bars: Sequence[Bar] = ()
     #: Part of ``--quick``.
     quick: bool = True
     #: Small enough that starting threads would cost more than the work: part of ``--loaded``.
     small: bool = False
+    #: Which of a method's losses this is, where it has several.
+    loss: str = ""
+    #: The numbers in the setting by their symbols, for the growth curves.
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    #: What :func:`check` accepts of a provider whose formula is slightly another.
+    tolerances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,17 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """A loss at a size where its memory is judged; it is measured in a process of its own."""
+
+    case: Case
+    #: Bytes that a step is expected to need: a gradient for each differentiated input, and what ``holds``
+    #: names besides.
+    expected: int
+    holds: str = "one gradient for each differentiated input"
+
+
+@dataclass(frozen=True)
 class Method:
     """All cases of a method."""
 
@@ -59,6 +94,7 @@ class Method:
     cases: Sequence[Case]
     #: Verdicts from the results of all cases by setting; see :class:`benches._measure.Result`.
     verdicts: Callable[[Mapping[str, Any]], Iterable[Verdict]] = lambda results: ()
+    footprints: Sequence[Footprint] = ()
 
 
 def methods() -> dict[str, Method]:
@@ -68,28 +104,27 @@ def methods() -> dict[str, Method]:
     return {stem: importlib.import_module(f"benches.{stem}").METHOD for stem in stems}
 
 
-def original(module: str) -> ModuleType | None:
-    """A module of the original tllib, or ``None`` where it does not import (it needs old versions)."""
-    if importlib.util.find_spec("tllib") is None:
-        return None
-    try:
-        return importlib.import_module(f"tllib.{module}")
-    except (ImportError, AttributeError) as error:
-        print(f"tllib.{module} does not import, left out: {error}")
-        return None
-
-
-def check(case: Case, providers: Mapping[str, Provider], tolerance: float = 1e-4) -> None:
+def check(case: Case, providers: Mapping[str, Provider]) -> None:
     """Raise :class:`Disagreement` unless all results equal those of the plain formulation, up to
-    ``tolerance`` of the largest number in each."""
+    :data:`TOLERANCE` of the largest number in each (or what the case says).
+
+    Where the plain formulation is too large to run, the first provider besides ours is what the others
+    are compared with.
+    """
     results = {name: p.result() for name, p in providers.items() if p.result is not None}
-    expected = results.pop(PLAIN)
+    against = PLAIN if PLAIN in results else next((name for name in results if name != OURS), None)
+    if against is None:
+        raise Disagreement(f"{case.setting}: nothing to compare ours with")
+    expected = results.pop(against)
     for name, got in results.items():
+        tolerance = case.tolerances.get(name, TOLERANCE)
         if len(got) != len(expected):
-            raise Disagreement(f"{case.setting}: {name} has {len(got)} results, plain {len(expected)}")
+            raise Disagreement(f"{case.setting}: {name} has {len(got)} results, {against} {len(expected)}")
         for k, (x, reference) in enumerate(zip(got, expected, strict=True)):
             if x.shape != reference.shape:
                 raise Disagreement(f"{case.setting}: result {k} of {name} has shape {tuple(x.shape)}")
+            if torch.equal(x, reference):
+                continue
             error = (x.double() - reference.double()).abs().max().item() if x.numel() else 0.0
             scale = reference.double().abs().max().item() if x.numel() else 0.0
             # Written so that NaN fails.

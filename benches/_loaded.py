@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from tabulate import tabulate
 
 from benches import _report
-from benches._case import OURS, PLAIN, Method, Verdict, check
+from benches._case import OURS, PLAIN, Method, Verdict
 from benches._measure import Effort, measure
+from benches._providers import prepare
 
 #: At most what a loaded machine may make of the quiet time: with one busy process a core, half the
 #: processor time is left, and the scheduler's time slices come on top.
@@ -40,8 +41,7 @@ def run(methods: Iterable[Method], effort: Effort) -> list[Verdict]:
         for case in method.cases:
             if not case.small:
                 continue
-            providers = case.set_up()
-            check(case, providers)
+            providers, _ = prepare(case, thorough=False)
             compared = {name: providers[name] for name in (OURS, PLAIN)}
             labels = {"label": method.stem, "sub_label": case.setting}
             quiet = measure(compared, effort, **labels)

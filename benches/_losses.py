@@ -1,52 +1,137 @@
-"""Cases of losses over (minibatch, C) logits: forward and backward."""
+"""Cases of losses over (minibatch, C) matrices: forward and backward."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch.nn import functional as F
 
-from benches._case import LIMIT, Case, Provider
+from benches._case import COMPILED, LIMIT, PLAIN, Bar, Case, Footprint, Provider, faster, within
+from benches._providers import compiled
 
 SMALL = [(32, 31), (64, 100)]
-SHAPES = [*SMALL, (256, 1000), (1024, 1000)]
+SHAPES = [*SMALL, (32, 345), (448, 100), (256, 1000), (1024, 1000), (8, 100_000)]
+#: Inductor takes ten seconds for each.
+COMPILED_SHAPES = [(32, 31), (256, 1000)]
+#: Where memory is judged: large enough that a gradient is much more than what else a process does.
+LARGE = (1024, 8192)
+#: Formulas with C x C matrices are run up to this many classes.
+MATRIX = 10_000
+#: How many times faster than plain a row loss has to be at the small shapes.
+SMALL_BAR = 1.5
 
-#: Makes the inputs of a loss from (generator, rows, classes). The first one is differentiated.
+#: Makes the inputs of a loss from (generator, rows, classes).
 Inputs = Callable[[torch.Generator, int, int], tuple[torch.Tensor, ...]]
+#: The loss of each provider for a number of classes; ``None`` for a provider that is not there.
+Losses = Callable[[int], Mapping[str, Callable | None]]
 
 
-def logits(generator: torch.Generator, rows: int, classes: int) -> tuple[torch.Tensor, ...]:
-    """One matrix of logits."""
-    return (3 * torch.randn(rows, classes, generator=generator),)
+def logits(count: int) -> Inputs:
+    """``count`` matrices of logits."""
+    return lambda generator, rows, classes: tuple(
+        3 * torch.randn(rows, classes, generator=generator) for _ in range(count)
+    )
+
+
+#: One matrix of logits.
+ONE = logits(1)
+
+
+def probabilities(count: int) -> Inputs:
+    """``count`` matrices whose rows sum to 1."""
+    return lambda *size: tuple(z.softmax(dim=1) for z in logits(count)(*size))
+
+
+def half_confident(generator: torch.Generator, rows: int, classes: int) -> tuple[torch.Tensor, ...]:
+    """Logits, and others of which every second row is certain of one class: rows that are not selected
+    cost less."""
+    y, target = logits(2)(generator, rows, classes)
+    target[::2, 0] += 30
+    return y, target
+
+
+def loss_cases(
+    losses: Losses,
+    inputs: Inputs = ONE,
+    *,
+    loss: str = "",
+    limit: float | None = None,
+    bars: Mapping[tuple[int, int], Sequence[Bar]] | None = None,
+    differentiated: Sequence[int] = (0,),
+    tolerances: Mapping[str, float] | None = None,
+) -> list[Case]:
+    """A case for each of :data:`SHAPES`. ``limit``: at most how many times as long as the limit ours may
+    take; at the small shapes :data:`SMALL_BAR` applies, and ``bars`` come on top."""
+
+    def case(shape):
+        found = [within(LIMIT, limit)] if limit else []
+        if shape in SMALL:
+            found.append(faster(PLAIN, SMALL_BAR))
+        found += (bars or {}).get(shape, ())
+        case = loss_case(
+            *shape, losses(shape[1]), inputs, bars=found, loss=loss, differentiated=differentiated
+        )
+        return dataclasses.replace(case, tolerances=tolerances or {})
+
+    return [case(shape) for shape in SHAPES]
 
 
 def loss_case(
     rows: int,
     classes: int,
     losses: Mapping[str, Callable | None],
-    inputs: Inputs = logits,
-    bars: Mapping[str, float] | None = None,
+    inputs: Inputs = ONE,
+    *,
+    bars: Sequence[Bar] = (),
+    loss: str = "",
+    differentiated: Sequence[int] = (0,),
 ) -> Case:
-    """A training step of each of ``losses`` (those that are there), and of ``F.cross_entropy`` as limit."""
+    """A training step of each of ``losses`` (those that are there), of the plain one under
+    ``torch.compile`` (at :data:`COMPILED_SHAPES`), and of ``F.cross_entropy`` as limit.
+    ``differentiated``: the inputs that get a gradient."""
+
+    shape = (rows, classes)
 
     def set_up():
         generator = torch.Generator().manual_seed(0)
         tensors = inputs(generator, rows, classes)
         labels = torch.randint(classes, (rows,), generator=generator)
-        providers = {name: _provider(loss, tensors) for name, loss in losses.items() if loss is not None}
-        limit = _provider(lambda y, *_: F.cross_entropy(y, labels), tensors)
+        there = {name: function for name, function in losses.items() if function is not None}
+        if PLAIN in there and shape in COMPILED_SHAPES:
+            there[COMPILED] = compiled(there[PLAIN])
+        providers = {name: step_of(function, tensors, differentiated) for name, function in there.items()}
+        limit = step_of(lambda y, *_: F.cross_entropy(y, labels), tensors, [0])
         return providers | {LIMIT: Provider(limit.step, None)}
 
-    shape = (rows, classes)
-    return Case(str(shape), set_up, bars, quick=rows * classes < 1 << 18, small=shape in SMALL)
+    return Case(
+        f"{loss} {shape}".strip(),
+        set_up,
+        bars,
+        quick=rows * classes < 1 << 18,
+        small=shape in SMALL,
+        loss=loss,
+        sizes={"B": rows, "C": classes},
+    )
 
 
-def _provider(loss: Callable, tensors: tuple[torch.Tensor, ...]) -> Provider:
-    leaf = tensors[0].clone().requires_grad_()
-    others = tensors[1:]
+def footprint(
+    losses: Losses, inputs: Inputs = ONE, *, loss: str = "", differentiated: Sequence[int] = (0,)
+) -> Footprint:
+    """A loss at :data:`LARGE`."""
+    rows, classes = LARGE
+    case = loss_case(rows, classes, losses(classes), inputs, loss=loss, differentiated=differentiated)
+    return Footprint(case, 4 * rows * classes * len(differentiated))
+
+
+def step_of(function: Callable, tensors: Sequence[torch.Tensor], differentiated: Iterable[int]) -> Provider:
+    """Forward and backward of a loss, the first of the outputs if there are several."""
+    inputs = [x.clone() for x in tensors]
+    leaves = [inputs[k].requires_grad_() for k in differentiated]
 
     def step():
-        leaf.grad = None
-        outputs = loss(leaf, *others)
+        for leaf in leaves:
+            leaf.grad = None
+        outputs = function(*inputs)
         scalar = outputs[0] if isinstance(outputs, tuple) else outputs
         scalar.backward()
         return outputs
@@ -54,6 +139,6 @@ def _provider(loss: Callable, tensors: tuple[torch.Tensor, ...]) -> Provider:
     def result():
         outputs = step()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return [*(x.detach().clone() for x in outputs), leaf.grad.clone()]
+        return [*(torch.as_tensor(x).detach().clone() for x in outputs), *(x.grad.clone() for x in leaves)]
 
     return Provider(step, result)

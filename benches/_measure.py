@@ -2,13 +2,15 @@
 
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.utils.benchmark import Measurement, Timer
 
-from benches._case import OURS, Case, Provider, Verdict, check
+from benches._case import OURS, Case, Provider, Verdict
+from benches._memory import peak
+from benches._providers import prepare
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,12 @@ class Effort:
     rounds: int
     #: Seconds for all blocks of one provider; three blocks are run whatever they take.
     budget: float
+    #: With what takes seconds to prepare: torch.compile, and memory.
+    thorough: bool = True
 
 
-FULL = Effort(block=0.02, rounds=25, budget=4.0)
-QUICK = Effort(block=0.002, rounds=5, budget=0.1)
+FULL = Effort(block=0.02, rounds=25, budget=1.0)
+QUICK = Effort(block=0.002, rounds=5, budget=0.1, thorough=False)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,10 @@ class Result:
 
     case: Case
     measurements: Mapping[str, Measurement]
+    #: Bytes of tensors that a step has at once beyond what was there before it, by provider.
+    memory: Mapping[str, int] = field(default_factory=dict)
+    #: Why a provider is missing.
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def median(self, name: str) -> float:
         """Seconds a call, the median of blocks."""
@@ -50,19 +58,24 @@ class Result:
 
     def verdicts(self) -> Iterable[Verdict]:
         """The case's bars."""
-        for name, bar in (self.case.bars or {}).items():
-            if name in self.measurements:
-                ratio = self.ratio(name)
-                yield Verdict(
-                    f"{self.case.setting}: {ratio:.3g} times {name} (at least {bar:g})", ratio >= bar
-                )
+        for bar in self.case.bars:
+            if bar.provider in self.measurements:
+                ratio = self.ratio(bar.provider)
+                if bar.at_least:
+                    text = f"{ratio:.3g} times as fast as {bar.provider} (at least {bar.factor:g})"
+                else:
+                    ratio = 1 / ratio
+                    text = f"{ratio:.3g} times the {bar.provider} (at most {bar.factor:g})"
+                met = ratio >= bar.factor if bar.at_least else ratio <= bar.factor
+                yield Verdict(f"{self.case.setting}: {text}", met)
 
 
 def run_case(method: str, case: Case, effort: Effort) -> Result:
     """Set a case up, compare its providers, and time them."""
-    providers = case.set_up()
-    check(case, providers)
-    return Result(case, measure(providers, effort, label=method, sub_label=case.setting))
+    providers, left_out = prepare(case, thorough=effort.thorough)
+    measurements = measure(providers, effort, label=method, sub_label=case.setting)
+    memory = {name: peak(p.step) for name, p in providers.items()} if effort.thorough else {}
+    return Result(case, measurements, memory, left_out)
 
 
 def measure(providers: Mapping[str, Provider], effort: Effort, **labels: str) -> dict[str, Measurement]:

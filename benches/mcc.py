@@ -1,18 +1,41 @@
 """Minimum class confusion."""
 
-from benches._case import OURS, PLAIN, TLLIB, Method, original
-from benches._losses import SHAPES, loss_case
+import torch
+from torch.nn import functional as F
+
+from benches._case import OURS, PLAIN, TLLIB, Method, faster
+from benches._losses import MATRIX, footprint, loss_cases
+from benches._providers import original, package
 from tests.plain.mcc import mcc as plain
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 
 TEMPERATURE = 2.0
-BARS = {(32, 31): {PLAIN: 4.0}, (256, 1000): {PLAIN: 20.0}}
+BARS = {(32, 31): [faster(PLAIN, 5.0)], (256, 1000): [faster(PLAIN, 50.0)]}
 
-_tllib = original("self_training.mcc")
-_losses = {
-    OURS: MinimumClassConfusionLoss(TEMPERATURE),
-    PLAIN: lambda z: plain(z, TEMPERATURE),
-    TLLIB: _tllib and _tllib.MinimumClassConfusionLoss(TEMPERATURE),
-}
 
-METHOD = Method("mcc", [loss_case(*shape, _losses, bars=BARS.get(shape)) for shape in SHAPES])
+def closed_form(z: torch.Tensor) -> torch.Tensor:
+    """The loss without the C x C matrix in torch operations: what of the speed is the formula."""
+    p = F.softmax(z / TEMPERATURE, dim=1)
+    weight = 1 + torch.exp((p * torch.log(p + 1e-5)).sum(dim=1).detach())
+    weight = (weight * len(z) / weight.sum())[:, None]
+    return 1 - ((weight * p * p).sum(dim=0) / (weight * p).sum(dim=0)).mean()
+
+
+def _losses(classes):
+    tllib = original("self_training.mcc", "MinimumClassConfusionLoss")
+    adapt = package("pytorch_adapt.layers")
+    matrices = {
+        PLAIN: lambda z: plain(z, TEMPERATURE),
+        TLLIB: tllib and tllib(TEMPERATURE),
+        "pytorch_adapt": adapt and adapt.MCCLoss(T=TEMPERATURE),
+    }
+    own = {OURS: MinimumClassConfusionLoss(TEMPERATURE), "closed form": closed_form}
+    return own | (matrices if classes <= MATRIX else {})
+
+
+METHOD = Method(
+    "mcc",
+    # pytorch_adapt's logarithm has another epsilon.
+    loss_cases(_losses, limit=2.0, bars=BARS, tolerances={"pytorch_adapt": 1e-3}),
+    footprints=[footprint(_losses)],
+)

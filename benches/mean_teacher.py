@@ -1,16 +1,25 @@
 """The moving average of a teacher, over models with the parameters of well-known ones."""
 
 import copy
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benches._case import LIMIT, OURS, PLAIN, TLLIB, Case, Method, Provider, original
+from benches._case import LIMIT, OURS, PLAIN, TLLIB, Case, Method, Provider, faster, within
+from benches._providers import original, package
 from tests.plain.mean_teacher import EMATeacher as Plain
 from tllib_rs.self_training.mean_teacher import EMATeacher
 
 ALPHA = 0.99
 FOREACH = "foreach"
+#: At most what the walk over the modules and the sweep may cost of one flat sweep.
+LIMIT_BAR = 1.1
+#: How much faster than ``foreach`` the thousand tiny tensors are, whose lists are made beforehand.
+TINY_BAR = 1.5
 
 
 def _unit(inputs: int, outputs: int, kernel: int, groups: int = 1) -> nn.Module:
@@ -50,16 +59,70 @@ def tiny() -> nn.Module:
     return nn.Sequential(*(nn.Linear(8, 8) for _ in range(500)))
 
 
-def _case(name, model, **options) -> Case:
-    def set_up():
-        torch.manual_seed(0)
-        # All teachers start from `before` and follow one student.
-        before, student = model(), model()
+class VisionTransformer(nn.Module):
+    """The parameters of ViT-B/16: 152 tensors, 86,567,656 numbers."""
 
-        def teacher_of(kind):
+    def __init__(self, width: int = 768, depth: int = 12, tokens: int = 197):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 16)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, tokens, width))
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 12, 4 * width, batch_first=True) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 1000)
+
+
+def _averages(before: nn.Module, student: nn.Module) -> dict[str, tuple[Callable, Sequence[torch.Tensor]]]:
+    """Of each provider the update and the parameters it changes. All start from ``before`` and follow one
+    student."""
+    found = {}
+    tllib = original("self_training.mean_teacher", "EMATeacher")
+    for name, kind in {OURS: EMATeacher, PLAIN: Plain, TLLIB: tllib}.items():
+        if kind:
             teacher = kind(before, ALPHA)
             teacher.model = student
-            return teacher
+            found[name] = teacher.update, list(teacher.teacher.parameters())
+
+    # The lists are made once, which a class that follows replaced sub-modules cannot do.
+    averages = [p.detach() for p in copy.deepcopy(before).parameters()]
+    sources = [p.detach() for p in student.parameters()]
+    found[FOREACH] = (lambda: torch._foreach_lerp_(averages, sources, 1 - ALPHA)), averages
+
+    swa = AveragedModel(before, multi_avg_fn=get_ema_multi_avg_fn(ALPHA))
+    swa.n_averaged.fill_(1)  # the first update would copy
+    found["swa_utils"] = (lambda: swa.update_parameters(student)), list(swa.parameters())
+    if timm := package("timm.utils"):
+        timm_average = timm.ModelEmaV3(before, decay=ALPHA)
+        found["timm"] = (lambda: timm_average.update(student)), list(timm_average.module.parameters())
+    if ema_pytorch := package("ema_pytorch"):
+        ema = _ema_pytorch(ema_pytorch, before, student)
+        found["ema_pytorch"] = ema.update, list(ema.ema_model.parameters())
+    return found
+
+
+def _ema_pytorch(module: ModuleType, before: nn.Module, student: nn.Module) -> Any:
+    """At a constant decay, in its fastest mode."""
+    ema = module.EMA(
+        student,
+        ema_model=copy.deepcopy(before),
+        beta=ALPHA,
+        min_value=ALPHA,
+        update_after_step=0,
+        update_every=1,
+        include_online_model=False,
+        use_foreach=True,
+    )
+    ema.initted.fill_(True)  # the first updates would copy
+    ema.step.fill_(2)
+    return ema
+
+
+def _case(name: str, model: Callable[[], nn.Module], **options: Any) -> Case:
+    def set_up():
+        torch.manual_seed(0)
+        before, student = model(), model()
 
         def provider(step, parameters):
             def result():
@@ -69,17 +132,8 @@ def _case(name, model, **options) -> Case:
 
             return Provider(step, result)
 
-        tllib = original("self_training.mean_teacher")
-        kinds = {OURS: EMATeacher, PLAIN: Plain, TLLIB: tllib and tllib.EMATeacher}
-        teachers = {name: teacher_of(kind) for name, kind in kinds.items() if kind}
-        providers = {name: provider(t.update, list(t.teacher.parameters())) for name, t in teachers.items()}
-
-        # The lists are made once, which a class that follows replaced sub-modules cannot do.
-        averages = [p.detach() for p in copy.deepcopy(before).parameters()]
-        sources = [p.detach() for p in student.parameters()]
-        providers[FOREACH] = provider(lambda: torch._foreach_lerp_(averages, sources, 1 - ALPHA), averages)
-
-        size = sum(p.numel() for p in sources)
+        providers = {name: provider(*found) for name, found in _averages(before, student).items()}
+        size = sum(p.numel() for p in student.parameters())
         target, source = torch.zeros(size), torch.ones(size)
         return providers | {LIMIT: Provider(lambda: target.lerp_(source, 1 - ALPHA), None)}
 
@@ -89,8 +143,14 @@ def _case(name, model, **options) -> Case:
 METHOD = Method(
     "mean_teacher",
     [
-        _case("ResNet-50", resnet50, bars={PLAIN: 3.0, FOREACH: 1.0}, quick=False),
+        _case(
+            "ResNet-50",
+            resnet50,
+            bars=[faster(PLAIN, 3.0), faster(FOREACH, 1.0), within(LIMIT, LIMIT_BAR)],
+            quick=False,
+        ),
         _case("MobileNet v2", mobilenet_v2),
-        _case("1,000 tiny tensors", tiny),
+        _case("ViT-B", VisionTransformer, bars=[within(LIMIT, LIMIT_BAR)], quick=False),
+        _case("1,000 tiny tensors", tiny, bars=[faster(FOREACH, TINY_BAR)]),
     ],
 )

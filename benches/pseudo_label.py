@@ -1,30 +1,27 @@
 """Cross entropy with pseudo labels, of which half are confident enough."""
 
-import torch
-
-from benches._case import OURS, PLAIN, TLLIB, Method, original
-from benches._losses import SHAPES, logits, loss_case
+from benches._case import OURS, PLAIN, TLLIB, Method
+from benches._losses import footprint, half_confident, loss_cases
+from benches._providers import original
 from tests.plain.pseudo_label import pseudo_label as plain
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
 
 THRESHOLD = 0.95
-
-_tllib = original("self_training.pseudo_label")
-_losses = {
-    OURS: ConfidenceBasedSelfTrainingLoss(THRESHOLD),
-    PLAIN: lambda y, target: plain(y, target, THRESHOLD),
-    TLLIB: _tllib and _tllib.ConfidenceBasedSelfTrainingLoss(THRESHOLD),
-}
+#: Two softmaxes.
+LIMIT_BAR = 1.3
 
 
-def _inputs(generator, rows, classes):
-    (y,) = logits(generator, rows, classes)
-    target = torch.randn(rows, classes, generator=generator)
-    # Every second row is certain of one class: rows that are not selected cost less.
-    target[::2, 0] += 30
-    return y, target
+def _losses(_):
+    tllib = original("self_training.pseudo_label", "ConfidenceBasedSelfTrainingLoss")
+    return {
+        OURS: ConfidenceBasedSelfTrainingLoss(THRESHOLD),
+        PLAIN: lambda y, target: plain(y, target, THRESHOLD),
+        TLLIB: tllib and tllib(THRESHOLD),
+    }
 
 
 METHOD = Method(
-    "pseudo_label", [loss_case(*shape, _losses, _inputs) for shape in sorted([*SHAPES, (448, 100)])]
+    "pseudo_label",
+    loss_cases(_losses, half_confident, limit=LIMIT_BAR),
+    footprints=[footprint(_losses, half_confident)],
 )

@@ -2,23 +2,56 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch.utils.benchmark import Measurement, TaskSpec
 
-from benches import mean_teacher
+import tllib_rs
+from benches import _draw, _memory, _pages, _providers, _results, mean_teacher, self_ensemble
 from benches.__main__ import main
-from benches._case import OURS, PLAIN, Disagreement, Provider, check, methods
+from benches._case import (
+    COMPILED,
+    LIMIT,
+    OURS,
+    PLAIN,
+    Case,
+    Disagreement,
+    Provider,
+    check,
+    faster,
+    methods,
+    within,
+)
 from benches._losses import loss_case
+from benches._measure import QUICK, Result, run_case
+from benches._providers import prepare
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
+@pytest.fixture
+def one_thread():
+    """For whole runs: threads that wait for each other take minutes where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_quick_run_keeps_its_results(tmp_path, capsys):
     path = tmp_path / "results.json"
     assert main(["pseudo_label", "--quick", "--save", "--output", str(path)]) == 0
     assert main(["flexmatch", "--quick", "--save", "--output", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "threads" in printed
-    assert "plain/ours" in printed
+    assert "/ours" in printed
     runs = json.loads(path.read_text())
     assert list(runs) == ["flexmatch", "pseudo_label"]
     run = runs["pseudo_label"]
@@ -29,10 +62,20 @@ def test_quick_run_keeps_its_results(tmp_path, capsys):
         assert {"ours", "plain", "limit"} <= case["providers"].keys()
         assert case["ratios"].keys() == case["providers"].keys() - {"ours"}
         for figures in case["providers"].values():
-            assert figures.keys() == {"p20", "p50", "p80", "iqr", "blocks"}
+            assert figures.keys() == {"p20", "p50", "p80", "iqr", "blocks", "memory"}
             assert 0 < figures["p20"] <= figures["p50"] <= figures["p80"]
             assert figures["blocks"] >= 3
     assert all(verdict.keys() == {"text", "met"} for verdict in run["verdicts"])
+
+    pictures = _draw.draw(runs, tmp_path)
+    assert all(path.stat().st_size > 10_000 for path in pictures)
+    page = "before\n<!-- benches: pseudo_label -->\nstale\n<!-- end -->\nafter\n"
+    written = _pages.rewritten(page, runs)
+    assert written.startswith("before\n")
+    assert written.endswith("\nafter\n")
+    assert "stale" not in written
+    assert written.count("| (64, 100) |") == 1
+    assert _pages.rewritten(written, runs) == written
 
 
 def test_scaling_measures_and_projects(capsys):
@@ -67,8 +110,7 @@ def test_a_wrong_provider_is_not_timed(wrong):
 @pytest.mark.parametrize("stem", [stem for stem, method in methods().items() if method.cases])
 def test_a_disturbed_result_is_caught_in_every_method(stem):
     case = methods()[stem].cases[-1 if stem == "mean_teacher" else 0]
-    check(case, case.set_up())
-    providers = dict(case.set_up())
+    providers, _ = prepare(case, thorough=False)
     ours = providers[OURS]
 
     def disturbed():
@@ -104,6 +146,7 @@ def test_unknown_method_and_list(capsys):
     [
         (mean_teacher.resnet50, 161, 25_557_032),
         (mean_teacher.mobilenet_v2, 158, 3_504_872),
+        (mean_teacher.VisionTransformer, 152, 86_567_656),
         (mean_teacher.tiny, 1000, 36_000),
     ],
 )
@@ -111,3 +154,124 @@ def test_models_have_the_parameters_of_their_namesakes(model, tensors, numbers):
     with torch.device("meta"):
         parameters = list(model().parameters())
     assert (len(parameters), sum(p.numel() for p in parameters)) == (tensors, numbers)
+
+
+def test_every_method_has_its_figures_on_one_page():
+    marked = [stem for page in PAGES for stem in _pages.MARKS.findall(page.read_text())]
+    assert sorted(marked) == list(methods())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_figures_on_the_pages_are_those_that_are_kept(page):
+    text = page.read_text()
+    assert text == _pages.rewritten(text, _results.latest()), "python -m benches --pages rewrites the page"
+
+
+def _result(bars, **times):
+    case = Case("setting", dict, bars)
+    measured = {name: Measurement(1, list(ts), TaskSpec("step()", "")) for name, ts in times.items()}
+    return Result(case, measured)
+
+
+def test_bars_compare_blocks_of_the_same_round():
+    bars = [
+        faster(PLAIN, 2.0),
+        faster(PLAIN, 2.5),
+        within(LIMIT, 2.0),
+        within(LIMIT, 1.9),
+        faster(COMPILED, 1),
+    ]
+    result = _result(bars, ours=[1.0, 10.0, 1.0], plain=[2.0, 20.0, 2.0], limit=[0.5, 5.0, 0.5])
+    found = list(result.verdicts())
+    # compiled was not measured.
+    assert [verdict.met for verdict in found] == [True, False, True, False]
+    assert found[0].text == "setting: 2 times as fast as plain (at least 2)"
+    assert found[3].text == "setting: 2 times the limit (at most 1.9)"
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_missed_bar_fails_the_check(monkeypatch, capsys):
+    case = dataclasses.replace(self_ensemble.METHOD.cases[0], bars=[within(LIMIT, 1e-9)])
+    method = dataclasses.replace(self_ensemble.METHOD, cases=[case])
+    monkeypatch.setattr("benches.__main__.methods", lambda: {"self_ensemble": method})
+    assert main(["--quick"]) == 0
+    assert main(["--quick", "--check"]) == 1
+    assert "MISSED" in capsys.readouterr().out
+
+
+def test_what_inductor_does_not_take_is_left_out():
+    def refuse():
+        raise NotImplementedError("no such operator\nand more")
+
+    def set_up():
+        fine = Provider(lambda: None, lambda: [torch.ones(1)])
+        return {OURS: fine, PLAIN: fine, COMPILED: Provider(refuse, refuse)}
+
+    case = Case("setting", set_up)
+    providers, left_out = prepare(case, thorough=True)
+    assert list(providers) == [OURS, PLAIN]
+    assert left_out == {COMPILED: "NotImplementedError: no such operator"}
+    assert list(run_case("method", case, QUICK).measurements) == [OURS, PLAIN]
+
+
+def test_a_missing_package_is_left_out_with_one_line(capsys):
+    for _ in range(2):
+        assert _providers.package("no_such_package") is None
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_the_original_is_compared_where_there_is_one():
+    environment = os.environ | {"TLLIB_DIR": str(ROOT / "tests/standin")}
+    environment["PYTHONPATH"] = str(pathlib.Path(tllib_rs.__file__).parent.parent)
+    code = (
+        "from benches._case import methods; from benches._providers import prepare\n"
+        "for m in methods().values():\n"
+        "    print(m.stem, *prepare(m.cases[-1 if m.stem == 'mean_teacher' else 0], thorough=False)[0])"
+    )
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    lines = [line.split() for line in run.stdout.splitlines() if "left out" not in line]
+    assert [line[0] for line in lines] == list(methods())
+    assert all("tllib" in line for line in lines)
+
+
+def test_peak_counts_what_lives_at_once():
+    kept = []
+
+    def step():
+        kept.clear()
+        first = torch.empty(1000, dtype=torch.uint8)
+        del first
+        kept.append(torch.empty(3000, dtype=torch.uint8))
+        second = torch.empty(500, dtype=torch.uint8)
+        del second
+
+    assert _memory.peak(step) == 3500
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_beyond_the_gradient_misses_its_bar(monkeypatch):
+    (verdict,) = _memory.verdicts(self_ensemble.METHOD)
+    assert verdict.met, verdict.text
+    monkeypatch.setattr(_memory, "SLACK", 0.5)
+    (verdict,) = _memory.verdicts(self_ensemble.METHOD)
+    assert not verdict.met
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_the_process_grows_by_includes_other_allocators():
+    code = (
+        "import numpy, sys\n"
+        "from benches import _memory\n"
+        "from benches._case import Case, Footprint, OURS, Provider\n"
+        "step = lambda: numpy.ones((1024, 4096), dtype=numpy.float32).sum()\n"
+        "print(_memory.resident(Footprint(Case('', lambda: {OURS: Provider(step, None)}), 1)))"
+    )
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment["PYTHONPATH"] = str(pathlib.Path(tllib_rs.__file__).parent.parent)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) == pytest.approx(4 * 1024 * 4096, rel=0.05)

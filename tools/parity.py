@@ -4,54 +4,25 @@ Every loss runs on fresh random inputs, and small networks train with both libra
 steps; values, gradients and losses must agree. Without ``TLLIB_DIR`` an installed tllib is taken; where there
 is none either, one line says so and nothing is compared.
 
-tllib's modules are imported in this process only, under packages without their ``__init__`` (which ask for
-names that torchvision no longer has, and for packages that no loss needs), and with ``numpy.float`` back.
+``original.py`` says how tllib's modules are imported.
 """
 
 import argparse
 import dataclasses
 import importlib
-import importlib.util
 import math
-import os
-import pathlib
 import random
 import sys
-import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from parity_trainings import REID, STEPS, TRAININGS, Source, compare_training
+from original import Source, find_tllib, tllib_from
+from parity_trainings import REID, STEPS, TRAININGS, compare_training
 
 ROWS, CLASSES = 24, 7
 #: Accepted: in float64 this relative error; in float32 four times tllib's own error or this one.
 REL64, REL32 = 1e-10, 2e-6
-
-
-# ---------------------------------------------------------------------------------------- where tllib is
-
-
-def find_tllib() -> pathlib.Path | None:
-    """The folder of the package ``tllib``, or None where there is none."""
-    if folder := os.environ.get("TLLIB_DIR"):
-        package = pathlib.Path(folder, "tllib")
-        if not (package / "self_training").is_dir():
-            sys.exit(f"parity: TLLIB_DIR={folder} holds no tllib/self_training")
-        return package
-    spec = importlib.util.find_spec("tllib")
-    return pathlib.Path(next(iter(spec.submodule_search_locations))) if spec else None
-
-
-def tllib_from(package: pathlib.Path) -> Source:
-    """A function that gives names out of the tllib in ``package``."""
-    if not hasattr(np, "float"):
-        setattr(np, "float", float)  # noqa: B010  (modules.grl calls it, and linters rewrite the plain form)
-    for name in ("", ".modules", ".self_training", ".vision", ".vision.models", ".vision.models.reid"):
-        module = sys.modules[f"tllib{name}"] = types.ModuleType(f"tllib{name}")
-        module.__path__ = [str(package.joinpath(*name.split(".")))]
-    return lambda stem, name: getattr(importlib.import_module(f"tllib.{stem}"), name)
 
 
 def ours(stem: str, name: str) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from original import Source
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,8 +19,6 @@ ROWS, CLASSES, WIDTH, STEPS = 24, 7, 6, 20
 REID = "vision.models.reid.loss"
 #: Accepted between the losses of the two trainings, at every step.
 TRAINING = 1e-4
-
-Source = Callable[[str, str], Any]
 
 
 class Start:

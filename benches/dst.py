@@ -1,0 +1,27 @@
+"""Worst-case estimation: two pairs of predictions, of which the adversarial ones are differentiated."""
+
+from benches._case import OURS, PLAIN, TLLIB, Method
+from benches._losses import footprint, logits, loss_cases
+from benches._providers import original
+from tests.plain.dst import worst_case as plain
+from tllib_rs.self_training.dst import WorstCaseEstimationLoss
+
+ETA = 2.0
+#: y_l_adv and y_u_adv.
+ADVERSARIAL = (1, 3)
+
+
+def _losses(_):
+    tllib = original("self_training.dst", "WorstCaseEstimationLoss")
+    return {
+        OURS: WorstCaseEstimationLoss(ETA),
+        PLAIN: lambda *predictions: plain(*predictions, ETA),
+        TLLIB: tllib and tllib(ETA),
+    }
+
+
+METHOD = Method(
+    "dst",
+    loss_cases(_losses, logits(4), limit=2.0, differentiated=ADVERSARIAL),
+    footprints=[footprint(_losses, logits(4), differentiated=ADVERSARIAL)],
+)

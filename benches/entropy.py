@@ -1,0 +1,23 @@
+"""The mean entropy of predictions."""
+
+from benches._case import OURS, PLAIN, TLLIB, Method
+from benches._losses import footprint, loss_cases, probabilities
+from benches._providers import original
+from tests.plain.entropy import entropy as plain
+from tllib_rs.modules.entropy import entropy
+
+
+def _losses(_):
+    tllib = original("modules.entropy", "entropy")
+    return {
+        OURS: lambda p: entropy(p, "mean"),
+        PLAIN: lambda p: plain(p, "mean"),
+        TLLIB: tllib and (lambda p: tllib(p, "mean")),
+    }
+
+
+METHOD = Method(
+    "entropy",
+    loss_cases(_losses, probabilities(1)),
+    footprints=[footprint(_losses, probabilities(1))],
+)

@@ -1,0 +1,21 @@
+"""The squared distance of two predictions, both differentiated."""
+
+from benches._case import OURS, PLAIN, TLLIB, Method
+from benches._losses import footprint, loss_cases, probabilities
+from benches._providers import original
+from tests.plain.pi_model import l2_consistency as plain
+from tllib_rs.self_training.pi_model import L2ConsistencyLoss
+
+BOTH = (0, 1)
+
+
+def _losses(_):
+    tllib = original("self_training.pi_model", "L2ConsistencyLoss")
+    return {OURS: L2ConsistencyLoss(), PLAIN: plain, TLLIB: tllib and tllib()}
+
+
+METHOD = Method(
+    "pi_model",
+    loss_cases(_losses, probabilities(2), limit=1.0, differentiated=BOTH),
+    footprints=[footprint(_losses, probabilities(2), differentiated=BOTH)],
+)

@@ -1,0 +1,141 @@
+"""The losses of re-identification: two cross entropies over logits, two triplet losses over features."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from benches._case import (
+    COMPILED,
+    LIMIT,
+    OURS,
+    PLAIN,
+    TLLIB,
+    Case,
+    Footprint,
+    Method,
+    Provider,
+    faster,
+    within,
+)
+from benches._losses import footprint, logits, loss_cases, step_of
+from benches._providers import compiled, original, package
+from tests.plain import reid_loss as plain
+from tllib_rs.vision.models.reid import loss as ours
+
+MODULE = "vision.models.reid.loss"
+SOFT_CROSS, SMOOTH, SOFT_TRIPLET, TRIPLET = (
+    "soft cross entropy",
+    "label smooth",
+    "soft triplet",
+    "triplet",
+)
+EPSILON, MARGIN = 0.1, 0.3
+#: Two softmaxes.
+SOFT_BAR = 1.3
+
+#: Rows and features of the triplet losses, and images of each person in a batch.
+BATCHES = [(64, 2048), (256, 2048), (1024, 256), (4096, 512)]
+COMPILED_SHAPE = (256, 2048)
+LARGE, SAME = (4096, 2048), 4
+PLAIN_BAR, PRODUCT_BAR = 4.0, 2.5
+PRODUCT_SHAPES = BATCHES[:2]
+
+
+def _soft_cross_entropy(_):
+    tllib = original(MODULE, "CrossEntropyLoss")
+    return {OURS: ours.CrossEntropyLoss(), PLAIN: plain.cross_entropy, TLLIB: tllib and tllib()}
+
+
+def _label_smooth(classes):
+    tllib = original(MODULE, "CrossEntropyLossWithLabelSmooth")
+    return {
+        OURS: ours.CrossEntropyLossWithLabelSmooth(classes, EPSILON),
+        PLAIN: lambda y, labels: plain.label_smooth(y, labels, classes, EPSILON),
+        TLLIB: tllib and tllib(classes, EPSILON),
+    }
+
+
+def _labelled(generator, rows, classes):
+    return *logits(1)(generator, rows, classes), torch.randint(classes, (rows,), generator=generator)
+
+
+def _soft_triplet() -> Mapping[str, Callable | None]:
+    tllib = original(MODULE, "SoftTripletLoss")
+    return {OURS: ours.SoftTripletLoss(), PLAIN: plain.soft_triplet, TLLIB: tllib and tllib()}
+
+
+def _triplet() -> Mapping[str, Callable | None]:
+    tllib = original(MODULE, "TripletLoss")
+    return {
+        OURS: ours.TripletLoss(MARGIN),
+        PLAIN: lambda f, labels: plain.triplet(f, labels, MARGIN),
+        TLLIB: tllib and tllib(MARGIN),
+        "pytorch_metric_learning": _metric_learning(),
+    }
+
+
+def _metric_learning() -> Callable | None:
+    """Batch-hard triplets as that package's users build them, without the normalisation it begins with."""
+    losses = package("pytorch_metric_learning.losses")
+    if losses is None:
+        return None
+    distance = package("pytorch_metric_learning.distances").LpDistance(normalize_embeddings=False)
+    reducer = package("pytorch_metric_learning.reducers").MeanReducer()
+    miner = package("pytorch_metric_learning.miners").BatchHardMiner(distance=distance)
+    loss = losses.TripletMarginLoss(MARGIN, distance=distance, reducer=reducer)
+    return lambda f, labels: loss(f, labels, miner(f, labels))
+
+
+def _triplet_case(loss: str, losses: Mapping[str, Callable | None], rows: int, features: int) -> Case:
+    """Features of ``rows / SAME`` persons; the limit is the product of the features with themselves."""
+
+    shape = (rows, features)
+
+    def set_up():
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.arange(rows) // SAME
+        f, teacher = torch.randn(2, rows, features, generator=generator)
+        inputs = [f, teacher, labels] if loss == SOFT_TRIPLET else [f, labels]
+        there = {name: function for name, function in losses.items() if function is not None}
+        if shape == COMPILED_SHAPE:
+            there[COMPILED] = compiled(there[PLAIN])
+        providers = {name: step_of(function, inputs, [0]) for name, function in there.items()}
+        other = f.clone()
+        return providers | {LIMIT: Provider(lambda: other @ other.T, None)}
+
+    bars = []
+    if loss == SOFT_TRIPLET:
+        bars = [faster(PLAIN, PLAIN_BAR)]
+        bars += [within(LIMIT, PRODUCT_BAR)] if shape in PRODUCT_SHAPES else []
+    return Case(
+        f"{loss} {shape}",
+        set_up,
+        bars,
+        quick=rows * features < 1 << 18,
+        small=rows == 64,
+        loss=loss,
+        sizes={"N": rows, "F": features},
+    )
+
+
+def _triplet_footprint(loss: str, losses: Mapping[str, Callable | None]) -> Footprint:
+    rows, features = LARGE
+    case = _triplet_case(loss, losses, rows, features)
+    return Footprint(case, 4 * rows * (features + rows), "one gradient and the product")
+
+
+METHOD = Method(
+    "reid_loss",
+    [
+        *loss_cases(_soft_cross_entropy, logits(2), loss=SOFT_CROSS, limit=SOFT_BAR),
+        *loss_cases(_label_smooth, _labelled, loss=SMOOTH, limit=1.0),
+        *(_triplet_case(SOFT_TRIPLET, _soft_triplet(), *shape) for shape in BATCHES),
+        *(_triplet_case(TRIPLET, _triplet(), *shape) for shape in BATCHES),
+    ],
+    footprints=[
+        footprint(_soft_cross_entropy, logits(2), loss=SOFT_CROSS),
+        footprint(_label_smooth, _labelled, loss=SMOOTH),
+        _triplet_footprint(SOFT_TRIPLET, _soft_triplet()),
+        _triplet_footprint(TRIPLET, _triplet()),
+    ],
+)
