@@ -32,9 +32,19 @@ impl From<Error> for PyErr {
             Error::Type(_) => PyTypeError::new_err(text),
             Error::Value(_) => PyValueError::new_err(text),
             Error::Index(_) => PyIndexError::new_err(text),
-            Error::Device(_) | Error::Torch(_) | Error::Bridge(_) => PyRuntimeError::new_err(text),
+            Error::Device(_) => PyRuntimeError::new_err(text),
+            Error::Torch(_) | Error::Bridge(_) => {
+                raised_inside().unwrap_or_else(|| PyRuntimeError::new_err(text))
+            }
         }
     }
+}
+
+/// What Python code raised that libtorch called on our behalf, such as a hook for saved tensors.
+/// libtorch leaves it set and throws an exception without a text; others, torch's own activation
+/// checkpointing among them, wait for just this one.
+fn raised_inside() -> Option<PyErr> {
+    Python::with_gil(PyErr::take)
 }
 
 /// The tensor behind `object`, or a `TypeError` that names the argument.
