@@ -19,7 +19,7 @@ $(STAMPS)/venv: pyproject.toml
 	@mkdir -p $(STAMPS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
 		|| { $(PYTHON) -m pip install --user virtualenv && $(PYTHON) -m virtualenv $(VENV); }
-	$(BIN)/python tools/requirements.py requires dev integrations > $(STAMPS)/requirements.txt
+	$(BIN)/python tools/requirements.py requires dev > $(STAMPS)/requirements.txt
 	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements.txt
 	@touch $@
 
@@ -34,7 +34,7 @@ test: lint rust-test python-test  ## formatting, lints, Rust tests, Python tests
 rust-test:  ## the kernels alone: no torch, no Python
 	cargo test --release --no-default-features --quiet
 
-python-test: $(STAMPS)/build  ## pytest, with the stubs and the README's snippets
+python-test: $(STAMPS)/build $(STAMPS)/integrations  ## pytest, with the stubs and the README's snippets
 	$(BIN)/python -m pytest
 
 lint: $(STAMPS)/venv  ## formatting and lints, warnings denied
@@ -56,10 +56,6 @@ bench: $(STAMPS)/build $(STAMPS)/bench  ## every method against plain PyTorch, o
 	$(BIN)/python -m benches --save
 	$(BIN)/python -m benches --draw --pages
 
-$(STAMPS)/bench: $(STAMPS)/venv
-	$(BIN)/python tools/requirements.py requires bench > $(STAMPS)/requirements-bench.txt
-	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements-bench.txt
-	@touch $@
 
 parity: $(STAMPS)/build  ## compare with tllib itself, where it is installed or TLLIB_DIR names it
 	$(BIN)/python tools/parity.py
@@ -76,9 +72,10 @@ wheel-check: wheel  ## install the wheel for every Python 3.10+ at hand and use 
 docs: $(STAMPS)/docs  ## docs/ as a site in site/, warnings denied
 	$(BIN)/mkdocs build --strict
 
-$(STAMPS)/docs: $(STAMPS)/venv
-	$(BIN)/python tools/requirements.py docs > $(STAMPS)/requirements-docs.txt
-	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements-docs.txt
+# One more list of pyproject.toml into the environment.
+$(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/integrations: $(STAMPS)/%: $(STAMPS)/venv
+	$(BIN)/python tools/requirements.py requires $* > $(STAMPS)/requirements-$*.txt
+	$(BIN)/python -m pip install --quiet -r $(STAMPS)/requirements-$*.txt
 	@touch $@
 
 clean:  ## remove everything that was built
