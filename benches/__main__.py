@@ -20,7 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := sorted(set(options.methods) - known.keys()):
         print(f"no such method: {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
         return 2
-    chosen = [method for stem, method in known.items() if stem in options.methods or not options.methods]
+    # One without cases lacks the package that it is about.
+    chosen = [m for stem, m in known.items() if m.cases and (stem in options.methods or not options.methods)]
     if options.list:
         for method in chosen:
             print(method.stem, *(f"  {case.setting}" for case in method.cases), sep="\n")

@@ -226,13 +226,18 @@ def test_the_original_is_compared_where_there_is_one():
     code = (
         "from benches._case import methods; from benches._providers import prepare\n"
         "for m in methods().values():\n"
-        "    print(m.stem, *prepare(m.cases[-1 if m.stem == 'mean_teacher' else 0], thorough=False)[0])"
+        "    if m.stem != 'semilearn': print(m.stem, *prepare(m.cases[-1 if m.stem == 'mean_teacher' else 0], thorough=False)[0])"
     )
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    lines = [line.split() for line in run.stdout.splitlines() if "left out" not in line]
-    assert [line[0] for line in lines] == list(methods())
+    lines = [
+        line.split()
+        for line in run.stdout.splitlines()
+        if line.split()[0] in methods() and "left out" not in line
+    ]
+    # What semilearn's hook is compared with is not tllib.
+    assert [line[0] for line in lines] == [m for m in methods() if m != "semilearn"]
     assert all("tllib" in line for line in lines)
 
 
