@@ -85,8 +85,7 @@ pub fn gradient(loss: &Tensor, leaf: &Tensor) -> Result<Option<StoredGrad>> {
         return Ok(None);
     }
     let found = Tensor::f_run_backward(&[loss], &[leaf], false, false)?;
-    Ok(found
-        .into_iter()
-        .next()
-        .map(|tensor| StoredGrad { tensor, scale: 1.0 }))
+    // A stored gradient is contiguous; autograd's may be one row, expanded.
+    let stored = found.first().map(Tensor::f_contiguous).transpose()?;
+    Ok(stored.map(|tensor| StoredGrad { tensor, scale: 1.0 }))
 }
