@@ -6,7 +6,8 @@ order on every rank, whenever a rank looks at the result, and whatever else runs
 
 import datetime
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -52,17 +53,20 @@ class _Ranks(Alone):
         super().__init__(state)
         self._group = group
         self._size = dist.get_world_size(group)
-        self._pending: tuple[dist.Work, Any] | None = None
+        #: Waits for the exchange under way and returns what it brought.
+        self._pending: Callable[[], torch.Tensor] | None = None
         self._broken: str | None = None
 
     def _fail(self, error: RuntimeError) -> RuntimeError:
-        self._pending = None
         self._broken = self._broken or str(error)
         return RuntimeError(f"{CLASS}: the exchange between the ranks failed: {self._broken}")
 
-    def _run(self, collective: Any, *tensors: torch.Tensor) -> dist.Work:
+    def _check(self) -> None:
         if self._broken is not None:
             raise self._fail(RuntimeError(self._broken))
+
+    def _run(self, collective: Any, *tensors: torch.Tensor) -> dist.Work:
+        self._check()
         try:
             return collective(*tensors, group=self._group, async_op=True)
         except RuntimeError as error:
@@ -74,14 +78,13 @@ class _Ranks(Alone):
         except RuntimeError as error:
             raise self._fail(error) from error
 
-    def _take(self) -> Any:
-        """What the exchange under way has brought, or ``None``."""
-        if self._broken is not None:
-            raise self._fail(RuntimeError(self._broken))
+    def _take(self) -> torch.Tensor | None:
+        """What the exchange under way has brought, or ``None`` where there is none. Where the wait is
+        interrupted, it stays under way."""
+        self._check()
         if self._pending is None:
             return None
-        work, brought = self._pending
-        self._wait(work)
+        brought = self._pending()
         self._pending = None
         return brought
 
@@ -99,42 +102,41 @@ class Replicated(_Ranks):
     agree on. Where some rank had more, all ranks see it in the ``n`` and exchange the rest; from then on
     the buffer has that room. The words are applied in rank order, as one process would apply the
     concatenated batch.
+
+    A thread of its own does this: a rank that looks at the state waits for a second exchange, too, and the
+    others must take part in it whatever they are waiting for themselves.
     """
 
     def __init__(self, state: _core.FlexMatch, group: dist.ProcessGroup, words: int):
         super().__init__(state, group)
         self._word = torch.int32 if words < 2**31 else torch.int64
         self._room = ROOM
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tllib_rs_flexmatch")
 
     def update(self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor) -> None:
         words = self._state.pack(idxes, selected_mask, pseudo_labels).to(self._word)
         self.complete()
-        head, rest = words[: self._room], words[self._room :]
-        sent = words.new_zeros(self._room + 1)
-        sent[0] = words.numel()
-        sent[1 : 1 + head.numel()] = head
-        received = sent.new_empty(self._size * sent.numel())
-        work = self._run(dist.all_gather_into_tensor, received, sent)
-        # `sent` is named too, so that it lives until the exchange is over.
-        self._pending = work, (received, rest, sent)
+        self._pending = self._thread.submit(self._exchange, words).result
         if self._state.is_shared():
             # Whoever holds net_outputs may look at any time, and may write to it after this step only.
             self.complete()
 
-    def complete(self) -> None:
-        brought = self._take()
-        if brought is None:
-            return
-        received, rest, _ = brought
-        table = received.view(self._size, -1)
-        counts, words = table[:, :1], table[:, 1:]
+    def _exchange(self, words: torch.Tensor) -> torch.Tensor:
+        """The words of all ranks, in rank order. In the thread."""
+        head, rest = words[: self._room], words[self._room :]
+        table = self._gather(_padded(head, self._room, words.numel()))
+        counts, gathered = table[:, :1], table[:, 1:]
         most = int(counts.max())
         if most > self._room:
-            sent = rest.new_zeros(most - self._room)
-            sent[: rest.numel()] = rest
-            words = torch.cat([words, self._gather(sent)], dim=1)
+            more = self._gather(_padded(rest, most - self._room, rest.numel()))
+            gathered = torch.cat([gathered, more[:, 1:]], dim=1)
             self._room = -(-most // ROOM) * ROOM
-        self._state.apply(words[torch.arange(words.shape[1]) < counts])
+        return gathered[torch.arange(gathered.shape[1]) < counts]
+
+    def complete(self) -> None:
+        words = self._take()
+        if words is not None:
+            self._state.apply(words)
 
     settle = complete
 
@@ -149,6 +151,14 @@ class Replicated(_Ranks):
             raise RuntimeError(
                 f"{CLASS}: net_outputs differs between ranks: the counts of rank 0 are not those of {others}"
             )
+
+
+def _padded(words: torch.Tensor, room: int, count: int) -> torch.Tensor:
+    """``count``, the words, and zeros."""
+    padded = words.new_zeros(room + 1)
+    padded[0] = count
+    padded[1 : 1 + words.numel()] = words
+    return padded
 
 
 class Sharded(_Ranks):
@@ -173,7 +183,13 @@ class Sharded(_Ranks):
 
     def _start(self) -> None:
         counts = self._state.counts().cpu()
-        self._pending = self._run(dist.all_reduce, counts), counts
+        work = self._run(dist.all_reduce, counts)
+
+        def brought() -> torch.Tensor:
+            self._wait(work)
+            return counts
+
+        self._pending = brought
 
     def complete(self) -> None:
         counts = self._take()
