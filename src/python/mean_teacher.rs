@@ -20,7 +20,33 @@ pub fn ema_update(
     alpha: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let alpha = number(CLASS, "alpha", alpha)?;
-    let (teachers, students) = (parameters(teacher)?, parameters(student)?);
+    update(py, parameters(teacher)?, parameters(student)?, alpha)
+}
+
+/// The same over parameters that are given one by one.
+#[pyfunction]
+pub fn ema_update_parameters(
+    py: Python<'_>,
+    teachers: Vec<Bound<'_, PyAny>>,
+    students: Vec<Bound<'_, PyAny>>,
+    alpha: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let alpha = number(CLASS, "alpha", alpha)?;
+    let tensors = |given: Vec<Bound<'_, PyAny>>| {
+        given
+            .iter()
+            .map(|parameter| tensor(CLASS, "parameter", parameter))
+            .collect::<PyResult<Vec<_>>>()
+    };
+    update(py, tensors(teachers)?, tensors(students)?, alpha)
+}
+
+fn update(
+    py: Python<'_>,
+    teachers: Vec<Tensor>,
+    students: Vec<Tensor>,
+    alpha: f64,
+) -> PyResult<()> {
     let work = teachers.iter().map(elements).sum();
     without_gil(py, work, move || ops::update(&teachers, &students, alpha))
 }

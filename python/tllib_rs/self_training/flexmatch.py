@@ -1,14 +1,40 @@
 """FlexMatch: `FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseudo Labeling (NIPS 2021)
 <https://arxiv.org/abs/2110.08263>`_."""
 
+import itertools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from tllib_rs import _core
+from tllib_rs._library import define
 
 __all__ = ["DynamicThresholdingModule"]
+
+
+# torch.compile knows a module by a number: its operators take no object, and the labels of all samples
+# as an argument that is written would be copied at each step.
+_modules: weakref.WeakValueDictionary[int, "DynamicThresholdingModule"] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+_compiled_status = define(
+    "flexmatch_status",
+    "(int module, Tensor pseudo_labels, bool warmup) -> Tensor",
+    lambda module, *inputs: _modules[module]._state.status(*inputs),
+    lambda module, pseudo_labels, warmup: torch.empty_like(
+        pseudo_labels, dtype=torch.float32, memory_format=torch.contiguous_format
+    ),
+    ordered=True,
+)
+_compiled_update = define(
+    "flexmatch_update",
+    "(int module, Tensor idxes, Tensor selected_mask, Tensor pseudo_labels) -> ()",
+    lambda module, *inputs: _modules[module]._state.update(*inputs),
+    lambda *_: None,
+    ordered=True,
+)
 
 
 class DynamicThresholdingModule:
@@ -64,6 +90,11 @@ class DynamicThresholdingModule:
         self.n_unlabeled_samples = n_unlabeled_samples
         self.device = device
         self._state = _core.FlexMatch(num_classes, n_unlabeled_samples, bool(warmup), device)
+        self._register()
+
+    def _register(self) -> None:
+        self._number = next(_numbers)
+        _modules[self._number] = self
 
     @property
     def net_outputs(self) -> torch.Tensor:
@@ -79,7 +110,11 @@ class DynamicThresholdingModule:
     def get_threshold(self, pseudo_labels: torch.Tensor) -> torch.Tensor:
         """The threshold of each label's class, float32 (or what ``mapping_func`` makes of it), in the
         shape of ``pseudo_labels`` (int64)."""
-        return self.threshold * self.mapping_func(self._state.status(pseudo_labels, bool(self.warmup)))
+        if torch.compiler.is_compiling():
+            status = _compiled_status(self._number, pseudo_labels, bool(self.warmup))
+        else:
+            status = self._state.status(pseudo_labels, bool(self.warmup))
+        return self.threshold * self.mapping_func(status)
 
     def update(self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor) -> None:
         """Note the labels of the selected samples.
@@ -90,7 +125,10 @@ class DynamicThresholdingModule:
             selected_mask (tensor): (minibatch,), any numeric dtype, 1 where a sample is selected.
             pseudo_labels (tensor): (minibatch,), int64.
         """
-        self._state.update(idxes, selected_mask, pseudo_labels)
+        if torch.compiler.is_compiling():
+            _compiled_update(self._number, idxes, selected_mask, pseudo_labels)
+        else:
+            self._state.update(idxes, selected_mask, pseudo_labels)
 
     def class_counts(self) -> torch.Tensor:
         """(num_classes + 1,), int64: samples without a label, then samples per class. A copy."""
@@ -128,7 +166,7 @@ class DynamicThresholdingModule:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_state"]
+        del state["_state"], state["_number"]
         return state | {"net_outputs": self.net_outputs.clone()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -138,3 +176,4 @@ class DynamicThresholdingModule:
             self.num_classes, self.n_unlabeled_samples, bool(self.warmup), labels.device
         )
         self._state.net_outputs = labels
+        self._register()

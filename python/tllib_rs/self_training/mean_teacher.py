@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tllib_rs import _core
+from tllib_rs._library import define
 
 __all__ = ["EMATeacher", "set_requires_grad", "update_bn"]
 
@@ -30,6 +31,14 @@ def set_requires_grad(net: nn.Module, requires_grad: bool = False) -> None:
         raise TypeError(f"set_requires_grad: net must be a torch.nn.Module, got {type(net).__name__}")
     for parameter in net.parameters():
         parameter.requires_grad = requires_grad
+
+
+_compiled_update = define(
+    "ema_update",
+    "(Tensor(a!)[] teachers, Tensor[] students, float alpha) -> ()",
+    _core.ema_update_parameters,
+    lambda teachers, students, alpha: None,
+)
 
 
 class EMATeacher:
@@ -74,7 +83,11 @@ class EMATeacher:
 
     def update(self) -> None:
         """Move the teacher towards the student."""
-        _core.ema_update(self.teacher, self.model, self.alpha)
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                _compiled_update(list(self.teacher.parameters()), list(self.model.parameters()), self.alpha)
+        else:
+            _core.ema_update(self.teacher, self.model, self.alpha)
 
     def __call__(self, x: torch.Tensor) -> Any:
         return self.teacher(x)
