@@ -96,6 +96,21 @@ def test_layouts(loss, generator, dtype):
 
 
 @every_loss
+@pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1)], ids=str)
+def test_any_stride_where_it_does_not_matter(loss, generator, shape):
+    """torch takes a tensor for contiguous whatever the stride of a dimension of size 1."""
+    inputs = leaves(loss, loss.inputs(generator, *shape))
+    expected = run(loss, loss.ours, inputs)
+    laid = []
+    for x in inputs:
+        strides = [29 if n == 1 else stride for n, stride in zip(x.shape, x.stride(), strict=True)]
+        y = torch.full((99,), 7.0, dtype=x.dtype).as_strided(x.shape, strides, 3)
+        laid.append(y.copy_(x.detach()).requires_grad_(x.requires_grad))
+        assert y.is_contiguous()
+    assert_agree(run(loss, loss.ours, laid), expected, torch.float64, 1e-12)
+
+
+@every_loss
 def test_expanded_rows(loss, generator):
     row = [x[:1] if x.dim() == 2 else x for x in loss.inputs(generator, 1, 9)]
     if any(x.dim() != 2 for x in row):

@@ -2,8 +2,8 @@
 
 Eager calls go straight to the extension. Under ``torch.compile`` a call into an extension would break
 the graph, so each method registers the same function here as an opaque operator with a fake
-implementation (shapes and dtypes only) and a backward that scales the stored gradients, as the eager
-autograd node does.
+implementation (shapes and dtypes only). :func:`register` is for losses, whose backward scales the stored
+gradients, as the eager autograd node does; :func:`define` for everything else.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,31 @@ from typing import Any
 import torch
 
 _library = torch.library.Library("tllib_rs", "DEF")
+
+
+def define(
+    name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any], ordered: bool = False
+) -> Callable[..., Any]:
+    """Define the opaque operator ``tllib_rs::name``, without a gradient, and return it.
+
+    Args:
+        name: begins with the method's stem.
+        schema: arguments and outputs, as in ``(Tensor h_k, Tensor(a!) queue_list) -> ()``.
+        compute: what it does to real tensors.
+        fake: empty tensors like the outputs of ``compute``, from fake inputs.
+        ordered: for operators on state that is no argument: such calls stay, in the order of the program.
+    """
+    _library.define(f"{name}{schema}")
+    _library.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tllib_rs::{name}", fake, lib=_library)
+    if ordered:
+        _library._register_effectful_op(f"tllib_rs::{name}", torch.library.EffectType.ORDERED)
+    return getattr(torch.ops.tllib_rs, name).default
+
+
+def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give the operator ``tllib_rs::name`` a gradient."""
+    torch.library.register_autograd(f"tllib_rs::{name}", backward, setup_context=setup_context, lib=_library)
 
 
 def register(
@@ -71,11 +96,8 @@ def register(
         return tuple(map(scaled, ctx.saved_tensors)) + (None,) * (ctx.arguments - count)
 
     outputs = ", ".join(["Tensor"] * (1 + count + extra))
-    _library.define(f"{name}{schema} -> ({outputs})")
-    _library.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tllib_rs::{name}", fake_compute, lib=_library)
-    torch.library.register_autograd(f"tllib_rs::{name}", backward, setup_context=setup_context, lib=_library)
-    operator = getattr(torch.ops.tllib_rs, name).default
+    operator = define(name, f"{schema} -> ({outputs})", compute, fake_compute)
+    differentiate(name, backward, setup_context)
 
     def compiled(*args):
         loss, *rest = operator(*args)

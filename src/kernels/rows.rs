@@ -43,7 +43,9 @@ impl<'a, E: Element> Rows<'a, E> {
             height: shape.0,
             cols: shape.1,
             row_stride: strides.0,
-            col_stride: strides.1,
+            // torch takes a matrix of one column for contiguous whatever this stride, and so do
+            // kernels that ask for contiguous rows.
+            col_stride: if shape.1 > 1 { strides.1 } else { 1 },
             owner: PhantomData,
         }
     }
@@ -157,6 +159,9 @@ mod tests {
         let transposed = unsafe { Rows::strided(data.as_ptr(), (6, 4), (1, 6)) };
         let mut scratch = transposed.scratch();
         assert_eq!(transposed.row(1, &mut scratch), &[1.0, 7.0, 13.0, 19.0]);
+        // SAFETY: one column, of which row 1 is element 6.
+        let column = unsafe { Rows::strided(data.as_ptr(), (4, 1), (6, 9)) };
+        assert_eq!(column.row(1, &mut []), &[6.0]);
         assert!(!plain.same(&transposed) && plain.same(&plain));
         assert!(Rows::contiguous(&data, 5, 5).is_none());
         assert_eq!(plain.slice(1..3).row(1, &mut []), &data[12..18]);

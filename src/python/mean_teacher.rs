@@ -21,9 +21,24 @@ pub fn ema_update(
     alpha: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let alpha = number(CLASS, "alpha", alpha)?;
-    let (teacher, student) = (parameters(teacher)?, parameters(student)?);
-    same_shards(&teacher, &student)?;
-    // The walks hold the objects until the update is done.
+    update(py, &parameters(teacher)?, &parameters(student)?, alpha)
+}
+
+/// The same over parameters that are given one by one.
+#[pyfunction]
+pub fn ema_update_parameters(
+    py: Python<'_>,
+    teachers: Vec<Bound<'_, PyAny>>,
+    students: Vec<Bound<'_, PyAny>>,
+    alpha: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let alpha = number(CLASS, "alpha", alpha)?;
+    update(py, &Walk::over(&teachers)?, &Walk::over(&students)?, alpha)
+}
+
+/// The walks hold the objects until the update is done.
+fn update(py: Python<'_>, teacher: &Walk<'_>, student: &Walk<'_>, alpha: f64) -> PyResult<()> {
+    same_shards(teacher, student)?;
     let (teachers, students) = (&teacher.tensors[..], &student.tensors[..]);
     without_gil(py, usize::MAX, || ops::update(teachers, students, alpha))
 }
@@ -32,13 +47,11 @@ pub fn ema_update(
 /// module that brings its own `parameters` is asked instead.
 fn parameters<'py>(module: &Bound<'py, PyAny>) -> PyResult<Walk<'py>> {
     let mut walk = Walk::default();
-    if uses_own_walk(module)? || !walk.module(module)? {
-        walk = Walk::default();
-        for parameter in module.call_method0("parameters")?.try_iter()? {
-            walk.parameter(&parameter?)?;
-        }
+    if !uses_own_walk(module)? && walk.module(module)? {
+        return Ok(walk);
     }
-    Ok(walk)
+    let parameters = module.call_method0("parameters")?.try_iter()?;
+    Walk::over(&parameters.collect::<PyResult<Vec<_>>>()?)
 }
 
 fn uses_own_walk(module: &Bound<'_, PyAny>) -> PyResult<bool> {
@@ -113,6 +126,15 @@ impl Default for Walk<'_> {
 }
 
 impl<'py> Walk<'py> {
+    /// Over parameters that are known.
+    fn over(parameters: &[Bound<'py, PyAny>]) -> PyResult<Self> {
+        let mut walk = Self::default();
+        for parameter in parameters {
+            walk.parameter(parameter)?;
+        }
+        Ok(walk)
+    }
+
     /// False where a container is not a plain dictionary (TorchScript): the module must be asked.
     fn module(&mut self, module: &Bound<'py, PyAny>) -> PyResult<bool> {
         if !self.modules.insert(module.as_ptr() as usize) {

@@ -129,6 +129,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(mcc::mcc, m)?)?;
     m.add_class::<mcc::MccPart>()?;
     m.add_function(wrap_pyfunction!(mean_teacher::ema_update, m)?)?;
+    m.add_function(wrap_pyfunction!(mean_teacher::ema_update_parameters, m)?)?;
     m.add_function(wrap_pyfunction!(pi_model::check_reduction, m)?)?;
     m.add_function(wrap_pyfunction!(pi_model::pi_model, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::pseudo_label, m)?)?;

@@ -3,6 +3,7 @@ use crate::ops::self_tuning as ops;
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 use pyo3_tch::PyTensor;
+use tch::Tensor;
 
 const CLASS: &str = "SelfTuning";
 
@@ -47,6 +48,98 @@ impl SelfTuningSettings {
             .0
             .check_batch((&im_q, &im_k, &labels), (&list, &pointers))?)
     }
+
+    /// The log-probabilities of a batch, without a graph; nothing is enqueued.
+    fn forward(
+        &self,
+        py: Python<'_>,
+        h_q: &Bound<'_, PyAny>,
+        h_k: &Bound<'_, PyAny>,
+        labels: &Bound<'_, PyAny>,
+        queue_list: &Bound<'_, PyAny>,
+    ) -> PyResult<PyTensor> {
+        let batch = OwnedBatch::extract(h_q, h_k, labels, queue_list)?;
+        let settings = self.0;
+        without_gil(py, elements(&batch.queue_list), move || {
+            ops::parts::forward(&batch.borrow(), settings)
+        })
+        .map(PyTensor)
+    }
+
+    /// The gradient of the queries, from that of the log-probabilities.
+    #[allow(clippy::too_many_arguments, reason = "the step's tensors, one by one")]
+    fn backward(
+        &self,
+        py: Python<'_>,
+        grad_output: &Bound<'_, PyAny>,
+        pgc_logits: &Bound<'_, PyAny>,
+        h_q: &Bound<'_, PyAny>,
+        h_k: &Bound<'_, PyAny>,
+        labels: &Bound<'_, PyAny>,
+        queue_list: &Bound<'_, PyAny>,
+    ) -> PyResult<PyTensor> {
+        let incoming = tensor(CLASS, "grad_output", grad_output)?;
+        let out = tensor(CLASS, "pgc_logits", pgc_logits)?;
+        let batch = OwnedBatch::extract(h_q, h_k, labels, queue_list)?;
+        let settings = self.0;
+        without_gil(py, elements(&batch.queue_list), move || {
+            ops::parts::backward(&incoming, &out, &batch.borrow(), settings)
+        })
+        .map(PyTensor)
+    }
+
+    /// Puts the keys of a batch into the queue.
+    fn enqueue(
+        &self,
+        h_k: &Bound<'_, PyAny>,
+        labels: &Bound<'_, PyAny>,
+        queue_list: &Bound<'_, PyAny>,
+        queue_ptr: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (h_k, labels) = (tensor(CLASS, "h_k", h_k)?, tensor(CLASS, "labels", labels)?);
+        let list = tensor(CLASS, "queue_list", queue_list)?;
+        let pointers = tensor(CLASS, "queue_ptr", queue_ptr)?;
+        Ok(ops::parts::enqueue(
+            &h_k,
+            &labels,
+            (&list, &pointers),
+            self.0,
+        )?)
+    }
+}
+
+/// A batch that keeps its tensors alive without the GIL.
+struct OwnedBatch {
+    h_q: Tensor,
+    h_k: Tensor,
+    labels: Tensor,
+    queue_list: Tensor,
+}
+
+impl OwnedBatch {
+    fn extract(
+        h_q: &Bound<'_, PyAny>,
+        h_k: &Bound<'_, PyAny>,
+        labels: &Bound<'_, PyAny>,
+        queue_list: &Bound<'_, PyAny>,
+    ) -> PyResult<Self> {
+        Ok(Self {
+            h_q: tensor(CLASS, "h_q", h_q)?,
+            h_k: tensor(CLASS, "h_k", h_k)?,
+            labels: tensor(CLASS, "labels", labels)?,
+            queue_list: tensor(CLASS, "queue_list", queue_list)?,
+        })
+    }
+
+    fn borrow(&self) -> ops::Batch<'_> {
+        ops::Batch {
+            h_q: &self.h_q,
+            h_k: &self.h_k,
+            labels: &self.labels,
+            queue_list: &self.queue_list,
+            enqueued: None,
+        }
+    }
 }
 
 /// What graphs still need of a queue's past. A copy or a pickle of it starts anew.
@@ -84,9 +177,7 @@ impl SelfTuningHistory {
         settings: &SelfTuningSettings,
         enqueued: Option<(Bound<'_, PyAny>, Bound<'_, PyAny>)>,
     ) -> PyResult<PyTensor> {
-        let (h_q, h_k) = (tensor(CLASS, "h_q", h_q)?, tensor(CLASS, "h_k", h_k)?);
-        let labels = tensor(CLASS, "labels", labels)?;
-        let queue_list = tensor(CLASS, "queue_list", queue_list)?;
+        let batch = OwnedBatch::extract(h_q, h_k, labels, queue_list)?;
         let queue_ptr = tensor(CLASS, "queue_ptr", queue_ptr)?;
         let enqueued = match &enqueued {
             None => None,
@@ -97,17 +188,12 @@ impl SelfTuningHistory {
         };
         let (settings, history) = (settings.0, &self.0);
         // The product reads the queue once a step.
-        let work = elements(&queue_list);
-        without_gil(py, work, move || {
+        without_gil(py, elements(&batch.queue_list), move || {
             let batch = ops::Batch {
-                h_q: &h_q,
-                h_k: &h_k,
-                labels: &labels,
-                queue_list: &queue_list,
-                queue_ptr: &queue_ptr,
                 enqueued: enqueued.as_ref().map(|(keys, labels)| (keys, labels)),
+                ..batch.borrow()
             };
-            ops::self_tuning(&batch, settings, history)
+            ops::self_tuning(&batch, &queue_ptr, settings, history)
         })
         .map(PyTensor)
     }

@@ -1,6 +1,8 @@
 """FlexMatch: `FlexMatch: Boosting Semi-Supervised Learning with Curriculum Pseudo Labeling (NIPS 2021)
 <https://arxiv.org/abs/2110.08263>`_."""
 
+import itertools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -8,9 +10,33 @@ import torch
 from torch.distributed import ProcessGroup
 
 from tllib_rs import _core
+from tllib_rs._library import define
 from tllib_rs.self_training import _flexmatch_ranks
 
 __all__ = ["DynamicThresholdingModule"]
+
+
+# torch.compile knows a module by a number: its operators take no object, and the labels of all samples
+# as an argument that is written would be copied at each step.
+_modules: weakref.WeakValueDictionary[int, "DynamicThresholdingModule"] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+_compiled_status = define(
+    "flexmatch_status",
+    "(int module, Tensor pseudo_labels, bool warmup) -> Tensor",
+    lambda module, *inputs: _modules[module]._status(*inputs),
+    lambda module, pseudo_labels, warmup: torch.empty_like(
+        pseudo_labels, dtype=torch.float32, memory_format=torch.contiguous_format
+    ),
+    ordered=True,
+)
+_compiled_update = define(
+    "flexmatch_update",
+    "(int module, Tensor idxes, Tensor selected_mask, Tensor pseudo_labels) -> ()",
+    lambda module, *inputs: _modules[module]._ranks.update(*inputs),
+    lambda *_: None,
+    ordered=True,
+)
 
 
 class DynamicThresholdingModule:
@@ -96,6 +122,8 @@ class DynamicThresholdingModule:
             self.num_classes, self.n_unlabeled_samples, bool(self.warmup), self.device, dtype=self.dtype
         )
         self._ranks = _flexmatch_ranks.join(self._state, self)
+        self._number = next(_numbers)
+        _modules[self._number] = self
 
     @property
     def net_outputs(self) -> torch.Tensor:
@@ -113,8 +141,15 @@ class DynamicThresholdingModule:
     def get_threshold(self, pseudo_labels: torch.Tensor) -> torch.Tensor:
         """The threshold of each label's class, float32 (or what ``mapping_func`` makes of it), in the
         shape of ``pseudo_labels`` (int64)."""
+        if torch.compiler.is_compiling():
+            status = _compiled_status(self._number, pseudo_labels, bool(self.warmup))
+        else:
+            status = self._status(pseudo_labels, bool(self.warmup))
+        return self.threshold * self.mapping_func(status)
+
+    def _status(self, pseudo_labels: torch.Tensor, warmup: bool) -> torch.Tensor:
         self._ranks.complete()
-        return self.threshold * self.mapping_func(self._state.status(pseudo_labels, bool(self.warmup)))
+        return self._state.status(pseudo_labels, warmup)
 
     def update(self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor) -> None:
         """Note the labels of the selected samples. With a process group all ranks call it.
@@ -125,7 +160,10 @@ class DynamicThresholdingModule:
             selected_mask (tensor): (minibatch,), any numeric dtype, 1 where a sample is selected.
             pseudo_labels (tensor): (minibatch,), int64.
         """
-        self._ranks.update(idxes, selected_mask, pseudo_labels)
+        if torch.compiler.is_compiling():
+            _compiled_update(self._number, idxes, selected_mask, pseudo_labels)
+        else:
+            self._ranks.update(idxes, selected_mask, pseudo_labels)
 
     def class_counts(self) -> torch.Tensor:
         """(num_classes + 1,), int64: samples without a label, then samples per class. A copy. Over the
@@ -183,7 +221,7 @@ class DynamicThresholdingModule:
                 "construct another on all ranks and load this one's state_dict"
             )
         state = self.__dict__.copy()
-        del state["_state"], state["_ranks"]
+        del state["_state"], state["_ranks"], state["_number"]
         labels = self.net_outputs
         # An array, since torch sends a tensor to a spawned process as shared memory: a copy made here would
         # be gone before the process opens it, and the labels themselves would be written by two.

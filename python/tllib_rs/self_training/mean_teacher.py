@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tllib_rs import _core
+from tllib_rs._library import define
 from tllib_rs.schedules import WarmUp
 from tllib_rs.self_training._mean_teacher import networks, progress, shards
 
@@ -41,6 +42,14 @@ def set_requires_grad(net: nn.Module, requires_grad: bool = False) -> None:
         raise TypeError(f"set_requires_grad: net must be a torch.nn.Module, got {type(net).__name__}")
     for parameter in net.parameters():
         parameter.requires_grad = requires_grad
+
+
+_compiled_update = define(
+    "ema_update",
+    "(Tensor(a!)[] teachers, Tensor[] students, float alpha) -> ()",
+    _core.ema_update_parameters,
+    lambda teachers, students, alpha: None,
+)
 
 
 class EMATeacher:
@@ -120,10 +129,13 @@ class EMATeacher:
 
     def update(self) -> None:
         """Move the teacher towards the student."""
-        if self._plain and not shards.possible():
-            _core.ema_update(self.teacher, self.model, self.alpha)
-        else:
+        if not self._plain or shards.possible():
             self._update()
+        elif torch.compiler.is_compiling():
+            with torch.no_grad():
+                _compiled_update(list(self.teacher.parameters()), list(self.model.parameters()), self.alpha)
+        else:
+            _core.ema_update(self.teacher, self.model, self.alpha)
 
     def _update(self) -> None:
         alpha = self.alpha if self._schedule is None else _checked(self._schedule(self.step + 1))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks, Rows
+from tllib_rs._library import define, differentiate
 from tllib_rs.modules.classifier import Classifier as ClassifierBase
 
 __all__ = ["Classifier", "SelfTuning"]
@@ -171,6 +172,8 @@ class SelfTuning(nn.Module):
         self, im_q: torch.Tensor, im_k: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class."""
+        if torch.compiler.is_compiling() and self._ranks is None:
+            return self._compiled_forward(im_q, im_k, labels)
         settings = self._settings()
         settings.check(im_q, im_k, labels, self.queue_list, self.queue_ptr)
         rows = None if self._ranks is None else self._announce(len(labels))
@@ -180,9 +183,30 @@ class SelfTuning(nn.Module):
             h_k, _ = _training_outputs("encoder_k", self.encoder_k(im_k))
         enqueued = None if rows is None else self._gathered(rows, h_k, labels)
         pgc_logits = self._history.step(h_q, h_k, labels, self.queue_list, self.queue_ptr, settings, enqueued)
-        pgc_labels = torch.zeros(len(labels), 1 + self.K * self.num_classes, device=h_q.device)
-        pgc_labels[:, : 1 + self.K] = 1.0 / (self.K + 1)
-        return pgc_logits, pgc_labels, y_q
+        return pgc_logits, self._targets(h_q), y_q
+
+    def _compiled_forward(
+        self, im_q: torch.Tensor, im_k: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # The same in operators: the graph keeps a copy of the queue for backward.
+        queue = (self.queue_list, self.queue_ptr)
+        settings = (self.num_classes, self.K, self.m, self.T)
+        with torch.no_grad():
+            parameters = (list(self.encoder_k.parameters()), list(self.encoder_q.parameters()))
+            _momentum(*parameters, im_q, im_k, labels, *queue, *settings)
+        h_q, y_q = _training_outputs("encoder_q", self.encoder_q(im_q))
+        with torch.no_grad():
+            h_k, _ = _training_outputs("encoder_k", self.encoder_k(im_k))
+        keep = torch.is_grad_enabled() and h_q.requires_grad
+        pgc_logits, _ = _log_probabilities(h_q, h_k, labels, self.queue_list, *settings, keep)
+        with torch.no_grad():
+            _enqueue(h_k, labels, *queue, *settings)
+        return pgc_logits, self._targets(h_q), y_q
+
+    def _targets(self, h_q: torch.Tensor) -> torch.Tensor:
+        targets = torch.zeros(h_q.shape[0], 1 + self.K * self.num_classes, device=h_q.device)
+        targets[:, : 1 + self.K] = 1.0 / (self.K + 1)
+        return targets
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""
@@ -210,6 +234,70 @@ class SelfTuning(nn.Module):
     def _settings(self) -> _core.SelfTuningSettings:
         # Read at every step: they are public attributes.
         return _core.SelfTuningSettings(self.num_classes, self.K, self.m, self.T)
+
+
+_SETTINGS = "int num_classes, int K, float m, float T"
+
+
+def _check_and_average(keys, queries, im_q, im_k, labels, queue_list, queue_ptr, *settings):
+    _core.SelfTuningSettings(*settings).check(im_q, im_k, labels, queue_list, queue_ptr)
+    _core.ema_update_parameters(keys, queries, settings[2])
+
+
+_momentum = define(
+    "self_tuning_momentum",
+    "(Tensor(a!)[] keys, Tensor[] queries, Tensor im_q, Tensor im_k, Tensor labels, Tensor queue_list, "
+    f"Tensor queue_ptr, {_SETTINGS}) -> ()",
+    _check_and_average,
+    lambda *_: None,
+)
+
+
+def _forward(h_q, h_k, labels, queue_list, num_classes, K, m, T, keep):
+    settings = _core.SelfTuningSettings(num_classes, K, m, T)
+    kept = queue_list.clone() if keep else queue_list.new_empty(0)
+    return settings.forward(h_q, h_k, labels, queue_list), kept
+
+
+def _fake_forward(h_q, h_k, labels, queue_list, num_classes, K, m, T, keep):
+    dtype = torch.get_default_dtype()
+    for x in (h_q, h_k, queue_list):
+        dtype = torch.promote_types(dtype, x.dtype)
+    kept = torch.empty_like(queue_list) if keep else queue_list.new_empty(0)
+    return h_q.new_empty(h_q.shape[0], 1 + K * num_classes, dtype=dtype), kept
+
+
+def _setup_context(ctx, inputs, output):
+    h_q, h_k, labels, _, *ctx.settings, _ = inputs
+    pgc_logits, kept = output
+    ctx.save_for_backward(pgc_logits, h_q, h_k, labels, kept)
+    ctx.mark_non_differentiable(kept)
+
+
+_log_probabilities = define(
+    "self_tuning",
+    f"(Tensor h_q, Tensor h_k, Tensor labels, Tensor queue_list, {_SETTINGS}, bool keep) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+)
+_backward = define(
+    "self_tuning_backward",
+    "(Tensor grad_output, Tensor pgc_logits, Tensor h_q, Tensor h_k, Tensor labels, Tensor queue_list, "
+    f"{_SETTINGS}) -> Tensor",
+    lambda *inputs: _core.SelfTuningSettings(*inputs[6:]).backward(*inputs[:6]),
+    lambda grad_output, pgc_logits, h_q, *_: torch.empty_like(h_q, memory_format=torch.contiguous_format),
+)
+differentiate(
+    "self_tuning",
+    lambda ctx, grad_output, _: (_backward(grad_output, *ctx.saved_tensors, *ctx.settings), *[None] * 8),
+    _setup_context,
+)
+_enqueue = define(
+    "self_tuning_enqueue",
+    f"(Tensor h_k, Tensor labels, Tensor(a!) queue_list, Tensor(b!) queue_ptr, {_SETTINGS}) -> ()",
+    lambda *inputs: _core.SelfTuningSettings(*inputs[4:]).enqueue(*inputs[:4]),
+    lambda *_: None,
+)
 
 
 def _copy_parameters(encoder_q: nn.Module, encoder_k: nn.Module) -> None:

@@ -177,9 +177,14 @@ fn smooth_row<E: Element>(
         for (g, &p) in grad.iter_mut().zip(&p.exp) {
             *g = E::store(p * own - constant);
         }
-        // S (p - 1) + (S - t) at the label: 1 - p is the sum of the others, which does not cancel.
-        let others = reduce::sum(&p.exp[..label]) + reduce::sum(&p.exp[label + 1..]);
-        let at_label = (cols - 1.0) * rest - mass * (others / p.total);
+        let p_label = p.exp[label].to_f64() / p.total;
+        let at_label = if p_label < 0.5 {
+            mass * p_label - hit - rest
+        } else {
+            // S (p - 1) + (S - t): 1 - p is the sum of the others, which keeps its digits here.
+            let others = reduce::sum(&p.exp[..label]) + reduce::sum(&p.exp[label + 1..]);
+            (cols - 1.0) * rest - mass * (others / p.total)
+        };
         grad[label] = E::store(E::Acc::of(weight * at_label));
     }
     let shifted = reduce::sum_of(z, |z| z - p.max);
@@ -282,6 +287,29 @@ mod tests {
         check::<f64>(1e-15);
         check::<f32>(1e-7);
         check::<Bf16>(1e-3);
+    }
+
+    #[test]
+    fn a_target_near_the_prediction_keeps_its_digits() {
+        // Smoothed all the way, the targets are uniform, and so nearly is the prediction.
+        let cols = 1000;
+        let z: Vec<f32> = (0..cols)
+            .map(|k| ((k * 7919) % 101) as f32 / 5000.0)
+            .collect();
+        let wide: Vec<f64> = z.iter().map(|&z| f64::from(z)).collect();
+        let (_, expected) = plain(&wide, &vec![1e-3; cols], cols);
+        let targets = Targets::Smooth {
+            labels: &[17],
+            hit: 0.0,
+            rest: 1e-3,
+        };
+        let mut grad = vec![0.0f32; cols];
+        let rows = Rows::contiguous(&z, 1, cols).unwrap();
+        cross_entropy(rows, targets, Some(&mut grad), NonZeroUsize::MIN);
+        for (&g, e) in grad.iter().zip(&expected) {
+            // Some units in the last place of the probability, 1e-3.
+            assert!((f64::from(g) - e).abs() < 5e-10, "{g} {e}");
+        }
     }
 
     #[test]

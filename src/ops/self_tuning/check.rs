@@ -54,59 +54,68 @@ impl Settings {
         if labels.on_cpu() {
             classes_of(&labels, self.classes)?;
         }
-        let list = Input::new(CLASS, "queue_list", queue_list)?;
-        let queue_ptr = Input::new(CLASS, "queue_ptr", queue_ptr)?;
-        check_queue(&list, &queue_ptr, None, self)?;
-        if queue_ptr.on_cpu() {
-            pointers_of(&queue_ptr, self.keys)?;
-        }
+        check_queue(&Input::new(CLASS, "queue_list", queue_list)?, None, self)?;
+        Pointers::new(queue_ptr, queue_list, self)?.on_host()?;
         Ok(())
     }
 }
 
-/// The queue and its pointers; `dim` is the projections' width, where it is known.
-fn check_queue(
-    list: &Input<'_>,
-    queue_ptr: &Input<'_>,
-    dim: Option<i64>,
-    settings: Settings,
-) -> Result<()> {
+/// The queue; `dim` is the projections' width, where it is known.
+fn check_queue(list: &Input<'_>, dim: Option<i64>, settings: Settings) -> Result<()> {
     list.floating()?;
     let columns = settings.keys * settings.classes;
     let fits = matches!(*list.shape(), [d, n] if dim.is_none_or(|dim| d == dim) && n == columns);
-    if !fits {
-        let dim = dim.map_or_else(|| "projection_dim".to_owned(), |d| d.to_string());
-        return Err(list.wrong(&format!(
-            "have shape (projection_dim, K * num_classes) = [{dim}, {columns}]"
-        )));
+    if fits {
+        return Ok(());
     }
-    queue_ptr.int64()?;
-    if queue_ptr.shape() != [settings.classes] {
-        return Err(queue_ptr.wrong(&format!(
-            "have shape (num_classes,) = [{}]",
-            settings.classes
-        )));
-    }
-    queue_ptr.same_device(list)
+    let dim = dim.map_or_else(|| "projection_dim".to_owned(), |d| d.to_string());
+    Err(list.wrong(&format!(
+        "have shape (projection_dim, K * num_classes) = [{dim}, {columns}]"
+    )))
 }
 
-/// The positions at which the next keys go, in range.
-fn pointers_of(queue_ptr: &Input<'_>, keys: i64) -> Result<Vec<i64>> {
-    let pointers = queue_ptr.integers()?;
-    match pointers.iter().find(|p| !(0..keys).contains(*p)) {
-        None => Ok(pointers),
-        Some(p) => Err(Error::Value(format!(
-            "{CLASS}: queue_ptr must hold positions in [0, {}], got {p}",
-            keys - 1
-        ))),
+/// The positions at which the next keys go, checked.
+pub struct Pointers<'a> {
+    queue_ptr: Input<'a>,
+    keys: i64,
+}
+
+impl<'a> Pointers<'a> {
+    pub fn new(queue_ptr: &'a Tensor, queue_list: &Tensor, settings: Settings) -> Result<Self> {
+        let queue_ptr = Input::new(CLASS, "queue_ptr", queue_ptr)?;
+        queue_ptr.int64()?;
+        if queue_ptr.shape() != [settings.classes] {
+            return Err(queue_ptr.wrong(&format!(
+                "have shape (num_classes,) = [{}]",
+                settings.classes
+            )));
+        }
+        queue_ptr.same_device(&Input::new(CLASS, "queue_list", queue_list)?)?;
+        let keys = settings.keys;
+        Ok(Self { queue_ptr, keys })
+    }
+
+    /// The positions, in range; `None` where a look at them would wait for a device or is not
+    /// possible.
+    pub fn on_host(&self) -> Result<Option<Vec<i64>>> {
+        if !self.queue_ptr.on_cpu() {
+            return Ok(None);
+        }
+        let pointers = self.queue_ptr.integers()?;
+        match pointers.iter().find(|p| !(0..self.keys).contains(*p)) {
+            None => Ok(Some(pointers)),
+            Some(p) => Err(Error::Value(format!(
+                "{CLASS}: queue_ptr must hold positions in [0, {}], got {p}",
+                self.keys - 1
+            ))),
+        }
     }
 }
 
-/// The arguments of a step, checked.
+/// A batch, checked.
 pub struct Checked<'a> {
     pub h_q: Input<'a>,
     pub labels: Input<'a>,
-    pub queue_ptr: Input<'a>,
     /// Labels to enqueue in place of `labels`.
     enqueued: Option<Input<'a>>,
     /// What the queries, the keys and the queue are promoted to.
@@ -122,15 +131,14 @@ impl<'a> Checked<'a> {
         let h_k = Input::new(CLASS, "h_k", batch.h_k)?;
         let labels = Input::new(CLASS, "labels", batch.labels)?;
         let list = Input::new(CLASS, "queue_list", batch.queue_list)?;
-        let queue_ptr = Input::new(CLASS, "queue_ptr", batch.queue_ptr)?;
         let dtypes = [h_q.floating()?, h_k.floating()?, list.floating()?];
         let (rows, dim) = h_q.matrix()?;
         if h_k.shape() != h_q.shape() {
             return Err(h_k.wrong(&format!("have the shape of h_q, {:?}", h_q.shape())));
         }
         check_labels(&labels, rows as i64)?;
-        check_queue(&list, &queue_ptr, Some(dim as i64), settings)?;
-        for other in [&h_k, &list, &queue_ptr] {
+        check_queue(&list, Some(dim as i64), settings)?;
+        for other in [&h_k, &list] {
             other.same_device(&h_q)?;
         }
         let enqueued = match batch.enqueued {
@@ -154,15 +162,14 @@ impl<'a> Checked<'a> {
         Ok(Self {
             h_q,
             labels,
-            queue_ptr,
             enqueued,
             dtype,
             fusible,
         })
     }
 
-    /// The labels to enqueue where they are not those of the batch, in range. They are where the
-    /// batch's labels are.
+    /// The labels to enqueue where they are not those of the batch, in range. For a batch that is
+    /// [`Checked::on_host`].
     pub fn enqueued_on_host(&self, settings: Settings) -> Result<Option<Vec<usize>>> {
         self.enqueued
             .as_ref()
@@ -170,16 +177,13 @@ impl<'a> Checked<'a> {
             .transpose()
     }
 
-    /// Labels and pointers on the host, in range; `None` where a look at them would wait for a
-    /// device or is not possible.
-    pub fn on_host(&self, settings: Settings) -> Result<Option<(Vec<usize>, Vec<i64>)>> {
+    /// The labels, in range; `None` where a look at them would wait for a device or is not possible.
+    pub fn on_host(&self, settings: Settings) -> Result<Option<Vec<usize>>> {
         let enqueued = self.enqueued.as_ref().is_none_or(|labels| labels.on_cpu());
-        if !(self.labels.on_cpu() && self.queue_ptr.on_cpu() && enqueued) {
+        if !(self.labels.on_cpu() && enqueued) {
             return Ok(None);
         }
-        let labels = classes_of(&self.labels, settings.classes)?;
-        let pointers = pointers_of(&self.queue_ptr, settings.keys)?;
-        Ok(Some((labels, pointers)))
+        classes_of(&self.labels, settings.classes).map(Some)
     }
 }
 

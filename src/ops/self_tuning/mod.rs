@@ -3,6 +3,7 @@
 
 mod check;
 mod node;
+pub mod parts;
 mod plan;
 mod queue;
 
@@ -14,7 +15,7 @@ use crate::kernels::self_tuning::{Shape, log_probabilities};
 use crate::torch::autograd::attach_with;
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, Stored};
-use check::Checked;
+use check::{Checked, Pointers};
 use node::{Held, Node};
 use plan::Plan;
 pub use queue::History;
@@ -35,7 +36,18 @@ pub struct Settings {
     pub temperature: f64,
 }
 
-/// The arguments of a step.
+impl Settings {
+    /// What the kernels need to know.
+    fn shape(self) -> Shape {
+        Shape {
+            keys: self.keys as usize,
+            temperature: self.temperature,
+        }
+    }
+}
+
+/// What the log-probabilities depend on.
+#[derive(Clone, Copy)]
 pub struct Batch<'a> {
     /// (minibatch, D), the queries.
     pub h_q: &'a Tensor,
@@ -45,93 +57,89 @@ pub struct Batch<'a> {
     pub labels: &'a Tensor,
     /// (D, K C)
     pub queue_list: &'a Tensor,
-    /// (C,)
-    pub queue_ptr: &'a Tensor,
     /// Keys (rows, D) and labels (rows,) to enqueue in place of `h_k` and `labels`: those of all
     /// ranks.
     pub enqueued: Option<(&'a Tensor, &'a Tensor)>,
 }
 
+impl Batch<'_> {
+    /// The labels as int64 beside the queries.
+    fn classes(&self) -> Result<Tensor> {
+        self.beside(self.labels)
+    }
+
+    /// Labels as int64 beside the queries. From the host to a device they are copied without
+    /// waiting for it.
+    fn beside(&self, labels: &Tensor) -> Result<Tensor> {
+        let labels = labels.f_to_device(self.h_q.device())?;
+        Ok(labels.f_to_kind(Kind::Int64)?)
+    }
+}
+
 /// The log-probabilities of a batch against the queue, (minibatch, 1 + K C), differentiable with
-/// respect to the queries; then its keys are enqueued.
-pub fn self_tuning(batch: &Batch<'_>, settings: Settings, history: &History) -> Result<Tensor> {
+/// respect to the queries; then its keys are enqueued at `queue_ptr`, (C,).
+pub fn self_tuning(
+    batch: &Batch<'_>,
+    queue_ptr: &Tensor,
+    settings: Settings,
+    history: &History,
+) -> Result<Tensor> {
     let checked = Checked::new(batch, settings)?;
-    let Some((labels, pointers)) = checked.on_host(settings)? else {
-        // Labels may still be on the host: their copy to the device does not wait for it.
-        let on_device = |labels: &Tensor| -> Result<Tensor> {
-            Ok(labels
-                .f_to_device(batch.h_q.device())?
-                .f_to_kind(Kind::Int64)?)
-        };
-        let labels = on_device(batch.labels)?;
-        let entering = match batch.enqueued {
-            Some((_, all)) => on_device(all)?,
-            None => labels.shallow_clone(),
-        };
-        let plan = Plan::on_device(&entering, batch.queue_ptr, settings.keys)?;
-        return composite(batch, &labels, settings, checked.dtype, &plan);
+    let pointers = Pointers::new(queue_ptr, batch.queue_list, settings)?;
+    let (Some(labels), Some(places)) = (checked.on_host(settings)?, pointers.on_host()?) else {
+        let entering = batch.beside(batch.enqueued.map_or(batch.labels, |(_, all)| all))?;
+        let plan = Plan::on_device(&entering, queue_ptr, settings.keys)?;
+        return composite(batch, queue_ptr, settings, checked.dtype, &plan);
     };
     let entering = checked.enqueued_on_host(settings)?;
     let entering = entering.as_ref().unwrap_or(&labels);
-    let plan = Plan::on_host(entering, pointers, settings.keys as usize)?;
+    let plan = Plan::on_host(entering, places, settings.keys as usize)?;
     match checked.dtype {
-        Dtype::F32 if checked.fusible => {
-            fused::<f32>(batch, &checked, labels, settings, &plan, history)
-        }
-        Dtype::F64 if checked.fusible => {
-            fused::<f64>(batch, &checked, labels, settings, &plan, history)
-        }
-        dtype => {
-            let labels = batch.labels.f_to_kind(Kind::Int64)?;
-            composite(batch, &labels, settings, dtype, &plan)
-        }
+        Dtype::F32 if checked.fusible => fused::<f32>(
+            (batch, queue_ptr),
+            &checked,
+            labels,
+            settings,
+            &plan,
+            history,
+        ),
+        Dtype::F64 if checked.fusible => fused::<f64>(
+            (batch, queue_ptr),
+            &checked,
+            labels,
+            settings,
+            &plan,
+            history,
+        ),
+        dtype => composite(batch, queue_ptr, settings, dtype, &plan),
     }
 }
 
 fn fused<E: Element<Acc = E> + Real + Stored>(
-    batch: &Batch<'_>,
+    (batch, queue_ptr): (&Batch<'_>, &Tensor),
     checked: &Checked<'_>,
     labels: Vec<usize>,
     settings: Settings,
     plan: &Plan,
     history: &History,
 ) -> Result<Tensor> {
-    let queries = batch.h_q.f_detach()?.f_to_kind(E::KIND)?;
     let keys = batch.h_k.f_detach()?.f_to_kind(E::KIND)?;
     let entering = match batch.enqueued {
         Some((all, _)) => all.f_detach()?.f_to_kind(E::KIND)?,
         None => keys.shallow_clone(),
     };
-    let queue = batch.queue_list.f_detach()?;
-    let columns = settings.keys * settings.classes;
-    let shape = Shape {
-        keys: settings.keys as usize,
-        temperature: settings.temperature,
+    let batch = &Batch {
+        h_k: &keys,
+        ..*batch
     };
-    let forward = || {
-        // Behind the place of the own key: scores then move within their row only.
-        let mut scores = Owned::<E>::written_by(&[labels.len() as i64, 1 + columns], |out| {
-            let _ = queries.f_mm_out(&out.f_narrow(1, 1, columns)?, &queue)?;
-            Ok(())
-        })?;
-        let (q, k) = (
-            Input::new(CLASS, "h_q", &queries)?,
-            Input::new(CLASS, "h_k", &keys)?,
-        );
-        let q = q.rows::<E>().ok_or_else(|| q.wrong("be a dense matrix"))?;
-        let k = k.rows::<E>().ok_or_else(|| k.wrong("be a dense matrix"))?;
-        let work = threads(labels.len() * (1 + columns as usize));
-        log_probabilities(scores.slice(), q, k, &labels, shape, work);
-        Ok(scores.into_tensor())
-    };
+    let forward = || scores::<E>(batch, &labels, settings);
     let wanted = checked.h_q.wants_grad();
-    let (list, pointers) = (batch.queue_list, batch.queue_ptr);
+    let queue = batch.queue_list;
     let (out, snapshot) =
-        tch::no_grad(|| history.step(list, pointers, &entering, plan, wanted, forward))?;
+        tch::no_grad(|| history.step(queue, queue_ptr, &entering, plan, wanted, forward))?;
     if let Some(snapshot) = snapshot {
-        let classes = batch.labels.f_to_kind(Kind::Int64)?;
-        let held = Held::new(snapshot, &keys, &classes, settings)?;
-        let node = Node::<E>::new(&held, &out, labels, shape, batch.h_q.f_kind()?)?;
+        let held = Held::new(snapshot, &keys, &batch.classes()?, settings)?;
+        let node = Node::<E>::new(&held, &out, labels, batch.h_q.f_kind()?)?;
         let formula = Box::new(move |t: &[Tensor]| held.formula(&t[0], E::KIND));
         attach_with(
             c"SelfTuningBackward",
@@ -144,18 +152,45 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     Ok(out)
 }
 
+/// The log-probabilities of a batch in host memory, without a graph.
+fn scores<E: Element<Acc = E> + Real + Stored>(
+    batch: &Batch<'_>,
+    labels: &[usize],
+    settings: Settings,
+) -> Result<Tensor> {
+    let queries = batch.h_q.f_detach()?.f_to_kind(E::KIND)?;
+    let keys = batch.h_k.f_detach()?.f_to_kind(E::KIND)?;
+    let queue = batch.queue_list.f_detach()?;
+    let columns = settings.keys * settings.classes;
+    // Behind the place of the own key: scores then move within their row only.
+    let mut scores = Owned::<E>::written_by(&[labels.len() as i64, 1 + columns], |out| {
+        let _ = queries.f_mm_out(&out.f_narrow(1, 1, columns)?, &queue)?;
+        Ok(())
+    })?;
+    let (q, k) = (
+        Input::new(CLASS, "h_q", &queries)?,
+        Input::new(CLASS, "h_k", &keys)?,
+    );
+    let q = q.rows::<E>().ok_or_else(|| q.wrong("be a dense matrix"))?;
+    let k = k.rows::<E>().ok_or_else(|| k.wrong("be a dense matrix"))?;
+    let work = threads(labels.len() * (1 + columns as usize));
+    log_probabilities(scores.slice(), q, k, labels, settings.shape(), work);
+    Ok(scores.into_tensor())
+}
+
 /// The step in libtorch operations. Autograd saves the queue, so it gets a copy.
 fn composite(
     batch: &Batch<'_>,
-    labels: &Tensor,
+    queue_ptr: &Tensor,
     settings: Settings,
     dtype: Dtype,
     plan: &Plan,
 ) -> Result<Tensor> {
     let (keys, queue) = (batch.h_k.f_detach()?, batch.queue_list.f_detach_copy()?);
-    let out = formula(batch.h_q, &keys, labels, &queue, settings, dtype.kind())?;
+    let labels = batch.classes()?;
+    let out = formula(batch.h_q, &keys, &labels, &queue, settings, dtype.kind())?;
     let entering = batch.enqueued.map_or(&keys, |(all, _)| all);
-    plan.apply(entering, batch.queue_list, batch.queue_ptr)?;
+    plan.apply(entering, batch.queue_list, queue_ptr)?;
     Ok(out)
 }
 

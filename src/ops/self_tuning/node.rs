@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::kernels::rows::Rows;
-use crate::kernels::self_tuning::{Shape, log_probabilities_backward};
+use crate::kernels::self_tuning::log_probabilities_backward;
 use crate::ops::threads;
 use crate::torch::autograd::Backward;
 use crate::torch::input::Input;
@@ -66,7 +66,6 @@ pub struct Node<E> {
     out: Tensor,
     version: i64,
     labels: Vec<usize>,
-    shape: Shape,
     /// The dtype of the queries.
     kind: Kind,
     element: PhantomData<E>,
@@ -74,13 +73,7 @@ pub struct Node<E> {
 
 impl<E> Node<E> {
     /// `out` is contiguous and of type `E`.
-    pub fn new(
-        held: &Held,
-        out: &Tensor,
-        labels: Vec<usize>,
-        shape: Shape,
-        kind: Kind,
-    ) -> Result<Self> {
+    pub fn new(held: &Held, out: &Tensor, labels: Vec<usize>, kind: Kind) -> Result<Self> {
         // Detached, it shares memory and version with what the user gets, but not the graph.
         let (out, version) = (out.f_detach()?, version(out));
         Ok(Self {
@@ -88,7 +81,6 @@ impl<E> Node<E> {
             out,
             version,
             labels,
-            shape,
             kind,
             element: PhantomData,
         })
@@ -115,27 +107,14 @@ impl<E: Element<Acc = E> + Real + Stored> Backward for Node<E> {
 
 impl<E: Element<Acc = E> + Real + Stored> Node<E> {
     fn fused(&self, incoming: Rows<'_, E>) -> Result<Tensor> {
-        let (rows, width) = (incoming.rows() as i64, incoming.cols() as i64);
-        let mut scores = Owned::<E>::new(&[rows, width])?;
-        let out = Input::new(CLASS, "pgc_logits", &self.out)?;
-        let len = out.numel();
-        let values: &[E] = if len == 0 {
-            &[]
-        } else {
-            // SAFETY: `out` is contiguous with `len` elements of `E`, and only read.
-            unsafe { std::slice::from_raw_parts(out.data().cast::<E>().cast_const(), len) }
-        };
-        let (labels, shape) = (&self.labels, self.shape);
-        log_probabilities_backward(
-            incoming,
-            values,
-            labels,
-            shape,
-            scores.slice(),
-            threads(len),
-        );
-        let scores = scores.into_tensor();
-        let Parts { queue, keys, .. } = &*self.held.0;
+        let Parts {
+            queue,
+            keys,
+            settings,
+            ..
+        } = &*self.held.0;
+        let scores = scores_gradient(incoming, &self.out, &self.labels, *settings)?;
+        let width = scores.size2()?.1;
         let mut grad = queue.times_transposed(&mut scores.f_narrow(1, 1, width - 1)?)?;
         let _ = grad.f_addcmul_(&scores.f_narrow(1, 0, 1)?, keys)?;
         Ok(grad)
@@ -150,14 +129,58 @@ impl<E: Element<Acc = E> + Real + Stored> Node<E> {
             labels,
             settings,
         } = &*self.held.0;
-        let total = incoming.f_sum_dim_intlist(1, true, None::<Kind>)?;
-        let scores = incoming.f_sub(&self.out.f_exp()?.f_mul(&total)?)?;
-        let scores = scores.f_div_scalar(self.shape.temperature)?;
-        let columns = scores.f_narrow(1, 1, settings.keys * settings.classes)?;
-        // Sorting the order inverts it.
-        let inverse = order(labels, *settings)?.f_argsort(1, false)?;
-        let columns = columns.f_gather(1, &inverse, false)?;
-        let own = scores.f_narrow(1, 0, 1)?.f_mul(keys)?;
-        Ok(columns.f_mm(&queue.restored()?.f_tr()?)?.f_add(&own)?)
+        gradient(
+            incoming,
+            &self.out,
+            (keys, labels, &queue.restored()?),
+            *settings,
+        )
     }
+}
+
+/// The gradient of the scores: of the own key, then of the queue in the order of its columns.
+/// `out` is contiguous and of type `E`.
+pub fn scores_gradient<E: Element<Acc = E> + Real + Stored>(
+    incoming: Rows<'_, E>,
+    out: &Tensor,
+    labels: &[usize],
+    settings: Settings,
+) -> Result<Tensor> {
+    let mut scores = Owned::<E>::new(&[incoming.rows() as i64, incoming.cols() as i64])?;
+    let out = Input::new(CLASS, "pgc_logits", out)?;
+    let len = out.numel();
+    let values: &[E] = if len == 0 {
+        &[]
+    } else {
+        // SAFETY: `out` is contiguous with `len` elements of `E`, and only read.
+        unsafe { std::slice::from_raw_parts(out.data().cast::<E>().cast_const(), len) }
+    };
+    log_probabilities_backward(
+        incoming,
+        values,
+        labels,
+        settings.shape(),
+        scores.slice(),
+        threads(len),
+    );
+    Ok(scores.into_tensor())
+}
+
+/// The gradient of the queries in libtorch operations, from keys, labels (int64) and queue, all of
+/// the computing type.
+pub fn gradient(
+    incoming: &Tensor,
+    out: &Tensor,
+    (keys, labels, queue): (&Tensor, &Tensor, &Tensor),
+    settings: Settings,
+) -> Result<Tensor> {
+    let total = incoming.f_sum_dim_intlist(1, true, None::<Kind>)?;
+    let scores = incoming.f_sub(&out.f_exp()?.f_mul(&total)?)?;
+    let scores = scores.f_div_scalar(settings.temperature)?;
+    let columns = scores.f_narrow(1, 1, settings.keys * settings.classes)?;
+    // Sorting the order inverts it.
+    let inverse = order(labels, settings)?.f_argsort(1, false)?;
+    let columns = columns.f_gather(1, &inverse, false)?;
+    let own = scores.f_narrow(1, 0, 1)?.f_mul(keys)?;
+    Ok(columns.f_mm(&queue.f_tr()?)?.f_add(&own)?)
 }

@@ -1,0 +1,124 @@
+//! The step in three parts that keep nothing between them, for `torch.compile`: the compiled graph
+//! carries what backward needs, a copy of the queue among it.
+
+use super::check::{Checked, Pointers};
+use super::node::{gradient, scores_gradient};
+use super::plan::Plan;
+use super::{Batch, CLASS, Settings, formula, scores};
+use crate::error::Result;
+use crate::kernels::element::Element;
+use crate::kernels::real::Real;
+use crate::torch::input::Input;
+use crate::torch::{Dtype, Owned, Stored};
+use tch::{Kind, Tensor};
+
+/// The log-probabilities, without a graph; nothing is enqueued.
+pub fn forward(batch: &Batch<'_>, settings: Settings) -> Result<Tensor> {
+    let checked = Checked::new(batch, settings)?;
+    let labels = checked.on_host(settings)?.filter(|_| checked.fusible);
+    match (checked.dtype, labels) {
+        (Dtype::F32, Some(labels)) => tch::no_grad(|| scores::<f32>(batch, &labels, settings)),
+        (Dtype::F64, Some(labels)) => tch::no_grad(|| scores::<f64>(batch, &labels, settings)),
+        (dtype, _) => tch::no_grad(|| {
+            let Batch {
+                h_q,
+                h_k,
+                queue_list,
+                ..
+            } = batch;
+            let labels = batch.classes()?;
+            formula(h_q, h_k, &labels, queue_list, settings, dtype.kind())
+        }),
+    }
+}
+
+/// The gradient of the queries, from that of the log-probabilities `out`. The batch holds the queue
+/// as [`forward`] saw it.
+pub fn backward(
+    incoming: &Tensor,
+    out: &Tensor,
+    batch: &Batch<'_>,
+    settings: Settings,
+) -> Result<Tensor> {
+    let checked = Checked::new(batch, settings)?;
+    let columns = 1 + settings.keys * settings.classes;
+    let (rows, _) = checked.h_q.matrix()?;
+    for (name, tensor) in [("grad_output", incoming), ("pgc_logits", out)] {
+        let input = Input::new(CLASS, name, tensor)?;
+        input.floating()?;
+        if input.shape() != [rows as i64, columns] {
+            return Err(input.wrong(&format!("have shape [{rows}, {columns}]")));
+        }
+        input.same_device(&checked.h_q)?;
+    }
+    let labels = checked.on_host(settings)?.filter(|_| checked.fusible);
+    let grad = tch::no_grad(|| match (checked.dtype, labels) {
+        (Dtype::F32, Some(labels)) => fused::<f32>(incoming, out, batch, &labels, settings),
+        (Dtype::F64, Some(labels)) => fused::<f64>(incoming, out, batch, &labels, settings),
+        (dtype, _) => {
+            let inside = if dtype == Dtype::F64 {
+                Kind::Double
+            } else {
+                Kind::Float
+            };
+            let to = |x: &Tensor| x.f_to_kind(inside);
+            let (keys, queue) = (to(batch.h_k)?, to(batch.queue_list)?);
+            let held = (&keys, &batch.classes()?, &queue);
+            gradient(&to(incoming)?, &to(out)?, held, settings)
+        }
+    })?;
+    Ok(grad.f_to_kind(batch.h_q.f_kind()?)?)
+}
+
+fn fused<E: Element<Acc = E> + Real + Stored>(
+    incoming: &Tensor,
+    out: &Tensor,
+    batch: &Batch<'_>,
+    labels: &[usize],
+    settings: Settings,
+) -> Result<Tensor> {
+    let dense = |x: &Tensor| x.f_detach()?.f_to_kind(E::KIND)?.f_contiguous();
+    let (incoming, out, keys) = (dense(incoming)?, dense(out)?, dense(batch.h_k)?);
+    let input = Input::new(CLASS, "grad_output", &incoming)?;
+    let rows = input
+        .rows::<E>()
+        .ok_or_else(|| input.wrong("be a dense matrix"))?;
+    let scores = scores_gradient(rows, &out, labels, settings)?;
+    let (height, width) = scores.size2()?;
+    let queue = batch.queue_list.f_detach()?;
+    let (dim, _) = queue.size2()?;
+    let mut grad = Owned::<E>::written_by(&[height, dim], |grad| {
+        // The variant that writes into `grad` is the one that autocast leaves alone.
+        let _ = scores
+            .f_narrow(1, 1, width - 1)?
+            .f_mm_out(grad, &queue.f_tr()?)?;
+        Ok(())
+    })?
+    .into_tensor();
+    let _ = grad.f_addcmul_(&scores.f_narrow(1, 0, 1)?, &keys)?;
+    Ok(grad)
+}
+
+/// Puts the keys of a batch into the queue, at its pointers, and moves those on.
+pub fn enqueue(
+    h_k: &Tensor,
+    labels: &Tensor,
+    (queue_list, queue_ptr): (&Tensor, &Tensor),
+    settings: Settings,
+) -> Result<()> {
+    // No queries are needed here; keys have their shape.
+    let batch = Batch {
+        h_q: h_k,
+        h_k,
+        labels,
+        queue_list,
+        enqueued: None,
+    };
+    let checked = Checked::new(&batch, settings)?;
+    let pointers = Pointers::new(queue_ptr, queue_list, settings)?;
+    let plan = match (checked.on_host(settings)?, pointers.on_host()?) {
+        (Some(labels), Some(places)) => Plan::on_host(&labels, places, settings.keys as usize)?,
+        _ => Plan::on_device(&batch.classes()?, queue_ptr, settings.keys)?,
+    };
+    plan.apply(h_k, queue_list, queue_ptr)
+}
