@@ -81,7 +81,7 @@ def test_quick_run_keeps_its_results(tmp_path, capsys):
 def test_scaling_measures_and_projects(capsys):
     assert main(["--scaling", "--quick"]) == 0
     printed = capsys.readouterr().out
-    for line in ("N = 2,000,000", "int16: 1.", "a step costs", "1e10  1,024    sharded"):
+    for line in ("N = 2,000,000", "int16: ", "times its bytes", "a step costs", "1e10  1,024    sharded"):
         assert line in printed
 
 
