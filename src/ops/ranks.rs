@@ -3,7 +3,7 @@
 //! A rank knows its own rows, and of the others the sums that the loss is a function of. All ranks
 //! get one loss, that of all rows, and each the gradient with respect to its own rows, times the
 //! number of ranks: the gradient of the sum of the losses that the ranks return, which is what
-//! DistributedDataParallel expects, as it takes the mean over the ranks. Nothing is exchanged in
+//! `DistributedDataParallel` expects, as it takes the mean over the ranks. Nothing is exchanged in
 //! backward.
 
 use crate::error::{Error, Result};

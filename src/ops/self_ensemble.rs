@@ -78,7 +78,9 @@ pub fn finish(p: &Tensor, num_classes: i64, all: &Exchanged<'_>) -> Result<Tenso
     let (loss, grad) = if input.on_cpu() {
         let mut means = all.values()?;
         let count = means.pop().unwrap_or_default();
-        means.iter_mut().for_each(|mean| *mean /= count);
+        for mean in &mut means {
+            *mean /= count;
+        }
         by_dtype!(dtype, E => of_means::<E>(&input, &means, count as usize, out)?)
     } else {
         let leaf = leaf(&input)?;

@@ -90,7 +90,9 @@ impl Hasher for Spread {
         self.0
     }
     fn write(&mut self, bytes: &[u8]) {
-        bytes.iter().for_each(|&b| self.write_usize(b.into()));
+        for &byte in bytes {
+            self.write_usize(byte.into());
+        }
     }
     #[inline]
     fn write_usize(&mut self, address: usize) {
