@@ -274,6 +274,10 @@ impl<'a> Input<'a> {
     /// The same values in memory that may be read directly: contiguous, and without the pending
     /// negation or conjugation that a view may carry. `TypeError` for what has no memory here.
     pub fn in_memory(&self) -> Result<Tensor> {
+        // No operation where none is needed: under `torch.func` its result would be a wrapper.
+        if self.on_cpu() && self.contiguous() {
+            return Ok(self.tensor.shallow_clone());
+        }
         let plain = self
             .tensor
             .f_resolve_conj()?
