@@ -132,7 +132,7 @@ impl<'py> Walk<'py> {
     fn over(parameters: &[Bound<'py, PyAny>]) -> PyResult<Self> {
         let mut walk = Self::default();
         for parameter in parameters {
-            walk.parameter(parameter)?;
+            walk.parameter(parameter.clone())?;
         }
         Ok(walk)
     }
@@ -149,10 +149,12 @@ impl<'py> Walk<'py> {
         else {
             return Ok(false);
         };
-        for (_, parameter) in own {
-            self.parameter(&parameter)?;
+        let mut place = 0;
+        while let Some(parameter) = next_value(own, &mut place) {
+            self.parameter(parameter)?;
         }
-        for (_, child) in children {
+        place = 0;
+        while let Some(child) = next_value(children, &mut place) {
             if !child.is_none() && !self.module(&child)? {
                 return Ok(false);
             }
@@ -160,16 +162,16 @@ impl<'py> Walk<'py> {
         Ok(true)
     }
 
-    fn parameter(&mut self, parameter: &Bound<'py, PyAny>) -> PyResult<()> {
+    fn parameter(&mut self, parameter: Bound<'py, PyAny>) -> PyResult<()> {
         if parameter.is_none() || !self.parameters.insert(parameter.as_ptr() as usize) {
             return Ok(());
         }
-        let held = match local_part(parameter)? {
+        let held = match local_part(&parameter)? {
             Some(local) => {
-                self.sharded.push((self.found.len(), parameter.clone()));
+                self.sharded.push((self.found.len(), parameter));
                 local
             }
-            None => parameter.clone(),
+            None => parameter,
         };
         // SAFETY: a live object, under the GIL; `found` keeps it as long as `tensors`.
         match unsafe { Borrowed::of(held.as_ptr().cast()) } {
@@ -178,6 +180,21 @@ impl<'py> Walk<'py> {
         }
         self.found.push(held);
         Ok(())
+    }
+}
+
+/// The next value of a dictionary; `place` starts at 0. Unlike `PyO3`'s iterator it leaves the keys alone.
+fn next_value<'py>(
+    dict: &Bound<'py, PyDict>,
+    place: &mut pyo3::ffi::Py_ssize_t,
+) -> Option<Bound<'py, PyAny>> {
+    let mut value = std::ptr::null_mut();
+    // SAFETY: a live dictionary, under the GIL; the call checks `place` against what the dictionary is
+    // now. The value is borrowed from it and gets a reference of its own before anything else runs.
+    unsafe {
+        let found =
+            pyo3::ffi::PyDict_Next(dict.as_ptr(), place, std::ptr::null_mut(), &raw mut value);
+        (found != 0).then(|| Bound::from_borrowed_ptr(dict.py(), value))
     }
 }
 

@@ -71,6 +71,7 @@ struct Surroundings {
   // Without a level no tensor has a tangent, and asking one takes a lock.
   bool forward_ad = torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
   bool grad_mode = at::GradMode::is_enabled();
+  bool autocast_cpu = at::autocast::is_autocast_enabled(at::kCPU);
 };
 
 bool ordinary(const Tensor& t, const Surroundings& now) {
@@ -119,8 +120,9 @@ void describe(const Tensor& t, const Surroundings& now, tllib_facts& out) {
   out.device_index = device.index();
   out.contiguous = out.ordinary && t.is_contiguous();
   out.wants_grad = now.grad_mode && t.requires_grad();
-  out.autocast = at::autocast::is_autocast_available(device.type()) &&
-      at::autocast::is_autocast_enabled(device.type());
+  out.autocast = device.is_cpu() ? now.autocast_cpu
+                                 : at::autocast::is_autocast_available(device.type()) &&
+          at::autocast::is_autocast_enabled(device.type());
 }
 
 }  // namespace

@@ -10,6 +10,8 @@ use torch_sys::C_tensor;
 
 const CPU: i32 = 0;
 const META: i32 = 14;
+/// `c10::ScalarType::Int`
+const INT32: i32 = 3;
 
 /// Mirror of `tllib_facts` in bridge.cpp: what the checks and kernels ask of a tensor. The pointers
 /// borrow from the tensor, for as long as nobody resizes it.
@@ -265,7 +267,7 @@ impl<'a> Input<'a> {
 
     /// Labels and indices: `TypeError` unless the tensor holds integers of 64 or 32 bits.
     pub fn integer(&self) -> Result<()> {
-        if self.facts.kind == 3 {
+        if self.facts.kind == INT32 {
             return Ok(());
         }
         self.int64()
@@ -292,15 +294,26 @@ impl<'a> Input<'a> {
         )))
     }
 
-    /// The values of a CPU tensor of integers, in order.
+    /// The values of a CPU tensor of integers, in order. Read without an operation, whose result
+    /// would be a wrapper under `torch.func`.
     pub fn integers(&self) -> Result<Vec<i64>> {
-        let plain = self.in_memory()?.f_to_kind(Kind::Int64)?;
+        self.integer()?;
+        let plain = self.in_memory()?;
         let len = self.numel();
         if len == 0 {
             return Ok(Vec::new());
         }
-        // SAFETY: contiguous int64 with `len` elements, alive until the copy is made.
-        Ok(unsafe { std::slice::from_raw_parts(plain.data_ptr().cast(), len) }.to_vec())
+        let data = plain.data_ptr();
+        // SAFETY: contiguous, with `len` elements of the type that `integer` found, and alive until
+        // the copy is made.
+        Ok(unsafe {
+            if self.facts.kind == INT32 {
+                let values = std::slice::from_raw_parts(data.cast::<i32>(), len);
+                values.iter().copied().map(i64::from).collect()
+            } else {
+                std::slice::from_raw_parts(data.cast::<i64>(), len).to_vec()
+            }
+        })
     }
 
     /// (minibatch, C) with at least one class.
