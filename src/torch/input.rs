@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::rows::Rows;
 use std::ffi::c_char;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use torch_sys::C_tensor;
 
 const CPU: i32 = 0;
