@@ -10,8 +10,14 @@ fn main() {
 fn bridge() {
     use std::path::PathBuf;
 
-    println!("cargo:rerun-if-changed=src/torch/bridge.cpp");
-    println!("cargo:rerun-if-changed=src/torch/unpack.cpp");
+    const SOURCES: [&str; 3] = [
+        "src/torch/bridge.cpp",
+        "src/torch/team.cpp",
+        "src/torch/unpack.cpp",
+    ];
+    for source in SOURCES {
+        println!("cargo:rerun-if-changed={source}");
+    }
     println!("cargo:rerun-if-env-changed=DEP_TCH_LIBTORCH_LIB");
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else {
         panic!("torch-sys did not say where libtorch is; is torch 2.11 installed in this Python?");
@@ -26,8 +32,7 @@ fn bridge() {
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .include(python_include())
-        .file("src/torch/bridge.cpp")
-        .file("src/torch/unpack.cpp")
+        .files(SOURCES)
         .compile("tllib_rs_bridge");
     let target_os = std::env::var("CARGO_CFG_TARGET_OS").unwrap_or_default();
     if target_os == "macos" {

@@ -1,12 +1,25 @@
 //! Threads, only where they pay.
 //!
-//! Scoped threads, made for one call: nothing lives on, so a forked child (a `DataLoader` worker)
-//! cannot meet a pool whose threads stayed behind in the parent, and several Python threads may
-//! call at once.
+//! The threads of whoever embeds the kernels, where it lends them ([`borrow_team`]); else scoped threads,
+//! made for one call: nothing of them lives on, so a forked child cannot meet a pool whose threads stayed
+//! behind in the parent. Several threads may call at once.
 
+use std::any::Any;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// Calls its argument, which does not unwind, on threads of its choice, this one among them, and returns
+/// true when all calls are done. Returns false, with nothing called, where it has no threads now.
+pub type Team = fn(&(dyn Fn() + Sync)) -> bool;
+
+static TEAM: OnceLock<Team> = OnceLock::new();
+
+/// Lends a team to all kernels. The first one stays.
+pub fn borrow_team(team: Team) {
+    TEAM.get_or_init(|| team);
+}
 
 /// How many threads `work` units deserve when one thread should get at least `grain` of them.
 pub fn threads_for(work: usize, grain: usize, limit: usize) -> NonZeroUsize {
@@ -31,32 +44,48 @@ where
     if jobs.len() <= 1 {
         return jobs.into_iter().map(|job| job()).collect();
     }
-    let helpers = jobs.len() - 1;
+    let count = jobs.len();
     let queue = Mutex::new(jobs.into_iter().enumerate());
-    // A poisoned queue is still a queue: the panic itself is passed on below.
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let done = Mutex::new(Vec::with_capacity(count));
+    let panic: Mutex<Option<Box<dyn Any + Send>>> = Mutex::new(None);
     let work = || {
-        let mut done = Vec::new();
-        while let Some((k, job)) = next() {
-            done.push((k, job()));
-        }
-        done
-    };
-    let mut results = std::thread::scope(|scope| {
-        let started: Vec<_> = (0..helpers)
-            .map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok())
-            .collect();
-        let mut results = work();
-        for thread in started {
-            match thread.join() {
-                Ok(more) => results.extend(more),
-                Err(panic) => std::panic::resume_unwind(panic),
+        // A statement of its own: the queue is free again while the job runs.
+        while let Some((k, job)) = { lock(&queue).next() } {
+            match catch_unwind(AssertUnwindSafe(job)) {
+                Ok(result) => lock(&done).push((k, result)),
+                Err(payload) => *lock(&panic) = Some(payload),
             }
         }
-        results
-    });
+    };
+    if !TEAM.get().is_some_and(|team| team(&work)) {
+        scoped(count - 1, &work);
+    }
+    if let Some(payload) = lock(&panic).take() {
+        resume_unwind(payload);
+    }
+    let mut results = done.into_inner().unwrap_or_else(PoisonError::into_inner);
     results.sort_unstable_by_key(|&(k, _)| k);
     results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// Nothing panics while it holds one of these locks, so that no state is ever half-written.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A team of this thread and at most `helpers` new ones.
+fn scoped(helpers: usize, work: &(dyn Fn() + Sync)) {
+    std::thread::scope(|scope| {
+        for _ in 0..helpers {
+            if std::thread::Builder::new()
+                .spawn_scoped(scope, work)
+                .is_err()
+            {
+                break;
+            }
+        }
+        work();
+    });
 }
 
 /// Cuts `slice` at the row boundaries of `ranges` (which start at 0 and follow each other).
@@ -105,6 +134,13 @@ mod tests {
         assert_eq!(threads_for(10, 100, 8).get(), 1);
         assert_eq!(threads_for(250, 100, 8).get(), 2);
         assert_eq!(threads_for(10_000, 100, 8).get(), 8);
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller() {
+        let jobs: Vec<_> = (0..4).map(|k| move || assert!(k != 2, "job {k}")).collect();
+        let payload = catch_unwind(|| run(jobs)).unwrap_err();
+        assert_eq!(payload.downcast_ref::<String>().unwrap(), "job 2");
     }
 
     #[test]

@@ -26,7 +26,7 @@ use std::num::NonZeroUsize;
 
 /// Elements of exponential and logarithm that one thread computes in the time that makes another
 /// thread worth starting.
-const GRAIN: usize = 1 << 17;
+const GRAIN: usize = 1 << 15;
 
 /// Threads for a row loss over `elements` logits.
 fn threads(elements: usize) -> NonZeroUsize {

@@ -16,6 +16,7 @@ mod uda;
 
 use crate::error::{Error, Result};
 use crate::torch::input::Input;
+use crate::torch::team;
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
@@ -113,6 +114,7 @@ fn elements(tensor: &Tensor) -> usize {
 
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    team::install();
     m.add_class::<flexmatch::FlexMatch>()?;
     m.add_function(wrap_pyfunction!(dst::check_eta_prime, m)?)?;
     m.add_function(wrap_pyfunction!(dst::dst, m)?)?;

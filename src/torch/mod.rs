@@ -3,6 +3,7 @@
 
 pub mod autograd;
 pub mod input;
+pub mod team;
 
 use crate::error::{Error, Result};
 use crate::kernels::element::{Bf16, Element, F16};
