@@ -5,7 +5,7 @@
 //! | layer | holds | may not use |
 //! |---|---|---|
 //! | [`kernels`] | the mathematics on slices: a loss and its gradient in one sweep | torch, Python |
-//! | `torch` | what tch lacks: tensor facts, the autograd node | Python |
+//! | `torch` | what tch lacks: tensor facts, the autograd node, torch's threads | Python |
 //! | `ops` | a method on tensors: checks, then CPU kernel or libtorch composite | Python |
 //! | `python` | `PyO3`: extract, release the GIL, call, wrap; errors mapped in one place | |
 //!

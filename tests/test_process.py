@@ -58,6 +58,31 @@ def test_the_gil_is_released_while_a_kernel_runs():
     assert inside, f"no other thread ran during {end - start:.3f} s"
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")
+def test_kernels_run_on_the_threads_that_torch_has():
+    if torch.get_num_threads() == 1:
+        pytest.skip("torch has one thread here")
+    logits = torch.randn(2000, 2000)
+    loss = MinimumClassConfusionLoss(1.0)
+    logits.exp()
+    before, seen, done = os.listdir("/proc/self/task"), [], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            seen.append(len(os.listdir("/proc/self/task")))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(10):
+            loss(logits)
+    finally:
+        done.set()
+        watcher.join()
+    assert seen
+    assert max(seen) <= len(before) + 1, "more than the watcher was started"
+
+
 def _child(queue, logits):
     # Only calls of ours until torch has one thread: its own OpenMP threads do not survive a fork.
     (grad,) = torch.autograd.grad(MinimumClassConfusionLoss(1.0)(logits), logits)

@@ -104,9 +104,9 @@ impl<E: Element> Kernel for Sweep<'_, E> {
         let mut out = self.out;
         let mut total = 0.0;
         for (k, i) in self.range.enumerate() {
-            let label = reduce::argmax(self.main.row(i, &mut main_scratch));
+            let label = reduce::argmax(self.main.in_turn(i, &mut main_scratch));
             out.labels[k] = label as i64;
-            let z = self.logits.row(i, &mut scratch);
+            let z = self.logits.in_turn(i, &mut scratch);
             let max = reduce::max(z);
             let split = match out.grad.as_deref_mut() {
                 Some(grad) => {

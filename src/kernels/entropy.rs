@@ -63,7 +63,7 @@ impl<E: Element> Kernel for Sweep<'_, E> {
         let mut logs = vec![E::Acc::ZERO; cols];
         let mut grad = self.grad;
         for (k, i) in self.range.enumerate() {
-            let p = self.p.row(i, &mut scratch);
+            let p = self.p.in_turn(i, &mut scratch);
             for (log, &p) in logs.iter_mut().zip(p) {
                 *log = (p + epsilon).ln::<I>();
             }

@@ -193,7 +193,7 @@ impl<E: Element> Kernel for Sweep<'_, E> {
         let mut partial_s = vec![E::Acc::ZERO; cols];
         let mut partial_d = vec![E::Acc::ZERO; cols];
         for (k, i) in self.range.enumerate() {
-            let z = self.logits.row(i, &mut scratch);
+            let z = self.logits.in_turn(i, &mut scratch);
             let p = match &mut out {
                 Some(out) => &mut out[k * cols..(k + 1) * cols],
                 None => &mut spare[..],
@@ -201,11 +201,12 @@ impl<E: Element> Kernel for Sweep<'_, E> {
             let max = reduce::max(z);
             let total = reduce::exp_shifted::<I, _>(z, max, inverse_t, p);
             let reciprocal = E::Acc::of(1.0 / total);
-            for p in &mut *p {
+            let negative_entropy = reduce::sum_of_each(p, |p| {
                 *p *= reciprocal;
-            }
+                p_ln_p::<I, _>(*p)
+            });
             let p = &*p;
-            let weight = E::Acc::of(1.0 + (-entropy::<I, _>(p)).exp());
+            let weight = E::Acc::of(1.0 + negative_entropy.exp());
             for ((&p, s), d) in p.iter().zip(&mut partial_s).zip(&mut partial_d) {
                 let wp = weight * p;
                 *s += wp;
@@ -227,12 +228,17 @@ impl<E: Element> Kernel for Sweep<'_, E> {
     }
 }
 
-/// `-sum_c p_c ln(p_c + 1e-5)` of probabilities. The sum in the logarithm is a normal number; where
-/// it is NaN, so is the factor in front.
+/// `-sum_c p_c ln(p_c + 1e-5)` of probabilities.
 #[inline(always)]
 pub(super) fn entropy<I: Isa, F: Real>(p: &[F]) -> f64 {
-    let epsilon = F::of(ENTROPY_EPSILON);
-    -reduce::sum_of(p, |p| p * (p + epsilon).ln_normal::<I>(F::ZERO))
+    -reduce::sum_of(p, |p| p_ln_p::<I, _>(p))
+}
+
+/// `p ln(p + 1e-5)`. The sum in the logarithm is a normal number; where it is NaN, so is the factor in
+/// front.
+#[inline(always)]
+fn p_ln_p<I: Isa, F: Real>(p: F) -> F {
+    p * (p + F::of(ENTROPY_EPSILON)).ln_normal::<I>(F::ZERO)
 }
 
 #[inline(always)]
@@ -281,7 +287,7 @@ impl<E: Element> Kernel for Gradient<'_, E> {
             .zip(&self.kept)
             .zip(self.out.chunks_exact_mut(cols));
         for ((i, kept), out) in rows {
-            let z = self.logits.row(i, &mut scratch);
+            let z = self.logits.in_turn(i, &mut scratch);
             for (p, &z) in p.iter_mut().zip(z) {
                 *p = ((z - kept.max) * inverse_t).exp::<I>() * kept.reciprocal;
             }

@@ -77,8 +77,8 @@ impl<E: Element> Kernel for Sweep<'_, E> {
         let (mut scratch_a, mut scratch_b) = (self.a.scratch(), self.b.scratch());
         let mut out = self.out;
         for (k, i) in self.range.enumerate() {
-            let a = self.a.row(i, &mut scratch_a);
-            let b = self.b.row(i, &mut scratch_b);
+            let a = self.a.in_turn(i, &mut scratch_a);
+            let b = self.b.in_turn(i, &mut scratch_b);
             out.distances[k] = reduce::sum_of_pairs(a, b, |a, b| (a - b) * (a - b));
             let factor = E::Acc::of(2.0 * self.factor * self.mask.map_or(1.0, |m| m[i]));
             for (grad, factor) in [(&mut out.grad_a, factor), (&mut out.grad_b, -factor)] {

@@ -100,14 +100,14 @@ impl<E: Element> Kernel for Sweep<'_, E> {
         let mut out = self.out;
         let mut total = 0.0;
         for (k, i) in self.range.enumerate() {
-            let t = self.targets.row(i, &mut target_scratch);
+            let t = self.targets.in_turn(i, &mut target_scratch);
             let target = Target::of::<I>(t);
             let label = target.label::<I, E>(t);
             let selected = target.confidence::<E>() > threshold;
             out.labels[k] = label as i64;
             out.mask[k] = if selected { 1.0 } else { 0.0 };
 
-            let z = self.logits.row(i, &mut scratch);
+            let z = self.logits.in_turn(i, &mut scratch);
             let grad = out
                 .grad
                 .as_deref_mut()

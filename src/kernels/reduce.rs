@@ -4,45 +4,83 @@
 use super::isa::Isa;
 use super::real::Real;
 
-/// Independent accumulators: enough vectors of them to hide the latency of an addition. The loops over
-/// them run over arrays of this length, not slices, so that they stay in registers.
-const LANES: usize = 32;
+/// Independent accumulators. So many that the loop over them is not unrolled, and thus is vectorised as
+/// a loop: unrolled, it depends on what LLVM makes of a hundred scalar instructions.
+const LANES: usize = 128;
+/// Accumulators of rows that are shorter than this many chunks of [`LANES`], and those whose sums go on
+/// in f64.
+const FEW_LANES: usize = 32;
+const LONG: usize = 2 * LANES;
 /// Elements that are mapped into a buffer, vectorised, before they are added up. Partial sums in the
 /// computing type end here and go on in f64, so that a row of 100,000 classes loses no more than one
 /// of 100.
 const BLOCK: usize = 512;
+/// As many for each of [`LANES`] as [`BLOCK`] has for each of [`FEW_LANES`].
+const LONG_BLOCK: usize = BLOCK / FEW_LANES * LANES;
 
 /// The maximum; NaN if any value is NaN; minus infinity for an empty row.
 #[inline(always)]
 pub fn max<F: Real>(row: &[F]) -> F {
-    // No number compares greater than NaN, and NaN not greater than a number: NaN is kept apart, so
-    // that the maximum itself is one instruction.
-    let (mut acc, mut nan) = ([F::NEG_INFINITY; LANES], [F::ZERO; LANES]);
+    let mut acc = in_lanes(row, F::NEG_INFINITY, larger);
+    fold(&mut acc, 1, larger);
+    acc[0]
+}
+
+/// What `f` makes of all values, in some lanes of which each has taken every so many-th.
+#[inline(always)]
+fn in_lanes<F: Real>(row: &[F], start: F, f: impl Fn(F, F) -> F) -> [F; FEW_LANES] {
+    let mut few = [start; FEW_LANES];
+    if row.len() < LONG {
+        let (chunks, rest) = row.as_chunks::<FEW_LANES>();
+        for chunk in chunks {
+            for k in 0..FEW_LANES {
+                few[k] = f(chunk[k], few[k]);
+            }
+        }
+        // As one more chunk: an index into the lanes that is not a constant would keep them in memory.
+        let mut last = [start; FEW_LANES];
+        for (l, &x) in last.iter_mut().zip(rest) {
+            *l = x;
+        }
+        for k in 0..FEW_LANES {
+            few[k] = f(last[k], few[k]);
+        }
+        return few;
+    }
+    let mut acc = [start; LANES];
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
         for k in 0..LANES {
-            acc[k] = larger(chunk[k], acc[k]);
-            nan[k] = if chunk[k].nan() { chunk[k] } else { nan[k] };
+            acc[k] = f(chunk[k], acc[k]);
         }
     }
-    for (k, &x) in rest.iter().enumerate() {
-        acc[k] = larger(x, acc[k]);
-        nan[k] = if x.nan() { x } else { nan[k] };
+    for (a, &x) in acc.iter_mut().zip(rest) {
+        *a = f(x, *a);
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for k in 0..width {
-            acc[k] = larger(acc[k], acc[k + width]);
-            nan[k] += nan[k + width];
-        }
-        width /= 2;
-    }
-    if nan[0].nan() { nan[0] } else { acc[0] }
+    fold(&mut acc, FEW_LANES, f);
+    few.copy_from_slice(&acc[..FEW_LANES]);
+    few
 }
 
+/// Folds the upper half of `lanes` onto the lower one until `count` are left.
+#[inline(always)]
+fn fold<T: Copy>(lanes: &mut [T], count: usize, f: impl Fn(T, T) -> T) {
+    let mut width = lanes.len();
+    while width > count {
+        width /= 2;
+        let (low, high) = lanes.split_at_mut(width);
+        for (l, &h) in low.iter_mut().zip(&*high) {
+            *l = f(*l, h);
+        }
+    }
+}
+
+/// The larger one; NaN if either is.
 #[inline(always)]
 fn larger<F: Real>(a: F, b: F) -> F {
-    if a > b { a } else { b }
+    // No number compares greater than NaN: the first choice takes a `b` that is NaN.
+    let larger = if a > b { a } else { b };
+    if a.nan() { a } else { larger }
 }
 
 /// The index of the first maximum, or of the first NaN; 0 for an empty row.
@@ -60,10 +98,10 @@ pub fn position_of<F: Real>(row: &[F], largest: F) -> usize {
 /// The index of the first value for which `found` holds, 0 if there is none.
 #[inline(always)]
 pub fn first<F: Real>(row: &[F], found: impl Fn(F) -> bool) -> usize {
-    let (chunks, _) = row.as_chunks::<LANES>();
+    let (chunks, _) = row.as_chunks::<FEW_LANES>();
     // Without an exit inside a chunk it is a few vector instructions.
-    let holds = |chunk: &[F; LANES]| chunk.iter().fold(false, |any, &x| any | found(x));
-    let start = chunks.iter().position(holds).unwrap_or(chunks.len()) * LANES;
+    let holds = |chunk: &[F; FEW_LANES]| chunk.iter().fold(false, |any, &x| any | found(x));
+    let start = chunks.iter().position(holds).unwrap_or(chunks.len()) * FEW_LANES;
     let within = row[start..].iter().position(|&x| found(x));
     within.map_or(0, |k| start + k)
 }
@@ -71,27 +109,17 @@ pub fn first<F: Real>(row: &[F], found: impl Fn(F) -> bool) -> usize {
 /// The sum of at most [`BLOCK`] values: lane by lane in the computing type, across the lanes in f64.
 #[inline(always)]
 fn add_up<F: Real>(block: &[F]) -> f64 {
-    let mut acc = [F::ZERO; LANES];
-    let (chunks, rest) = block.as_chunks::<LANES>();
-    for chunk in chunks {
-        for k in 0..LANES {
-            acc[k] += chunk[k];
-        }
+    across(&in_lanes(block, F::ZERO, |x, sum| sum + x))
+}
+
+/// The sum of the first [`FEW_LANES`] lanes.
+#[inline(always)]
+fn across<F: Real>(lanes: &[F]) -> f64 {
+    let mut sums = [0.0; FEW_LANES];
+    for (s, &a) in sums.iter_mut().zip(lanes) {
+        *s = a.to_f64();
     }
-    for (a, &x) in acc.iter_mut().zip(rest) {
-        *a += x;
-    }
-    let mut sums = [0.0; LANES];
-    for k in 0..LANES {
-        sums[k] = acc[k].to_f64();
-    }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for k in 0..width {
-            sums[k] += sums[k + width];
-        }
-        width /= 2;
-    }
+    fold(&mut sums, 1, |a, b| a + b);
     sums[0]
 }
 
@@ -120,17 +148,39 @@ pub fn sum_of<F: Real>(row: &[F], f: impl Fn(F) -> F) -> f64 {
     total
 }
 
-/// `sum_j f(x_j, y_j)`; the slices have one length.
+/// `sum_j f(row_j)`, where `f` may change the value too.
 #[inline(always)]
-pub fn sum_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
+pub fn sum_of_each<F: Real>(row: &mut [F], f: impl Fn(&mut F) -> F) -> f64 {
     let mut buffer = [F::ZERO; BLOCK];
     let mut total = 0.0;
-    for (x, y) in x.chunks(BLOCK).zip(y.chunks(BLOCK)) {
-        let buffer = &mut buffer[..x.len()];
-        for ((b, &x), &y) in buffer.iter_mut().zip(x).zip(y) {
-            *b = f(x, y);
+    for block in row.chunks_mut(BLOCK) {
+        let buffer = &mut buffer[..block.len()];
+        for (b, x) in buffer.iter_mut().zip(block) {
+            *b = f(x);
         }
         total += add_up(buffer);
+    }
+    total
+}
+
+/// `sum_j f(x_j, y_j)`; the slices have one length. Nothing is kept between, which suits an `f` of few
+/// instructions; [`sum_of`] is for longer ones.
+#[inline(always)]
+pub fn sum_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
+    let mut total = 0.0;
+    for (x, y) in x.chunks(LONG_BLOCK).zip(y.chunks(LONG_BLOCK)) {
+        let mut acc = [F::ZERO; LANES];
+        let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+        for (x, y) in x.iter().zip(y) {
+            for k in 0..LANES {
+                acc[k] += f(x[k], y[k]);
+            }
+        }
+        for ((a, &x), &y) in acc.iter_mut().zip(x_rest).zip(y_rest) {
+            *a += f(x, y);
+        }
+        fold(&mut acc, FEW_LANES, |a, b| a + b);
+        total += across(&acc);
     }
     total
 }
@@ -184,6 +234,7 @@ mod tests {
             for got in [
                 sum(&row),
                 sum_of(&row, |x| x),
+                sum_of_each(&mut row.clone(), |x| *x),
                 sum_of_pairs(&row, &row, |x, _| x),
             ] {
                 assert!((got - exact).abs() <= 2e-7 * exact, "{n}: {got} {exact}");

@@ -3,6 +3,11 @@
 use super::element::Element;
 use std::marker::PhantomData;
 
+/// Bytes of the next row that a sweep asks for while it computes this one. Rows that are longer keep the
+/// processor's own prefetcher busy, which stops at each page and starts slowly.
+const AHEAD: usize = 4096;
+const CACHE_LINE: usize = 64;
+
 /// A read-only matrix of `rows` x `cols` elements with arbitrary strides (in elements).
 #[derive(Clone, Copy)]
 pub struct Rows<'a, E> {
@@ -80,6 +85,26 @@ impl<'a, E: Element> Rows<'a, E> {
         }
     }
 
+    /// The columns of `range`, which lies within them.
+    ///
+    /// # Panics
+    /// If the range leaves the matrix: a mistake in a kernel.
+    #[must_use]
+    pub fn columns(&self, range: std::ops::Range<usize>) -> Self {
+        assert!(
+            range.start <= range.end && range.end <= self.cols,
+            "column range"
+        );
+        let data = self
+            .data
+            .wrapping_offset(range.start as isize * self.col_stride);
+        Self {
+            data,
+            cols: range.len(),
+            ..*self
+        }
+    }
+
     /// `count` rows at a time as one long row, a rest of fewer left out. `None` unless the rows
     /// follow each other in memory.
     pub fn grouped(&self, count: usize) -> Option<Self> {
@@ -105,6 +130,26 @@ impl<'a, E: Element> Rows<'a, E> {
         use super::real::Real;
         let direct = E::exact(&[]).is_some() && self.col_stride == 1;
         vec![E::Acc::ZERO; if direct { 0 } else { self.cols }]
+    }
+
+    /// [`Rows::row`] for sweeps that take one row after the other: the next one is on its way to the
+    /// cache when its turn comes.
+    #[inline(always)]
+    pub fn in_turn<'s>(&'s self, i: usize, scratch: &'s mut [E::Acc]) -> &'s [E::Acc] {
+        #[cfg(target_arch = "x86_64")]
+        if self.col_stride == 1 {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let next = self
+                .data
+                .wrapping_offset((i as isize + 1) * self.row_stride);
+            let bytes = (self.cols * size_of::<E>()).min(AHEAD);
+            for line in (0..bytes).step_by(CACHE_LINE) {
+                // SAFETY: a prefetch accesses nothing and may be given any address, such as that after
+                // the last row.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_byte_add(line).cast()) };
+            }
+        }
+        self.row(i, scratch)
     }
 
     /// Row `i` in the computing type: the memory itself where that is possible, else a copy in
@@ -165,6 +210,9 @@ mod tests {
         assert!(!plain.same(&transposed) && plain.same(&plain));
         assert!(Rows::contiguous(&data, 5, 5).is_none());
         assert_eq!(plain.slice(1..3).row(1, &mut []), &data[12..18]);
+        assert_eq!(plain.columns(2..4).row(1, &mut []), &data[8..10]);
+        assert_eq!(transposed.columns(1..2).in_turn(5, &mut [0.0]), &[11.0]);
+        assert_eq!(plain.in_turn(3, &mut []), plain.row(3, &mut []));
         assert_eq!(plain.grouped(2).unwrap().row(1, &mut []), &data[12..24]);
         assert_eq!(plain.grouped(3).unwrap().rows(), 1);
         assert!(transposed.grouped(2).is_none());

@@ -12,11 +12,11 @@
 
 use super::element::Element;
 use super::isa::{Isa, Kernel, dispatch};
-use super::parallel::{cut, run, split};
+use super::parallel::{cut, run, split, threads_for};
 use super::real::Real;
+use super::reduce;
 use super::rows::Rows;
 use std::num::NonZeroUsize;
-use std::ops::Range;
 
 /// No logarithm is taken for less.
 pub const LOG_FLOOR: f64 = -100.0;
@@ -24,6 +24,10 @@ pub const LOG_FLOOR: f64 = -100.0;
 pub const SLOPE_FLOOR: f64 = 9.999_999_960_041_972e-13;
 /// Narrow rows are taken several at a time, as one of about this width.
 const WIDTH: usize = 128;
+/// Columns whose sums stay in the nearest cache while the rows pass.
+const TILE: usize = 1024;
+/// Columns in which so much is to do that another thread pays.
+const GRAIN: usize = 1 << 13;
 
 /// The mean of each column; NaN over no rows.
 pub fn column_means<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64> {
@@ -36,45 +40,75 @@ pub fn column_means<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f6
 
 /// The sum of each column.
 pub fn column_sums<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64> {
+    let mut sums = vec![0.0; p.cols()];
+    if p.cols() >= TILE * threads.get() {
+        let ranges = split(p.cols(), threads);
+        let jobs: Vec<_> = cut(&mut sums, &ranges, 1)
+            .into_iter()
+            .zip(ranges)
+            .map(|(sums, range)| {
+                let part = ColumnSums {
+                    p: p.columns(range),
+                    sums,
+                };
+                move || dispatch(part)
+            })
+            .collect();
+        run(jobs);
+        return sums;
+    }
     let jobs: Vec<_> = split(p.rows(), threads)
         .into_iter()
-        .map(|range| move || dispatch(ColumnSums { p, range }))
+        .map(|range| {
+            move || {
+                let mut sums = vec![0.0; p.cols()];
+                dispatch(ColumnSums {
+                    p: p.slice(range),
+                    sums: &mut sums,
+                });
+                sums
+            }
+        })
         .collect();
-    let mut sums = vec![0.0; p.cols()];
     for part in run(jobs) {
-        for (sum, part) in sums.iter_mut().zip(part) {
-            *sum += part;
-        }
+        add(&mut sums, &part);
     }
     sums
 }
 
-struct ColumnSums<'a, E> {
-    p: Rows<'a, E>,
-    range: Range<usize>,
+fn add(sums: &mut [f64], part: &[f64]) {
+    for (sum, part) in sums.iter_mut().zip(part) {
+        *sum += part;
+    }
 }
 
-impl<E: Element> Kernel for ColumnSums<'_, E> {
-    type Output = Vec<f64>;
+/// Adds every row to `sums`.
+struct ColumnSums<'a, 'b, E> {
+    p: Rows<'a, E>,
+    sums: &'b mut [f64],
+}
+
+impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
+    type Output = ();
 
     #[inline(always)]
-    fn run<I: Isa>(self) -> Vec<f64> {
-        let (p, cols) = (self.p.slice(self.range), self.p.cols());
-        let group = (WIDTH / cols).max(1);
-        let mut sums = vec![0.0; cols];
+    fn run<I: Isa>(self) {
+        let Self { p, sums } = self;
+        let cols = p.cols();
+        let group = (WIDTH / cols.max(1)).max(1);
         let mut start = 0;
-        if let Some(wide) = p.grouped(group) {
+        if let Some(wide) = p.grouped(group).filter(|_| group > 1) {
             let mut partial = vec![0.0; group * cols];
             add_rows(wide, 0, &mut partial);
             for part in partial.chunks_exact(cols) {
-                for (sum, part) in sums.iter_mut().zip(part) {
-                    *sum += part;
-                }
+                add(sums, part);
             }
             start = wide.rows() * group;
         }
-        add_rows(p, start, &mut sums);
-        sums
+        for (k, sums) in sums.chunks_mut(TILE).enumerate() {
+            let columns = k * TILE..k * TILE + sums.len();
+            add_rows(p.columns(columns), start, sums);
+        }
     }
 }
 
@@ -91,19 +125,55 @@ fn add_rows<E: Element>(p: Rows<'_, E>, start: usize, sums: &mut [f64]) {
 }
 
 /// The loss over `rows` rows with these means, and the gradient with respect to any one of them.
-pub fn class_balance(means: &[f64], rows: usize) -> (f64, Vec<f64>) {
+pub fn class_balance(means: &[f64], rows: usize, threads: NonZeroUsize) -> (f64, Vec<f64>) {
     let classes = means.len() as f64;
-    let u = 1.0 / classes;
-    // Comparisons that are false for NaN, so that NaN passes through.
-    let at_least = |floor: f64, x: f64| if x < floor { floor } else { x };
-    let ln = |x: f64| at_least(LOG_FLOOR, x.ln());
-    let total: f64 = means
-        .iter()
-        .map(|&m| u * ln(m) + (1.0 - u) * ln(1.0 - m))
-        .sum();
-    let count = rows as f64 * classes;
-    let slope = |&m: &f64| (m - u) / (at_least(SLOPE_FLOOR, m * (1.0 - m)) * count);
-    (-total / classes, means.iter().map(slope).collect())
+    let mut slopes = vec![0.0; means.len()];
+    let ranges = split(means.len(), threads_for(means.len(), GRAIN, threads.get()));
+    let jobs: Vec<_> = cut(&mut slopes, &ranges, 1)
+        .into_iter()
+        .zip(ranges)
+        .map(|(slopes, range)| {
+            let balance = Balance {
+                means: &means[range],
+                u: 1.0 / classes,
+                count: rows as f64 * classes,
+                slopes,
+            };
+            move || dispatch(balance)
+        })
+        .collect();
+    let total: f64 = run(jobs).into_iter().sum();
+    (-total / classes, slopes)
+}
+
+/// `sum_c (u ln m_c + (1 - u) ln(1 - m_c))`, and the gradient into `slopes`.
+struct Balance<'a, 'b> {
+    means: &'a [f64],
+    u: f64,
+    count: f64,
+    slopes: &'b mut [f64],
+}
+
+impl Kernel for Balance<'_, '_> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> f64 {
+        let Self { u, count, .. } = self;
+        for (slope, &m) in self.slopes.iter_mut().zip(self.means) {
+            *slope = (m - u) / (at_least(SLOPE_FLOOR, m * (1.0 - m)) * count);
+        }
+        reduce::sum_of(self.means, |m| {
+            let rest = at_least(LOG_FLOOR, Real::ln::<I>(1.0 - m));
+            u * at_least(LOG_FLOOR, Real::ln::<I>(m)) + (1.0 - u) * rest
+        })
+    }
+}
+
+/// A comparison that is false for NaN, so that NaN passes through.
+#[inline(always)]
+fn at_least(floor: f64, x: f64) -> f64 {
+    if x < floor { floor } else { x }
 }
 
 /// Writes `row`, times `scale`, into every row of `out` (contiguous).
@@ -142,12 +212,17 @@ mod tests {
 
     fn loss(p: &[f64], rows: usize, cols: usize) -> f64 {
         let view = Rows::contiguous(p, rows, cols).unwrap();
-        class_balance(&column_means(view, NonZeroUsize::MIN), rows).0
+        class_balance(
+            &column_means(view, NonZeroUsize::MIN),
+            rows,
+            NonZeroUsize::MIN,
+        )
+        .0
     }
 
     #[test]
     fn matches_the_formula_and_finite_differences() {
-        for (rows, cols) in [(1, 3), (7, 2), (129, 5), (11, 130), (64, 1)] {
+        for (rows, cols) in [(1, 3), (7, 2), (129, 5), (11, 130), (64, 1), (3, 4001)] {
             let p = probabilities(rows, cols);
             for threads in [1, 3] {
                 let threads = NonZeroUsize::new(threads).unwrap();
@@ -156,7 +231,7 @@ mod tests {
                     let exact = (0..rows).map(|i| p[i * cols + c]).sum::<f64>() / rows as f64;
                     assert!((means[c] - exact).abs() < 1e-14, "{rows} {cols} {c}");
                 }
-                let (value, slope) = class_balance(&means, rows);
+                let (value, slope) = class_balance(&means, rows, threads);
                 let u = 1.0 / cols as f64;
                 let each = |m: &f64| -u * m.ln() - (1.0 - u) * (1.0 - m).ln();
                 assert!((value - means.iter().map(each).sum::<f64>() * u).abs() < 1e-12);
@@ -179,7 +254,7 @@ mod tests {
 
     #[test]
     fn clamps_are_those_of_torch() {
-        let (value, slope) = class_balance(&[1.0, 0.0], 4);
+        let (value, slope) = class_balance(&[1.0, 0.0], 4, NonZeroUsize::MIN);
         assert_eq!(value, 50.0);
         assert_eq!(
             slope,
@@ -201,10 +276,14 @@ mod tests {
         );
 
         let empty = Rows::<f32>::contiguous(&[], 0, 3).unwrap();
-        let (value, slope) = class_balance(&column_means(empty, NonZeroUsize::MIN), 0);
+        let (value, slope) = class_balance(
+            &column_means(empty, NonZeroUsize::MIN),
+            0,
+            NonZeroUsize::MIN,
+        );
         assert!(value.is_nan());
         repeat_row::<f32>(&slope, 1.0, &mut [], NonZeroUsize::MIN);
-        let (value, slope) = class_balance(&[f64::NAN, 0.5], 2);
+        let (value, slope) = class_balance(&[f64::NAN, 0.5], 2, NonZeroUsize::MIN);
         assert!(value.is_nan() && slope[0].is_nan() && slope[1] == 0.0);
     }
 }

@@ -88,8 +88,8 @@ impl<E: Element> Kernel for Sweep<'_, E> {
         let mut grad = self.grad;
         let (mut total, mut selected) = (0.0, 0);
         for (k, i) in self.range.enumerate() {
-            let z = self.strong.row(i, &mut strong_scratch);
-            let y = self.weak.row(i, &mut weak_scratch);
+            let z = self.strong.in_turn(i, &mut strong_scratch);
+            let y = self.weak.in_turn(i, &mut weak_scratch);
             let grad = grad
                 .as_deref_mut()
                 .map(|grad| &mut grad[k * cols..(k + 1) * cols]);

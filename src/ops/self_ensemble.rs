@@ -127,17 +127,13 @@ fn of_means<E: Element + Stored>(
             input.shape()
         )));
     }
-    let (value, slope) = kernel(means, count);
+    let threads = threads(input.numel() / CHEAP);
+    let (value, slope) = kernel(means, count, threads);
     let mut grad = None;
     if input.wants_grad() {
         let mut stored = Owned::<E>::new(input.shape())?;
         let scale = stored_scale::<E>(slope.iter().fold(0.0, |bound, g| g.abs().max(bound)));
-        repeat_row(
-            &slope,
-            scale,
-            stored.slice(),
-            threads(input.numel() / CHEAP),
-        );
+        repeat_row(&slope, scale, stored.slice(), threads);
         grad = Some(StoredGrad {
             tensor: stored.into_tensor(),
             scale,

@@ -1,5 +1,6 @@
-//! What tch does not offer: tensor facts in one call, the autograd node of the fused losses, and
-//! version counters. The C++ half is `bridge.cpp`.
+//! What tch does not offer: tensor facts in one call, the autograd node of the fused losses, version
+//! counters, and torch's threads. The C++ halves are `bridge.cpp`, `unpack.cpp` (what needs Python's
+//! headers) and `team.cpp`.
 
 pub mod autograd;
 pub mod input;

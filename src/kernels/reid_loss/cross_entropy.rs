@@ -122,15 +122,15 @@ impl<E: Element> Kernel for Sweep<'_, '_, E> {
                 let mut target_scratch = targets.scratch();
                 let mut q = softmax();
                 for i in self.range {
-                    let z = self.logits.row(i, &mut scratch);
+                    let z = self.logits.in_turn(i, &mut scratch);
                     p.of::<I>(z);
-                    q.of::<I>(targets.row(i, &mut target_scratch));
+                    q.of::<I>(targets.in_turn(i, &mut target_scratch));
                     total += soft_row(z, &p, &q, self.weight, grad());
                 }
             }
             Targets::Smooth { labels, hit, rest } => {
                 for i in self.range {
-                    let z = self.logits.row(i, &mut scratch);
+                    let z = self.logits.in_turn(i, &mut scratch);
                     p.of::<I>(z);
                     total +=
                         smooth_row(z, &p, (labels[i] as usize, hit, rest), self.weight, grad());

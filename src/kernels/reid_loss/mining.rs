@@ -107,7 +107,9 @@ pub struct Mining<'a, F> {
     pub candidates: Rows<'a, F>,
     /// Their identities.
     pub identities: &'a Identities,
-    /// `|v_j|^2`, from [`squares`].
+    /// `|u_i|^2`, from [`squares`].
+    pub anchor_squares: &'a [F],
+    /// `|v_j|^2`.
     pub squares: &'a [F],
 }
 
@@ -141,8 +143,12 @@ impl<F: Element<Acc = F> + Real> Mining<'_, F> {
 }
 
 /// `|x_i|^2` of every row.
-pub fn squares<F: Element<Acc = F> + Real>(rows: Rows<'_, F>) -> Vec<F> {
-    dispatch(Squares(rows))
+pub fn squares<F: Element<Acc = F> + Real>(rows: Rows<'_, F>, threads: NonZeroUsize) -> Vec<F> {
+    let jobs: Vec<_> = split(rows.rows(), threads)
+        .into_iter()
+        .map(|range| move || dispatch(Squares(rows.slice(range))))
+        .collect();
+    run(jobs).concat()
 }
 
 struct Squares<'a, F>(Rows<'a, F>);
@@ -152,8 +158,10 @@ impl<F: Element<Acc = F> + Real> Kernel for Squares<'_, F> {
 
     #[inline(always)]
     fn run<I: Isa>(self) -> Vec<F> {
-        let square = |i| F::of(reduce::sum_of(self.0.row(i, &mut []), |x| x * x));
-        (0..self.0.rows()).map(square).collect()
+        let square = |x: &[F]| F::of(reduce::sum_of_pairs(x, x, |x, y| x * y));
+        (0..self.0.rows())
+            .map(|i| square(self.0.row(i, &mut [])))
+            .collect()
     }
 }
 
@@ -174,6 +182,7 @@ impl<F: Element<Acc = F> + Real> Kernel for Search<'_, '_, F> {
             anchors,
             candidates,
             identities,
+            anchor_squares,
             squares,
         } = self.mining;
         let largest = reduce::max(squares).to_f64();
@@ -196,7 +205,7 @@ impl<F: Element<Acc = F> + Real> Kernel for Search<'_, '_, F> {
                 continue;
             }
             let own = identities.anchors[i];
-            let norm = reduce::sum_of(anchor, |x| x * x) + largest;
+            let norm = anchor_squares[i].to_f64() + largest;
             let error = F::of(ERROR * F::EPSILON * norm);
             let square = |j: usize| squared_distance(anchor, candidates.row(j, &mut []));
             let ids = &identities.candidates;
@@ -335,11 +344,12 @@ mod tests {
         };
         let products: Vec<F> = (0..n * n).map(|k| F::of(dot(k / n, k % n))).collect();
         let identities = Identities::new(labels, None);
-        let squares = squares(rows);
+        let squares = squares(rows, NonZeroUsize::new(2).unwrap());
         let mining = Mining {
             anchors: rows,
             candidates: rows,
             identities: &identities,
+            anchor_squares: &squares,
             squares: &squares,
         };
         let mut out = vec![Hardest::NAN; n];

@@ -265,40 +265,22 @@ impl<F: Element<Acc = F> + Real, E: Element<Acc = F>> Kernel for Sweep<'_, '_, F
         let dim = self.side.cols();
         // One row may be the candidate of every anchor: in f64 its sum keeps every contribution.
         let mut sum = vec![0.0f64; dim];
-        let mut row = vec![F::ZERO; dim];
+        let mut spare = vec![F::ZERO; dim];
+        let mut pulling: Vec<(Rows<'_, F>, u32, f64)> = Vec::new();
         let rows = self.range.zip(self.out.chunks_exact_mut(dim));
         for (k, out) in rows {
-            sum.fill(0.0);
             let own = self.side.row(k, &mut []);
+            pulling.clear();
             if role != Role::Candidates {
-                let (from, to) = (
-                    pulls.anchor_starts[k] as usize,
-                    pulls.anchor_starts[k + 1] as usize,
-                );
-                for pull in &pulls.pairs[from..to] {
-                    add(
-                        &mut sum,
-                        own,
-                        candidates.row(pull.candidate as usize, &mut []),
-                        pull.weight,
-                    );
-                }
+                let pairs = &pulls.pairs[starts(&pulls.anchor_starts, k)];
+                pulling.extend(pairs.iter().map(|p| (candidates, p.candidate, p.weight)));
             }
             if role != Role::Anchors {
-                let (from, to) = (
-                    pulls.candidate_starts[k] as usize,
-                    pulls.candidate_starts[k + 1] as usize,
-                );
-                for &p in &pulls.by_candidate[from..to] {
-                    let pull = pulls.pairs[p as usize];
-                    add(
-                        &mut sum,
-                        own,
-                        anchors.row(pull.anchor as usize, &mut []),
-                        pull.weight,
-                    );
-                }
+                let pairs = &pulls.by_candidate[starts(&pulls.candidate_starts, k)];
+                let pairs = pairs.iter().map(|&p| pulls.pairs[p as usize]);
+                pulling.extend(pairs.map(|p| (anchors, p.anchor, p.weight)));
             }
+            add_all::<I, _>(&mut sum, own, &pulling);
             let (mut along, mut divisor) = (0.0, 1.0);
             if let Some(&norm) = norms.and_then(|norms| norms.get(k)) {
                 divisor = if norm < SMALLEST_NORM {
@@ -311,20 +293,84 @@ impl<F: Element<Acc = F> + Real, E: Element<Acc = F>> Kernel for Sweep<'_, '_, F
                 }
             }
             let factor = self.scale / divisor;
-            for ((r, s), u) in row.iter_mut().zip(&sum).zip(own) {
-                *r = F::of((s - along * u.to_f64()) * factor);
+            let last = Last { along, factor };
+            if let Some(out) = E::exact_mut(out) {
+                last.store(&sum, own, out);
+            } else {
+                last.store(&sum, own, &mut spare);
+                store_row(&spare, F::ONE, out);
             }
-            store_row(&row, F::ONE, out);
         }
     }
 }
 
-/// `sum += weight (x - y)`
-#[inline(always)]
-fn add<F: Real>(sum: &mut [f64], x: &[F], y: &[F], weight: f64) {
-    for ((s, &x), &y) in sum.iter_mut().zip(x).zip(y) {
-        *s += (x - y).to_f64() * weight;
+/// Where the pairs of row `k` are.
+fn starts(starts: &[u32], k: usize) -> Range<usize> {
+    starts[k] as usize..starts[k + 1] as usize
+}
+
+/// What the sum of a row's pulls goes through last: `factor (sum - along u)`.
+#[derive(Clone, Copy)]
+struct Last {
+    along: f64,
+    factor: f64,
+}
+
+impl Last {
+    #[inline(always)]
+    fn store<F: Real>(self, sum: &[f64], u: &[F], out: &mut [F]) {
+        for ((o, s), u) in out.iter_mut().zip(sum).zip(u) {
+            *o = F::of((s - self.along * u.to_f64()) * self.factor);
+        }
     }
+}
+
+/// `sum = sum_k weight_k (x - y_k)`, a few `y_k` at a time: `sum` is what takes the time.
+#[inline(always)]
+fn add_all<I: Isa, F: Element<Acc = F> + Real>(
+    sum: &mut [f64],
+    x: &[F],
+    pulling: &[(Rows<'_, F>, u32, f64)],
+) {
+    let row = |k: usize| pulling[k].0.row(pulling[k].1 as usize, &mut []);
+    let mut at = match pulling.len() % 4 {
+        0 => {
+            sum.fill(0.0);
+            0
+        }
+        1 => add::<I, F, 1, true>(sum, x, [row(0)], [pulling[0].2]),
+        2 => add::<I, F, 2, true>(sum, x, [row(0), row(1)], [pulling[0].2, pulling[1].2]),
+        _ => {
+            let weights = [pulling[0].2, pulling[1].2, pulling[2].2];
+            add::<I, F, 3, true>(sum, x, [row(0), row(1), row(2)], weights)
+        }
+    };
+    while at < pulling.len() {
+        let weights = [0, 1, 2, 3].map(|k| pulling[at + k].2);
+        let rows = [row(at), row(at + 1), row(at + 2), row(at + 3)];
+        at += add::<I, F, 4, false>(sum, x, rows, weights);
+    }
+}
+
+/// `sum_k weight_k (x - y_k)` added to `sum`, or put in its place where it is the `FIRST`. Returns `N`.
+#[inline(always)]
+fn add<I: Isa, F: Real, const N: usize, const FIRST: bool>(
+    sum: &mut [f64],
+    x: &[F],
+    y: [&[F]; N],
+    weights: [f64; N],
+) -> usize {
+    let len = sum.len().min(x.len());
+    let (sum, x) = (&mut sum[..len], &x[..len]);
+    let y = y.map(|y| &y[..len]);
+    for j in 0..len {
+        let mut total = if FIRST { 0.0 } else { sum[j] };
+        for k in 0..N {
+            total = Real::mul_add::<I>((x[j] - y[k][j]).to_f64(), weights[k], total);
+        }
+        sum[j] = total;
+    }
+    N
 }
 
 /// Divides every row of `x` by its norm (at least 1e-12) into the contiguous `out`, and returns the

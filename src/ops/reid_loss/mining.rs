@@ -86,12 +86,16 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
     if n == 0 {
         return Ok(found);
     }
-    let squares = squares(candidates.rows);
+    let of = |x: &Features<'_, F>| squares(x.rows, threads(2 * x.rows.rows() * x.rows.cols()));
+    let same = anchors.rows.same(&candidates.rows);
+    let of_candidates = of(candidates);
+    let of_anchors = (!same).then(|| of(anchors));
     let mining = Mining {
         anchors: anchors.rows,
         candidates: candidates.rows,
         identities,
-        squares: &squares,
+        anchor_squares: of_anchors.as_ref().unwrap_or(&of_candidates),
+        squares: &of_candidates,
     };
     let transposed = candidates.tensor.f_transpose(0, 1)?;
     let block = (BLOCK / m).clamp(1, n);
@@ -106,7 +110,9 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
         let rows = view
             .rows::<F>()
             .ok_or_else(|| view.wrong("be a dense matrix"))?;
-        mining.mine(rows, first, found, threads(count * m));
+        // Besides the products, two distances or more of each anchor.
+        let work = count * (m + 2 * anchors.rows.cols());
+        mining.mine(rows, first, found, threads(work));
     }
     Ok(found)
 }
