@@ -89,7 +89,11 @@ def _commit() -> str:
     git = ["git", "-C", str(RESULTS.parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        # All but the results, which are being written.
+        others = ["--", ":/", f":(exclude,top){RESULTS.parent.name}/{RESULTS.name}"]
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", *others], capture_output=True, text=True
+        )
     except OSError:
         return "unknown"
     return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "") or "unknown"

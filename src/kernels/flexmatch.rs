@@ -11,6 +11,7 @@
 //! value is a class).
 
 use super::parallel::{run, split};
+use super::rows::prefetch;
 use std::num::NonZeroUsize;
 
 /// A type that labels are stored in: i8, i16, i32 or i64.
@@ -56,6 +57,8 @@ pub struct OutOfRange {
 
 /// Tables that take turns, so that a run of equal labels does not wait for its own last increment.
 const TABLES: usize = 4;
+/// Labels that are asked for before the first of them is written.
+const EARLY: usize = 32;
 /// The widest table of which [`TABLES`] stay in the nearest cache.
 const NARROW: usize = 1 << 10;
 
@@ -130,10 +133,23 @@ impl Counts {
 
     /// Labels one sample: `outputs[index] = label`. Both must be in range.
     #[inline]
-    pub fn relabel<L: Label>(&mut self, outputs: &mut [L], index: usize, label: i64) {
+    fn relabel<L: Label>(&mut self, outputs: &mut [L], index: usize, label: i64) {
         let old = std::mem::replace(&mut outputs[index], L::narrow(label)).wide();
         self.counts[(old + 1) as usize] -= 1;
         self.counts[(label + 1) as usize] += 1;
+    }
+
+    /// Labels samples one after the other, as (index, label) pairs in range. In a large data set each is a
+    /// miss of cache and TLB: they are asked for early, so that these misses overlap.
+    pub fn relabel_all<L: Label>(&mut self, outputs: &mut [L], pairs: &[(usize, i64)]) {
+        for k in 0..pairs.len() + EARLY {
+            if let Some(&(index, _)) = pairs.get(k) {
+                prefetch(outputs.as_ptr().wrapping_add(index));
+            }
+            if let Some(&(index, label)) = k.checked_sub(EARLY).and_then(|k| pairs.get(k)) {
+                self.relabel(outputs, index, label);
+            }
+        }
     }
 
     /// What the counts are divided by, or `None` where every status is 0.
@@ -166,7 +182,7 @@ mod tests {
 
     const ONE: NonZeroUsize = NonZeroUsize::MIN;
 
-    fn random_updates<L: Label + std::fmt::Debug>() {
+    fn random_updates<L: Label + std::fmt::Debug + PartialEq>() {
         let (samples, classes) = (40, 4);
         let mut outputs = vec![L::narrow(-1); samples];
         let mut counts = Counts::unlabelled(samples, classes);
@@ -177,9 +193,17 @@ mod tests {
                 .wrapping_add(1_442_695_040_888_963_407);
             (seed >> 33) as usize % n
         };
-        for _ in 0..5000 {
-            let (index, label) = (next(samples), next(classes + 1) as i64 - 1);
-            counts.relabel(&mut outputs, index, label);
+        for _ in 0..2000 {
+            let count = next(3 * EARLY);
+            let mut expected = outputs.clone();
+            let pairs: Vec<_> = (0..count)
+                .map(|_| (next(samples), next(classes + 1) as i64 - 1))
+                .collect();
+            counts.relabel_all(&mut outputs, &pairs);
+            for (index, label) in pairs {
+                expected[index] = L::narrow(label);
+            }
+            assert_eq!(outputs, expected);
             assert_eq!(counts, Counts::of(&outputs, classes, ONE).unwrap());
         }
     }

@@ -136,17 +136,14 @@ impl<'a, E: Element> Rows<'a, E> {
     /// cache when its turn comes.
     #[inline(always)]
     pub fn in_turn<'s>(&'s self, i: usize, scratch: &'s mut [E::Acc]) -> &'s [E::Acc] {
-        #[cfg(target_arch = "x86_64")]
         if self.col_stride == 1 {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             let next = self
                 .data
                 .wrapping_offset((i as isize + 1) * self.row_stride);
             let bytes = (self.cols * size_of::<E>()).min(AHEAD);
+            // After the last row it is an address like any other.
             for line in (0..bytes).step_by(CACHE_LINE) {
-                // SAFETY: a prefetch accesses nothing and may be given any address, such as that after
-                // the last row.
-                unsafe { _mm_prefetch::<_MM_HINT_T0>(next.wrapping_byte_add(line).cast()) };
+                prefetch(next.wrapping_byte_add(line));
             }
         }
         self.row(i, scratch)
@@ -179,6 +176,19 @@ impl<'a, E: Element> Rows<'a, E> {
         }
         &scratch[..self.cols]
     }
+}
+
+/// Asks the processor to have the cache line of `address` at hand soon. Any address will do.
+#[inline(always)]
+pub fn prefetch<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch accesses nothing that the program could see, and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// Stores `values`, times `scale`, into `out`.

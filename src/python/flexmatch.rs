@@ -1,6 +1,7 @@
 use super::{tensor, without_gil};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::flexmatch as ops;
+use crate::torch::pages;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::IntoPyDict;
@@ -80,8 +81,10 @@ impl FlexMatch {
         ops::Stored::named(&dtype.str()?.to_cow()?)?.holds(classes)?;
         let options = [("device", device.clone()), ("dtype", dtype)];
         let options = options.into_py_dict(device.py())?;
-        let labels = torch.call_method("full", ((samples,), -1), Some(&options))?;
-        let labels = tensor(CLASS, "net_outputs", &labels)?;
+        let labels = torch.call_method("empty", (samples,), Some(&options))?;
+        let mut labels = tensor(CLASS, "net_outputs", &labels)?;
+        pages::ask_for_large(&labels);
+        let _ = labels.f_fill_(-1).map_err(Error::from)?;
         let state = ops::FlexMatch::new(classes, labels, warmup, counts_on_device)?;
         Ok(Self {
             state: Mutex::new(state),

@@ -4,6 +4,7 @@
 
 pub mod autograd;
 pub mod input;
+pub mod pages;
 pub mod team;
 
 use crate::error::{Error, Result};

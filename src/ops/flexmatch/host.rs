@@ -118,9 +118,7 @@ impl Pairs {
             // apart. A user thread that writes an alias meanwhile races with torch's own writers in
             // the same way.
             let outputs = unsafe { std::slice::from_raw_parts_mut(data.cast::<L>(), len) };
-            for &(index, label) in &self.0 {
-                counts.relabel(outputs, index, label);
-            }
+            counts.relabel_all(outputs, &self.0);
         });
         !self.0.is_empty()
     }

@@ -13,7 +13,7 @@ mod stored;
 use crate::error::{Error, Result};
 use crate::kernels::flexmatch::Counts;
 use crate::torch::input::Input;
-use crate::torch::{aliased, bump_version, version};
+use crate::torch::{aliased, bump_version, pages, version};
 use batch::Batch;
 pub use stored::Stored;
 use tch::{Device, Tensor};
@@ -123,6 +123,7 @@ impl FlexMatch {
             [self.samples as i64],
             (self.stored.kind(), self.net_outputs.device()),
         )?;
+        pages::ask_for_large(&copy);
         copy.f_copy_(&here)?;
         self.version = version(&copy);
         self.net_outputs = copy;
