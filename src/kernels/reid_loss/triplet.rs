@@ -105,14 +105,21 @@ impl<F: Element<Acc = F> + Real> Kernel for Teacher<'_, '_, F> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let row = |i: usize| self.features.row(i, &mut []);
-        let to = |i: usize, found: Found| distance(squared_distance(row(i), row(found.index)));
         for (i, out) in self.range.zip(self.out) {
             // Without tllib's offset for a missing candidate, which its teacher does not see either.
-            let t = to(i, self.hardest[i].positive) - to(i, self.hardest[i].negative);
+            let Hardest { positive, negative } = self.hardest[i];
+            let t = between(self.features, i, positive) - between(self.features, i, negative);
             *out = 1.0 / (1.0 + (-t).exp());
         }
     }
+}
+
+/// The distance of row `i` from what was found for it. A function: a closure would be compiled apart from
+/// the kernel, and without its instruction set.
+#[inline(always)]
+fn between<F: Element<Acc = F> + Real>(features: Rows<'_, F>, i: usize, found: Found) -> f64 {
+    let (x, y) = (features.row(i, &mut []), features.row(found.index, &mut []));
+    distance(squared_distance(x, y))
 }
 
 /// A pair as the gradient sees it: `dL/du = weight (u - v)`.
