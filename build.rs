@@ -10,8 +10,9 @@ fn main() {
 fn bridge() {
     use std::path::PathBuf;
 
-    const SOURCES: [&str; 3] = [
+    const SOURCES: [&str; 4] = [
         "src/torch/bridge.cpp",
+        "src/torch/device.cpp",
         "src/torch/team.cpp",
         "src/torch/unpack.cpp",
     ];

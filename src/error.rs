@@ -21,6 +21,9 @@ pub enum Error {
     /// libtorch refused: `RuntimeError`, with its first line.
     #[error("libtorch: {}", first_line(.0))]
     Torch(#[from] tch::TchError),
+    /// A CUDA kernel could not be compiled or launched: `RuntimeError`.
+    #[error("tllib_rs on CUDA: {0}")]
+    Cuda(String),
     /// The C++ bridge refused: `RuntimeError`.
     #[error("libtorch: {0}")]
     Bridge(String),

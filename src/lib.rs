@@ -6,7 +6,8 @@
 //! |---|---|---|
 //! | [`kernels`] | the mathematics on slices: a loss and its gradient in one sweep | torch, Python |
 //! | `torch` | what tch lacks: tensor facts, the autograd node, torch's threads | Python |
-//! | `ops` | a method on tensors: checks, then CPU kernel or libtorch composite | Python |
+//! | `cuda` | CUDA sources, compiled at run time, and their launch on torch's stream | Python |
+//! | `ops` | a method on tensors: checks, then CPU kernel, CUDA kernel or libtorch composite | Python |
 //! | `python` | `PyO3`: extract, release the GIL, call, wrap; errors mapped in one place | |
 //!
 //! A method has one stem in all of them: `kernels/mcc.rs`, `ops/mcc.rs`, `python/mcc.rs`,
@@ -18,6 +19,8 @@
 
 pub mod kernels;
 
+#[cfg(feature = "python")]
+mod cuda;
 #[cfg(feature = "python")]
 mod error;
 #[cfg(feature = "python")]

@@ -165,13 +165,7 @@ fn measure<E: Element + Stored, F: Real + Stored>(
     };
     let mut grad = Owned::<E>::new(strong.shape())?;
     let scale = found.gradient(x.slice(), y.slice(), factor, grad.slice());
-    Ok((
-        square,
-        Some(StoredGrad {
-            tensor: grad.into_tensor(),
-            scale,
-        }),
-    ))
+    Ok((square, Some(StoredGrad::new(grad.into_tensor(), scale))))
 }
 
 /// `a b` in new memory. (The form with an output is not subject to autocast.)

@@ -122,7 +122,7 @@ fn fused(goal: Goal, heads: &Heads<'_>, dtype: Dtype, weight: f64) -> Result<Par
         let mut grad = wanted.then(|| Owned::<E>::new(adversarial.shape())).transpose()?;
         let out = Outputs { labels: labels.slice(), grad: grad.as_mut().map(Owned::slice) };
         let loss = kernel(goal, logits, y, weight, out, threads(2 * adversarial.numel()));
-        let grad = grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale: loss.scale });
+        let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));
         Ok(Part { value: loss.value, labels: labels.into_tensor(), grad })
     })
 }

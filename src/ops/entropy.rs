@@ -51,7 +51,7 @@ fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<
         } else {
             vector(&each, dtype)?
         };
-        Ok((out, grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale })))
+        Ok((out, grad.map(|g| StoredGrad::new(g.into_tensor(), scale))))
     })
 }
 

@@ -48,7 +48,7 @@ fn fused(
         let mut grad = wants_grad.then(|| Owned::<E>::new(input.shape())).transpose()?;
         let slice = grad.as_mut().map(Owned::slice);
         let loss = kernel(rows, temperature, slice, threads(input.numel()));
-        let grad = grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale: loss.scale });
+        let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));
         Ok((scalar(loss.value, loss_dtype(input, dtype))?, grad))
     })
 }
@@ -90,7 +90,7 @@ impl Part {
                 let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
                 let loss = finish(swept, rows, temperature, grad.as_mut().map(Owned::slice));
                 let value = scalar(loss.value, out)?;
-                let grad = grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale: loss.scale });
+                let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));
                 all.attach(LABEL, CLASS, &value, &logits, grad)?;
                 Ok(value)
             });

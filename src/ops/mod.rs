@@ -1,4 +1,4 @@
-//! The methods on tensors: checks first, then the CPU kernel or the libtorch composite.
+//! The methods on tensors: checks first, then the CPU kernel, the CUDA kernel or the libtorch composite.
 //!
 //! A fused loss is four things: checks, a kernel call that yields loss and gradient, an autograd
 //! node over both ([`crate::torch::autograd::attach`]), and a composite in libtorch operations for
@@ -18,6 +18,7 @@ pub mod self_ensemble;
 pub mod self_tuning;
 pub mod uda;
 
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::parallel::threads_for;
 use crate::torch::input::Input;
@@ -27,6 +28,31 @@ use std::num::NonZeroUsize;
 /// Elements of exponential and logarithm that one thread computes in the time that makes another
 /// thread worth starting.
 const GRAIN: usize = 1 << 15;
+
+/// What computes a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// [`crate::kernels`]
+    Cpu,
+    /// [`crate::cuda`]
+    Cuda,
+    /// libtorch operations, for everything else.
+    Composite,
+}
+
+/// The place of a call whose kernels read these tensors: one device, one dtype, no wrappers.
+fn place(inputs: &[&Input<'_>]) -> Place {
+    let same = inputs
+        .windows(2)
+        .all(|two| two[0].dtype() == two[1].dtype());
+    if same && cuda::serves(inputs) {
+        Place::Cuda
+    } else if same && inputs.iter().all(|input| input.on_cpu()) {
+        Place::Cpu
+    } else {
+        Place::Composite
+    }
+}
 
 /// Threads for a row loss over `elements` logits.
 fn threads(elements: usize) -> NonZeroUsize {

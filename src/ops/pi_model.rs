@@ -183,7 +183,7 @@ impl<'a> Call<'a> {
                 grad_b: grad_b.as_mut().map(Owned::slice),
             };
             kernel(a, b, weights, scale * mean * self.number, out, threads(self.p1.numel()));
-            let stored = |g: Owned<E>| StoredGrad { tensor: g.into_tensor(), scale };
+            let stored = |g: Owned<E>| StoredGrad::new(g.into_tensor(), scale);
             Ok(vec![grad_a.map(stored), grad_b.map(stored)])
         })
     }
@@ -203,10 +203,7 @@ fn mask_grad(distances: &[f64], mean: f64, dtype: Dtype) -> Result<StoredGrad> {
     let largest = distances.iter().fold(0.0, |a: f64, d| a.max(*d));
     let scale = by_dtype!(dtype, E => stored_scale::<E>(largest * mean));
     let scaled: Vec<_> = distances.iter().map(|d| d * mean * scale).collect();
-    Ok(StoredGrad {
-        tensor: vector(&scaled, dtype)?,
-        scale,
-    })
+    Ok(StoredGrad::new(vector(&scaled, dtype)?, scale))
 }
 
 /// The same in libtorch operations.

@@ -88,7 +88,7 @@ fn fused(
             mask: mask.into_tensor(),
             labels: labels.into_tensor(),
         };
-        Ok((output, grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale: loss.scale })))
+        Ok((output, grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale))))
     })
 }
 

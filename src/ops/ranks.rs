@@ -87,5 +87,5 @@ pub fn gradient(loss: &Tensor, leaf: &Tensor) -> Result<Option<StoredGrad>> {
     let found = Tensor::f_run_backward(&[loss], &[leaf], false, false)?;
     // A stored gradient is contiguous; autograd's may be one row, expanded.
     let stored = found.first().map(Tensor::f_contiguous).transpose()?;
-    Ok(stored.map(|tensor| StoredGrad { tensor, scale: 1.0 }))
+    Ok(stored.map(|tensor| StoredGrad::new(tensor, 1.0)))
 }

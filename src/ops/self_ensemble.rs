@@ -134,10 +134,7 @@ fn of_means<E: Element + Stored>(
         let mut stored = Owned::<E>::new(input.shape())?;
         let scale = stored_scale::<E>(slope.iter().fold(0.0, |bound, g| g.abs().max(bound)));
         repeat_row(&slope, scale, stored.slice(), threads);
-        grad = Some(StoredGrad {
-            tensor: stored.into_tensor(),
-            scale,
-        });
+        grad = Some(StoredGrad::new(stored.into_tensor(), scale));
     }
     Ok((scalar(value, out)?, grad))
 }

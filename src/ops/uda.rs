@@ -1,6 +1,7 @@
 //! Strong-weak consistency on tensors. The mathematics is in [`crate::kernels::uda`].
 
-use super::{positive, threads};
+use super::{Place, place, positive, threads};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::uda::uda as kernel;
 use crate::torch::autograd::{StoredGrad, attach};
@@ -37,10 +38,11 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
     }
     // The mask is float32, and so promotes half types, in tllib too.
     let out = dtype.promote(weak_dtype).at_least_f32();
-    if !strong.on_cpu() || !weak.on_cpu() || dtype != weak_dtype {
-        return composite(y_strong, y, threshold, temperature, out.kind());
-    }
-    let (loss, grad) = fused(&strong, &weak, dtype, threshold, temperature)?;
+    let (loss, grad) = match place(&[&strong, &weak]) {
+        Place::Cuda => cuda::uda::uda(&strong, &weak, dtype, threshold, temperature)?,
+        Place::Cpu => fused(&strong, &weak, dtype, threshold, temperature)?,
+        Place::Composite => return composite(y_strong, y, threshold, temperature, out.kind()),
+    };
     if grad.is_some() {
         // As an input of the node y is guarded against writes; detached, it gets no gradient.
         let inputs = [y_strong, &y.f_detach()?];
@@ -65,7 +67,7 @@ fn fused(
         let mut grad = strong.wants_grad().then(|| Owned::<E>::new(strong.shape())).transpose()?;
         let slice = grad.as_mut().map(Owned::slice);
         let loss = kernel(z, y, threshold, temperature, slice, threads(2 * strong.numel()));
-        let grad = grad.map(|g| StoredGrad { tensor: g.into_tensor(), scale: loss.scale });
+        let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));
         Ok((scalar(loss.value, dtype.at_least_f32())?, grad))
     })
 }

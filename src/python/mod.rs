@@ -1,6 +1,7 @@
 //! The Python module `tllib_rs._core`: extract, release the GIL, call, wrap. No logic lives here.
 
 mod cc_loss;
+mod cuda;
 mod dst;
 mod entropy;
 mod flexmatch;
@@ -33,7 +34,7 @@ impl From<Error> for PyErr {
             Error::Type(_) => PyTypeError::new_err(text),
             Error::Value(_) => PyValueError::new_err(text),
             Error::Index(_) => PyIndexError::new_err(text),
-            Error::Device(_) => PyRuntimeError::new_err(text),
+            Error::Device(_) | Error::Cuda(_) => PyRuntimeError::new_err(text),
             Error::Torch(_) | Error::Bridge(_) => {
                 raised_inside().unwrap_or_else(|| PyRuntimeError::new_err(text))
             }
@@ -122,6 +123,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(cc_loss::check_cc_loss, m)?)?;
     m.add_class::<self_tuning::SelfTuningHistory>()?;
     m.add_class::<self_tuning::SelfTuningSettings>()?;
+    m.add_function(wrap_pyfunction!(cuda::cuda_compile, m)?)?;
+    m.add_function(wrap_pyfunction!(cuda::cuda_sources, m)?)?;
     m.add_function(wrap_pyfunction!(entropy::entropy, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::check_temperature, m)?)?;
     m.add_function(wrap_pyfunction!(pseudo_label::check_threshold, m)?)?;

@@ -8,6 +8,7 @@
 
 use super::input::Input;
 use super::{Owned, by_dtype, check, max_threads};
+use crate::cuda;
 use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::parallel::threads_for;
@@ -37,12 +38,34 @@ impl Constant {
     }
 }
 
-/// A gradient as forward stored it: contiguous, and times `scale`.
+/// A gradient as forward stored it: contiguous, and times `scale` and the divisor.
 pub struct StoredGrad {
-    /// The gradient times `scale`.
+    /// The gradient times `scale` and `divisor`.
     pub tensor: Tensor,
     /// Positive; what [`crate::kernels::Loss::scale`] says.
     pub scale: f64,
+    /// One more divisor, a float32 of no dimensions, where forward found it on a device and did not wait.
+    pub divisor: Option<Tensor>,
+}
+
+impl StoredGrad {
+    /// Without a divisor on a device.
+    pub fn new(tensor: Tensor, scale: f64) -> Self {
+        Self {
+            tensor,
+            scale,
+            divisor: None,
+        }
+    }
+
+    /// The same tensors.
+    fn shallow_clone(&self) -> Self {
+        Self {
+            tensor: self.tensor.shallow_clone(),
+            scale: self.scale,
+            divisor: self.divisor.as_ref().map(Tensor::shallow_clone),
+        }
+    }
 }
 
 /// The backward pass of a node.
@@ -61,10 +84,8 @@ impl Backward for StoredGrads {
         self.0
             .iter_mut()
             .map(|slot| match slot {
-                Some(_) if last => slot
-                    .take()
-                    .map(|g| times(g.tensor, g.scale, &incoming, true)),
-                Some(g) => Some(times(g.tensor.shallow_clone(), g.scale, &incoming, false)),
+                Some(_) if last => slot.take().map(|g| times(g, &incoming, true)),
+                Some(g) => Some(times(g.shallow_clone(), &incoming, false)),
                 None => None,
             })
             .map(Option::transpose)
@@ -192,8 +213,16 @@ unsafe extern "C" fn backward(
     })
 }
 
-/// `grad * incoming / scale`. `own` says that the memory of `grad` may be reused.
-fn times(mut grad: Tensor, scale: f64, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
+/// `grad * incoming / (scale * divisor)`. `own` says that the memory of `grad` may be reused.
+fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
+    if let Some(out) = cuda::scale::scale(&stored, incoming, own)? {
+        return Ok(out);
+    }
+    let StoredGrad {
+        tensor: mut grad,
+        scale,
+        divisor,
+    } = stored;
     let on_cpu = Input::new("backward", "gradient", &grad)?;
     if let (Some(dtype), Some(value), true) = (on_cpu.dtype(), number(incoming), on_cpu.on_cpu()) {
         let (data, len, shape) = (on_cpu.data(), on_cpu.numel(), on_cpu.shape().to_vec());
@@ -234,6 +263,9 @@ fn times(mut grad: Tensor, scale: f64, incoming: &Input<'_>, own: bool) -> Resul
     #[allow(clippy::float_cmp, reason = "exactly one changes nothing")]
     if scale != 1.0 {
         out = out.f_mul_scalar(1.0 / scale)?;
+    }
+    if let Some(divisor) = divisor {
+        out = out.f_div(&divisor)?;
     }
     Ok(out.f_to_kind(kind)?)
 }

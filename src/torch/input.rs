@@ -5,10 +5,11 @@ use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::rows::Rows;
 use std::ffi::c_char;
-use tch::Tensor;
+use tch::{Device, Tensor};
 use torch_sys::C_tensor;
 
 const CPU: i32 = 0;
+const CUDA: i32 = 1;
 const META: i32 = 14;
 /// `c10::ScalarType::Int`
 const INT32: i32 = 3;
@@ -88,6 +89,20 @@ impl Facts {
     /// Whether it is an ordinary dense CPU tensor, which kernels may read directly.
     pub fn on_cpu(&self) -> bool {
         self.ordinary && self.device_type == CPU
+    }
+
+    /// Whether it is an ordinary dense CUDA tensor, which kernels there may read directly.
+    pub fn on_cuda(&self) -> bool {
+        self.ordinary && self.device_type == CUDA
+    }
+
+    /// The device of a tensor that is on the CPU or on CUDA.
+    pub fn device(&self) -> Device {
+        if self.device_type == CUDA {
+            Device::Cuda(self.device_index.max(0) as usize)
+        } else {
+            Device::Cpu
+        }
     }
 
     /// Whether it is an ordinary tensor whose elements follow each other in memory in order.

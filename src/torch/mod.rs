@@ -3,6 +3,7 @@
 //! headers) and `team.cpp`.
 
 pub mod autograd;
+pub mod device;
 pub mod input;
 pub mod pages;
 pub mod team;

@@ -84,10 +84,7 @@ where
     let loss = kernel(logits, targets, slice, threads(2 * input.numel()));
     let out = scalar(loss.value, loss_dtype(input, input.floating()?))?;
     if let Some(grad) = grad {
-        let grad = StoredGrad {
-            tensor: grad.into_tensor(),
-            scale: loss.scale,
-        };
+        let grad = StoredGrad::new(grad.into_tensor(), loss.scale);
         attach(
             c"SoftCrossEntropyBackward",
             &out,

@@ -351,10 +351,7 @@ where
     };
     let mut out = Owned::<E>::new(input.shape())?;
     gradient.store(loss, out.slice(), threads(4 * input.numel()));
-    Ok(StoredGrad {
-        tensor: out.into_tensor(),
-        scale: loss.scale,
-    })
+    Ok(StoredGrad::new(out.into_tensor(), loss.scale))
 }
 
 /// The teacher's references, from its own features: 2N distances.

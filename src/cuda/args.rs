@@ -1,0 +1,108 @@
+//! Kernel arguments. A kernel takes one struct by value; its Rust mirror is `#[repr(C)]` and built of
+//! these parts, which mirror those of common.cuh.
+
+use super::device::Stream;
+use crate::error::Result;
+use crate::torch::Dtype;
+use crate::torch::input::{Facts, Input};
+use std::ffi::c_void;
+use tch::{Kind, Tensor};
+
+/// A struct that a kernel takes by value.
+///
+/// # Safety
+/// `#[repr(C)]`, and the fields are those of the struct in the kernel's source.
+pub unsafe trait Args {}
+
+/// `Matrix<T>`: memory and strides.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Matrix {
+    data: *const c_void,
+    row: i64,
+    col: i64,
+}
+
+impl Matrix {
+    /// Of a tensor of two dimensions.
+    pub fn of(input: &Input<'_>) -> Result<Self> {
+        let &[row, col] = input.strides() else {
+            return Err(input.wrong("have two dimensions"));
+        };
+        Ok(Self {
+            data: input.data(),
+            row,
+            col,
+        })
+    }
+}
+
+/// `Scalar`: one number in a dtype that the source does not fix.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Scalar {
+    to: *mut c_void,
+    dtype: i32,
+}
+
+impl Scalar {
+    /// The first element of a tensor of this launch.
+    pub fn of(tensor: &Tensor, dtype: Dtype) -> Self {
+        Self {
+            to: tensor.data_ptr(),
+            dtype: code(dtype),
+        }
+    }
+}
+
+/// How the sources number dtypes; float64 has no kernels.
+pub fn code(dtype: Dtype) -> i32 {
+    match dtype {
+        Dtype::F32 => 0,
+        Dtype::F16 => 1,
+        Dtype::Bf16 => 2,
+        Dtype::F64 => -1,
+    }
+}
+
+/// The memory of an optional tensor, or null.
+pub fn pointer(tensor: Option<&Tensor>) -> *mut c_void {
+    tensor.map_or(std::ptr::null_mut(), Tensor::data_ptr)
+}
+
+/// `Gathering`: where the blocks of a grid leave their sums.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Gathering {
+    partials: *mut c_void,
+    done: *mut c_void,
+}
+
+/// The memory of a [`Gathering`], to be kept until the launch.
+pub struct Partials {
+    sums: Tensor,
+    done: Tensor,
+}
+
+impl Partials {
+    /// For `blocks` blocks with `each` sums.
+    pub fn new(stream: &Stream, blocks: u32, each: i64) -> Result<Self> {
+        Ok(Self {
+            sums: stream.empty(&[i64::from(blocks) * each], Kind::Double)?,
+            done: stream.counter()?,
+        })
+    }
+
+    /// As the kernel takes it.
+    pub fn args(&self) -> Gathering {
+        Gathering {
+            partials: self.sums.data_ptr(),
+            done: self.done.data_ptr(),
+        }
+    }
+}
+
+/// The dtype of a tensor of facts whose dtype has kernels here: float64 has none.
+pub fn kernel_dtype(facts: &Facts) -> Option<Dtype> {
+    facts.dtype().filter(|&dtype| dtype != Dtype::F64)
+}

@@ -1,0 +1,125 @@
+//! A device and torch's current stream on it: memory from torch's allocator, launches.
+
+use super::args::Args;
+use super::driver::{self, Context};
+use super::emulator::Emulator;
+use super::modules;
+use crate::error::Result;
+use crate::torch::Dtype;
+use crate::torch::device::cuda_stream;
+use crate::torch::input::Input;
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+use tch::{Device, Kind, Tensor};
+
+/// Where kernels are launched.
+pub struct Stream {
+    device: Device,
+    runs_on: RunsOn,
+}
+
+#[derive(Clone, Copy)]
+enum RunsOn {
+    Device {
+        context: &'static Context,
+        stream: driver::Handle,
+    },
+    /// Kernels that were compiled for the CPU, for the tests.
+    Emulator(&'static Emulator),
+}
+
+/// One kernel launch, but for the arguments.
+#[derive(Clone, Copy)]
+pub struct Launch {
+    /// The method: `src/cuda/<stem>.cu`.
+    pub stem: &'static str,
+    /// The `ELEMENT` that the source is compiled for.
+    pub dtype: Dtype,
+    /// The kernel, and what its name ends with.
+    pub kernel: (&'static str, &'static str),
+    /// Blocks.
+    pub grid: u32,
+    /// Threads of a block.
+    pub block: u32,
+}
+
+impl Stream {
+    /// torch's current stream on `device`.
+    pub fn current(device: Device) -> Result<Self> {
+        let runs_on = match (Emulator::loaded()?, device) {
+            (Some(emulator), _) => RunsOn::Emulator(emulator),
+            (None, Device::Cuda(index)) => RunsOn::Device {
+                context: Context::of(index)?,
+                stream: driver::Handle(cuda_stream(index)?),
+            },
+            (None, device) => {
+                return Err(super::failed(&format!("{device:?} runs no kernels")));
+            }
+        };
+        Ok(Self { device, runs_on })
+    }
+
+    /// Memory of this device, its contents arbitrary.
+    pub fn empty(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        Ok(Tensor::f_empty(shape, (kind, self.device))?)
+    }
+
+    /// Memory for the gradient with respect to `input`, where it wants one: contiguous.
+    pub fn gradient(&self, input: &Input<'_>, dtype: Dtype) -> Result<Option<Tensor>> {
+        input
+            .wants_grad()
+            .then(|| self.empty(input.shape(), dtype.kind()))
+            .transpose()
+    }
+
+    /// A counter of blocks that is 0, and will be again when the launch that uses it has run.
+    ///
+    /// Launches on one stream follow each other and share one. A captured launch gets one of its own, set
+    /// to 0 in the graph: the graph may be replayed on any stream.
+    pub fn counter(&self) -> Result<Tensor> {
+        static COUNTERS: Mutex<Option<HashMap<(i64, usize), Tensor>>> = Mutex::new(None);
+        let fresh = || Ok(Tensor::f_zeros([1], (Kind::Int, self.device))?);
+        let key = match self.runs_on {
+            RunsOn::Device { context, stream } if context.capturing(stream)? => return fresh(),
+            RunsOn::Device { context, stream } => (i64::from(context.ordinal()), stream.0 as usize),
+            RunsOn::Emulator(_) => (-1, 0),
+        };
+        let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
+        let counters = counters.get_or_insert_default();
+        if let Some(counter) = counters.get(&key) {
+            return Ok(counter.shallow_clone());
+        }
+        let counter = fresh()?;
+        counters.insert(key, counter.shallow_clone());
+        Ok(counter)
+    }
+
+    /// How many threads the device holds at once.
+    pub fn threads_at_once(&self) -> u32 {
+        match self.runs_on {
+            RunsOn::Device { context, .. } => context.threads_at_once(),
+            // A few blocks, so that sums over a grid are tried.
+            RunsOn::Emulator(_) => 4 * 1024,
+        }
+    }
+
+    /// Launches a kernel. It runs when the stream comes to it.
+    ///
+    /// # Safety
+    /// `args` are those of the kernel, and its pointers are to memory of this device that is as large as
+    /// the kernel takes it to be, and that torch's allocator gives to nobody before work that is already
+    /// on this stream, the launch included, is done: memory of a tensor that is alive now.
+    pub unsafe fn launch<A: Args>(&self, launch: Launch, args: &A) -> Result<()> {
+        let pointer = std::ptr::from_ref(args).cast_mut().cast::<c_void>();
+        match self.runs_on {
+            RunsOn::Device { context, stream } => {
+                let function = modules::function(context, &launch)?;
+                // SAFETY: the function is one of a module that is never unloaded; the rest is the caller's.
+                unsafe { context.launch(function, launch.grid, launch.block, stream, pointer) }
+            }
+            // SAFETY: as above, and CPU tensors are memory of this "device".
+            RunsOn::Emulator(emulator) => unsafe { emulator.launch(&launch, pointer) },
+        }
+    }
+}

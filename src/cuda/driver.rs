@@ -1,0 +1,170 @@
+//! The CUDA driver, as far as kernels need it: a device's context, modules, launches. `cudarc` loads it
+//! when it is first asked for; where there is none, nothing here is called.
+
+use super::failed;
+use crate::error::Result;
+use cudarc::driver::sys::CUdevice_attribute as A;
+use cudarc::driver::{result, sys};
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+/// A stream, function or module of the driver: an opaque pointer that any thread may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Handle(pub *mut c_void);
+
+// SAFETY: the driver's handles are not bound to a thread.
+unsafe impl Send for Handle {}
+// SAFETY: as above; the driver locks where it must.
+unsafe impl Sync for Handle {}
+
+/// The primary context of a device: the one that torch uses.
+pub struct Context {
+    ordinal: i32,
+    primary: Handle,
+    capability: (i32, i32),
+    threads_at_once: u32,
+}
+
+impl Context {
+    /// Of the device that torch calls `cuda:<ordinal>`.
+    pub fn of(ordinal: usize) -> Result<&'static Self> {
+        static CONTEXTS: Mutex<Option<HashMap<usize, &'static Context>>> = Mutex::new(None);
+        let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
+        let contexts = contexts.get_or_insert_default();
+        if let Some(context) = contexts.get(&ordinal) {
+            return Ok(context);
+        }
+        let context: &'static Self = Box::leak(Box::new(Self::retain(ordinal as i32)?));
+        contexts.insert(ordinal, context);
+        Ok(context)
+    }
+
+    fn retain(ordinal: i32) -> Result<Self> {
+        static PRESENT: OnceLock<bool> = OnceLock::new();
+        // SAFETY: it tries to load a library, and no more.
+        if !PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
+            return Err(failed("the CUDA driver, libcuda, cannot be loaded"));
+        }
+        result::init().map_err(reason)?;
+        let device = result::device::get(ordinal).map_err(reason)?;
+        // SAFETY: the driver returned the device just now. The context is never released.
+        let context = unsafe { result::primary_ctx::retain(device) }.map_err(reason)?;
+        let attribute = |which| {
+            // SAFETY: as above.
+            unsafe { result::device::get_attribute(device, which) }.map_err(reason)
+        };
+        Ok(Self {
+            ordinal,
+            primary: Handle(context.cast()),
+            capability: (
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            ),
+            threads_at_once: (attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?
+                * attribute(A::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)?)
+                as u32,
+        })
+    }
+
+    /// As torch counts devices.
+    pub fn ordinal(&self) -> i32 {
+        self.ordinal
+    }
+
+    /// Compute capability: major, minor.
+    pub fn capability(&self) -> (i32, i32) {
+        self.capability
+    }
+
+    /// How many threads its multiprocessors hold together.
+    pub fn threads_at_once(&self) -> u32 {
+        self.threads_at_once
+    }
+
+    /// Runs `body` with this context current on the thread: torch's own device may be another, and a thread
+    /// that has not used CUDA yet has none.
+    fn within<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        // SAFETY: the context is alive: it is never released.
+        unsafe { sys::cuCtxPushCurrent_v2(self.primary.0.cast()) }
+            .result()
+            .map_err(reason)?;
+        let outcome = body();
+        let mut popped = std::ptr::null_mut();
+        // SAFETY: it pops what was pushed above.
+        unsafe { sys::cuCtxPopCurrent_v2(&raw mut popped) }
+            .result()
+            .map_err(reason)?;
+        outcome
+    }
+
+    /// Whether launches on `stream` are recorded into a graph.
+    pub fn capturing(&self, stream: Handle) -> Result<bool> {
+        self.within(|| {
+            // SAFETY: torch's stream of this device; its streams live as long as the process.
+            let status = unsafe { result::stream::is_capturing(stream.0.cast()) };
+            Ok(
+                status.map_err(reason)?
+                    != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE,
+            )
+        })
+    }
+
+    /// Loads compiled code. It stays loaded.
+    pub fn load(&self, code: &[u8]) -> Result<Handle> {
+        self.within(|| {
+            // Loading is allowed while a graph is captured only where it is said to be meant.
+            let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+            // SAFETY: it exchanges the thread's mode with `mode`.
+            let exchange = |mode: &mut _| unsafe {
+                sys::cuThreadExchangeStreamCaptureMode(mode)
+                    .result()
+                    .map_err(reason)
+            };
+            exchange(&mut mode)?;
+            // SAFETY: a cubin, or PTX with a NUL at its end, as NVRTC made it.
+            let module = unsafe { result::module::load_data(code.as_ptr().cast()) };
+            exchange(&mut mode)?;
+            Ok(Handle(module.map_err(reason)?.cast()))
+        })
+    }
+
+    /// A kernel of a loaded module.
+    pub fn function(&self, module: Handle, name: &str) -> Result<Handle> {
+        let name = CString::new(name).map_err(|_| failed("a kernel's name has a NUL"))?;
+        self.within(|| {
+            // SAFETY: the module is loaded, and stays so.
+            let function = unsafe { result::module::get_function(module.0.cast(), name) };
+            Ok(Handle(function.map_err(reason)?.cast()))
+        })
+    }
+
+    /// Launches `function` with the struct that `args` points to.
+    ///
+    /// # Safety
+    /// As for [`super::device::Stream::launch`]; `function` is one of this context's modules.
+    pub unsafe fn launch(
+        &self,
+        function: Handle,
+        grid: u32,
+        block: u32,
+        stream: Handle,
+        args: *mut c_void,
+    ) -> Result<()> {
+        self.within(|| {
+            let (grid, block) = ((grid, 1, 1), (block, 1, 1));
+            let stream = stream.0.cast();
+            // SAFETY: per contract; the driver copies the arguments before it returns.
+            unsafe { result::launch_kernel(function.0.cast(), grid, block, 0, stream, &mut [args]) }
+                .map_err(reason)
+        })
+    }
+}
+
+fn reason(error: result::DriverError) -> crate::error::Error {
+    let text = error.error_string().map_or_else(
+        |_| format!("{:?}", error.0),
+        |text| text.to_string_lossy().into_owned(),
+    );
+    failed(&text)
+}

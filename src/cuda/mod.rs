@@ -1,0 +1,69 @@
+//! Fused CUDA kernels: C++ sources that NVRTC compiles for the device at first use, launched on torch's
+//! current stream.
+//!
+//! [`serves`] says which tensors go this way. A method's file has the mirror of its kernel's arguments
+//! and the launch; the checks were made in `ops`. Nothing here waits for the device.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `common.cuh` | what the kernels share |
+//! | `<stem>.cu`, `<stem>.rs` | a method's kernels, and their launch |
+//! | [`device`], [`plan`], [`args`] | torch's stream and memory; the shape of a launch; its arguments |
+//! | [`modules`], [`compile`], [`sources`] | compiled code in memory and on disk; NVRTC |
+//! | [`driver`], [`emulator`] | who runs a kernel |
+
+mod args;
+mod compile;
+mod device;
+mod driver;
+mod emulator;
+mod modules;
+mod plan;
+mod sources;
+
+pub mod scale;
+pub mod uda;
+
+pub use compile::compile;
+pub use sources::{SOURCES, Source};
+
+use crate::error::Error;
+use crate::kernels::element::{self, Element};
+use crate::kernels::real::Real;
+use crate::torch::input::Facts;
+use crate::torch::{Dtype, by_dtype};
+use emulator::Emulator;
+use std::ops::Deref;
+use std::sync::OnceLock;
+
+/// Whether `TLLIB_RS_CUDA=1` asks for these kernels.
+pub fn enabled() -> bool {
+    static ENABLED: OnceLock<bool> = OnceLock::new();
+    *ENABLED.get_or_init(|| std::env::var_os("TLLIB_RS_CUDA").is_some_and(|value| value == "1"))
+}
+
+/// Whether a kernel serves tensors with these facts: ordinary ones of one CUDA device and of a dtype that
+/// has kernels. `false` sends the call to the composite.
+pub fn serves<F: Deref<Target = Facts>>(inputs: &[&F]) -> bool {
+    if !enabled() {
+        return false;
+    }
+    let emulated = matches!(Emulator::loaded(), Ok(Some(_)) | Err(_));
+    inputs.iter().all(|facts| {
+        args::kernel_dtype(facts).is_some() && (facts.on_cuda() || emulated && facts.on_cpu())
+    })
+}
+
+/// [`element::stored_scale`] of a dtype.
+fn stored_scale(dtype: Dtype, bound: f64) -> f64 {
+    by_dtype!(dtype, E => element::stored_scale::<E>(bound))
+}
+
+/// `value` as a tensor of this dtype holds it.
+fn rounded(dtype: Dtype, value: f64) -> f32 {
+    by_dtype!(dtype, E => element::round_to::<E>(<E as Element>::Acc::of(value)).to_f64() as f32)
+}
+
+fn failed(why: &str) -> Error {
+    Error::Cuda(why.to_owned())
+}

@@ -1,0 +1,83 @@
+//! How a kernel over rows is launched.
+
+use super::device::{Launch, Stream};
+use crate::torch::Dtype;
+
+/// The forms that `ROW_KERNEL` in common.cuh makes of a kernel, by the columns that they hold.
+const FORMS: [Form; 4] = [
+    Form {
+        columns: 128,
+        suffix: "128",
+        threads: 256,
+        together: 8,
+    },
+    Form {
+        columns: 1024,
+        suffix: "1024",
+        threads: 128,
+        together: 1,
+    },
+    Form {
+        columns: 4096,
+        suffix: "4096",
+        threads: 512,
+        together: 1,
+    },
+    Form {
+        columns: usize::MAX,
+        suffix: "any",
+        threads: 1024,
+        together: 1,
+    },
+];
+
+struct Form {
+    columns: usize,
+    suffix: &'static str,
+    /// Threads of a block.
+    threads: u32,
+    /// Rows that a block has at a time.
+    together: usize,
+}
+
+/// A launch over rows.
+pub struct Plan {
+    /// What the kernel's name ends with.
+    pub suffix: &'static str,
+    /// Blocks. At least one, so that a loss of no rows is written too.
+    pub grid: u32,
+    /// Threads of a block.
+    pub block: u32,
+}
+
+impl Plan {
+    /// The launch of the kernel that `ROW_KERNEL` calls `kernel`, in `<stem>.cu`.
+    pub fn launch(&self, stem: &'static str, kernel: &'static str, dtype: Dtype) -> Launch {
+        Launch {
+            stem,
+            dtype,
+            kernel: (kernel, self.suffix),
+            grid: self.grid,
+            block: self.block,
+        }
+    }
+}
+
+/// For `rows` rows of `cols` columns: as many blocks as the device can hold at once, so that blocks are
+/// started, and their sums gathered, once.
+pub fn plan(stream: &Stream, rows: usize, cols: usize) -> Plan {
+    let [warp, block, wide, any] = &FORMS;
+    let form = [warp, block, wide]
+        .into_iter()
+        .find(|form| cols <= form.columns)
+        .unwrap_or(any);
+    let resident = stream.threads_at_once() / form.threads;
+    let blocks = rows
+        .div_ceil(form.together)
+        .clamp(1, resident.max(1) as usize);
+    Plan {
+        suffix: form.suffix,
+        grid: blocks as u32,
+        block: form.threads,
+    }
+}

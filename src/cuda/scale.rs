@@ -1,0 +1,81 @@
+//! Launch of `scale.cu`: the backward pass of every loss.
+
+use super::args;
+use super::device::{Launch, Stream};
+use super::serves;
+use crate::error::Result;
+use crate::torch::autograd::StoredGrad;
+use crate::torch::input::Input;
+use std::ffi::c_void;
+use tch::Tensor;
+
+/// Elements for each thread: fewer, and blocks cost more than what they do.
+const EACH: usize = 4;
+const THREADS: usize = 256;
+
+#[repr(C)]
+struct Args {
+    grad: *const c_void,
+    out: *mut c_void,
+    length: i64,
+    per_incoming: i64,
+    incoming: *const c_void,
+    stride: i64,
+    dtype: i32,
+    factor: f32,
+    divisor: *const c_void,
+}
+
+// SAFETY: the fields of `Scale` in scale.cu.
+unsafe impl args::Args for Args {}
+
+/// `grad * incoming / (scale * divisor)`, into the memory of `grad` itself where it is `own`. `None`
+/// where no kernel serves the two, or `incoming` is neither one number nor one for each row.
+pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Option<Tensor>> {
+    let stored = Input::new("backward", "gradient", &grad.tensor)?;
+    if !serves(&[&stored, incoming]) {
+        return Ok(None);
+    }
+    let (Some(dtype), Some(of_incoming)) = (stored.dtype(), incoming.dtype()) else {
+        return Ok(None);
+    };
+    let length = stored.numel();
+    let (per_incoming, stride) = match (incoming.shape(), stored.shape()) {
+        ([], _) => (length, 0),
+        ([n], [rows, ..]) if n == rows && length > 0 => {
+            (length / *rows as usize, incoming.strides()[0])
+        }
+        _ => return Ok(None),
+    };
+    let stream = Stream::current(stored.device())?;
+    let out = if own {
+        grad.tensor.shallow_clone()
+    } else {
+        stream.empty(stored.shape(), dtype.kind())?
+    };
+    if length == 0 {
+        return Ok(Some(out));
+    }
+    let args = Args {
+        grad: stored.data(),
+        out: out.data_ptr(),
+        length: length as i64,
+        per_incoming: per_incoming as i64,
+        incoming: incoming.data(),
+        stride,
+        dtype: args::code(of_incoming),
+        factor: (1.0 / grad.scale) as f32,
+        divisor: args::pointer(grad.divisor.as_ref()),
+    };
+    let most = (stream.threads_at_once() as usize / THREADS).max(1);
+    let launch = Launch {
+        stem: "scale",
+        dtype,
+        kernel: ("scale", ""),
+        grid: length.div_ceil(THREADS * EACH).min(most) as u32,
+        block: THREADS as u32,
+    };
+    // SAFETY: `grad` is contiguous, `out` as large and on the same device as `incoming`; all are alive.
+    unsafe { stream.launch(launch, &args)? };
+    Ok(Some(out))
+}

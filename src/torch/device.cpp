@@ -1,0 +1,35 @@
+// The C++ half of src/torch/device.rs: torch's current stream on a CUDA device, asked of the part of torch
+// that every build has, so that one extension serves CPU and CUDA builds.
+#include <c10/core/DefaultDtype.h>
+#include <c10/core/Device.h>
+#include <c10/core/Stream.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
+
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <cstring>
+
+extern "C" {
+
+// cudaStream_t of the current stream; null is the default stream. A failure is a malloc'ed message.
+char* tllib_cuda_stream(int64_t index, void** stream) {
+  try {
+    const c10::impl::VirtualGuardImpl cuda(c10::DeviceType::CUDA);
+    const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
+    *stream = cuda.getStream(device).native_handle();
+    return nullptr;
+  } catch (const std::exception& e) {
+    return strdup(e.what());
+  }
+}
+
+// The path of libc10, or null.
+const char* tllib_libc10() {
+  Dl_info info;
+  const auto* address = reinterpret_cast<const void*>(&c10::get_default_dtype_as_scalartype);
+  return dladdr(address, &info) ? info.dli_fname : nullptr;
+}
+
+}  // extern "C"

@@ -1,0 +1,35 @@
+//! What of a CUDA device torch decides: the current stream, and where its libraries are.
+
+use super::check;
+use crate::error::Result;
+use std::ffi::{CStr, OsStr, c_char, c_void};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+unsafe extern "C" {
+    fn tllib_cuda_stream(index: i64, stream: *mut *mut c_void) -> *mut c_char;
+    fn tllib_libc10() -> *const c_char;
+}
+
+/// torch's current stream on `cuda:<index>`, as a `CUstream`.
+pub fn cuda_stream(index: usize) -> Result<*mut c_void> {
+    let mut stream = std::ptr::null_mut();
+    // SAFETY: it writes one pointer.
+    check(unsafe { tllib_cuda_stream(index as i64, &raw mut stream) })?;
+    Ok(stream)
+}
+
+/// The folder of torch's shared libraries.
+pub fn library_folder() -> Option<PathBuf> {
+    // SAFETY: null, or the loader's own text, which lasts as long as the library is loaded.
+    let path = unsafe {
+        let path = tllib_libc10();
+        if path.is_null() {
+            return None;
+        }
+        CStr::from_ptr(path)
+    };
+    Path::new(OsStr::from_bytes(path.to_bytes()))
+        .parent()
+        .map(Path::to_owned)
+}

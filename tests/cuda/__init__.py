@@ -1,0 +1,50 @@
+"""The CUDA kernels on a machine without a device: compiled for the CPU, and run by the same launches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "src" / "cuda"
+ELEMENTS = ("f32", "f16", "bf16")
+
+
+def compiler() -> str:
+    """The C++ compiler that the extension is built with too."""
+    return os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "g++").split()[0]
+
+
+def build_emulator(folder: Path) -> Path:
+    """Compiles every source for every element type into one library in ``folder``; returns its path."""
+    stems = sorted(path.stem for path in SOURCES.glob("*.cu"))
+    units = [(HERE / "on_cpu.cpp", folder / "on_cpu.o", [])]
+    for stem in stems:
+        for element in ELEMENTS:
+            unit = folder / f"{stem}-{element}.cpp"
+            # Each in a namespace of its own: the same names mean other element types.
+            unit.write_text(f'#include "on_cpu.h"\nnamespace {{\n#include "{stem}.cu"\n}}\n')
+            units.append((unit, unit.with_suffix(".o"), [f"-DELEMENT={element}", f"-DSTEM={stem}"]))
+    # -O1 and no contraction: what is tested is the source, not the host compiler.
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-Wno-unknown-pragmas",
+        f"-I{HERE}",
+        f"-I{SOURCES}",
+    ]
+
+    def compile_one(unit: tuple[Path, Path, list[str]]) -> None:
+        source, target, defines = unit
+        subprocess.run([compiler(), *flags, *defines, "-c", str(source), "-o", str(target)], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, units))
+    library = folder / "libemulated.so"
+    subprocess.run([compiler(), "-shared", *(str(unit[1]) for unit in units), "-o", str(library)], check=True)
+    return library

@@ -1,0 +1,142 @@
+// What a CUDA device gives to kernels, on the CPU: blocks one after another, the threads of a block as
+// coroutines that meet at barriers. For tests: it is slow, and the order of threads is a fixed one, so that
+// it finds wrong indices, formulas and barriers that not all reach, but no races.
+#pragma once
+#define TLLIB_ON_CPU
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(n)
+#define __shared__ static
+#define __restrict__
+
+namespace emulated {
+
+struct Index { unsigned x = 0, y = 0, z = 0; };
+
+struct Thread {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool finished = false;
+  unsigned block_turns = 0, warp_turns = 0;  // barriers passed
+  alignas(8) unsigned char given[8];         // what a shuffle or vote hands over
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  ucontext_t scheduler;
+  std::function<void()> body;
+};
+
+extern Index thread_index, block_index, block_size, grid_size;
+extern Block* block;
+void run(unsigned grid, unsigned size, std::function<void()> body);
+void yield();
+// Waits for the threads [from, to) to have passed as many barriers of the kind as this one.
+void meet(unsigned from, unsigned to, unsigned Thread::*turns);
+
+inline Thread& self() { return block->threads[thread_index.x]; }
+inline void meet_warp() {
+  const unsigned from = thread_index.x / 32 * 32;
+  meet(from, from + 32, &Thread::warp_turns);
+}
+
+template <typename T>
+T exchange(T x, unsigned lane) {
+  static_assert(sizeof(T) <= 8);
+  std::memcpy(self().given, &x, sizeof x);
+  meet_warp();
+  T other;
+  std::memcpy(&other, block->threads[thread_index.x / 32 * 32 + lane].given, sizeof other);
+  meet_warp();  // nobody gives again before all have taken
+  return other;
+}
+
+using Kernel = void (*)(const void*);
+std::map<std::string, Kernel>& kernels();
+
+}  // namespace emulated
+
+#define threadIdx emulated::thread_index
+#define blockIdx emulated::block_index
+#define blockDim emulated::block_size
+#define gridDim emulated::grid_size
+
+inline void __syncthreads() { emulated::meet(0, blockDim.x, &emulated::Thread::block_turns); }
+inline void __syncwarp(unsigned = ~0u) { emulated::meet_warp(); }
+inline void __threadfence() {}
+template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) {
+  return emulated::exchange(x, (threadIdx.x % 32) ^ mask);
+}
+template <typename T> T __shfl_sync(unsigned, T x, int lane) { return emulated::exchange(x, lane % 32); }
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= (emulated::exchange(predicate, lane) ? 1u : 0u) << lane;
+  return bits;
+}
+
+inline unsigned atomicInc(unsigned* at, unsigned limit) {
+  const unsigned old = *at;
+  *at = old >= limit ? 0 : old + 1;
+  return old;
+}
+template <typename T, typename U> T atomicAdd(T* at, U x) {
+  const T old = *at;
+  *at = old + T(x);
+  return old;
+}
+template <typename T, typename U> T atomicExch(T* at, U x) {
+  const T old = *at;
+  *at = T(x);
+  return old;
+}
+
+inline unsigned __float_as_uint(float x) { unsigned u; std::memcpy(&u, &x, 4); return u; }
+inline float __uint_as_float(unsigned u) { float x; std::memcpy(&x, &u, 4); return x; }
+
+inline float half_to_float(unsigned short bits) {
+  const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+  float magnitude = std::ldexp((float)(exponent ? fraction | 1024 : fraction), (int)(exponent ? exponent : 1) - 25);
+  if (exponent == 31) magnitude = fraction ? NAN : INFINITY;
+  return __uint_as_float(__float_as_uint(magnitude) | sign);
+}
+inline unsigned short float_to_half(float x) {
+  const unsigned short sign = __float_as_uint(x) >> 16 & 0x8000;
+  const float magnitude = std::fabs(x);
+  if (x != x) return 0x7fff;
+  if (magnitude >= 65520) return sign | 0x7c00;
+  if (magnitude == 0) return sign;
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  // The step between neighbours here; nearbyint rounds to even.
+  const int step = std::max(exponent - 11, -24);
+  const float rounded = std::nearbyint(std::ldexp(magnitude, -step));
+  if (step == -24) return sign | (unsigned short)rounded;
+  return sign + ((step + 24) << 10) + (unsigned short)rounded;
+}
+
+// A kernel is registered under stem/element/name, and takes its struct through a pointer.
+#define TLLIB_TEXT(x) #x
+#define TLLIB_STRING(x) TLLIB_TEXT(x)
+#define KERNEL(threads, name, Args, call)                                                              \
+  static void name##_kernel(const Args args) { call; }                                                 \
+  static const bool name##_known = [] {                                                                \
+    emulated::kernels()[TLLIB_STRING(STEM) "/" TLLIB_STRING(ELEMENT) "/" #name] =                      \
+        [](const void* args) { name##_kernel(*static_cast<const Args*>(args)); };                      \
+    return true;                                                                                       \
+  }();
+
+#include "common.cuh"

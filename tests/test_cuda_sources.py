@@ -1,0 +1,87 @@
+"""The CUDA kernels without a device: every source compiles for every architecture, and what it computes is
+checked by the methods' own tests, on the CPU, through the same launches."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda import ELEMENTS, SOURCES, build_emulator
+from tllib_rs import _core
+
+CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
+DTYPES = ["float32", "float16", "bfloat16"]
+STEMS = sorted(path.stem for path in SOURCES.glob("*.cu"))
+#: The tests that are run once more through the kernels: files, and which of them.
+METHODS = {
+    "uda": (["test_uda.py", "test_losses.py", "test_on_device.py"], "uda"),
+}
+
+
+def test_every_source_is_in_the_extension():
+    assert sorted(_core.cuda_sources()) == STEMS
+
+
+def figures(log):
+    """(kernel, registers, bytes spilled) from what ptxas says."""
+    kernels = re.findall(r"Compiling entry function '(\w+)'", log)
+    spills = re.findall(r"(\d+) bytes spill stores", log)
+    registers = re.findall(r"Used (\d+) registers", log)
+    assert len(kernels) == len(spills) == len(registers) > 0
+    return list(zip(kernels, map(int, registers), map(int, spills), strict=True))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
+@pytest.mark.parametrize("stem", STEMS)
+def test_compiles(stem, capability, capsys):
+    if torch.version.cuda is None:
+        pytest.skip("NOT RUN: this build of torch brings no NVRTC")
+    lines = []
+    for dtype in DTYPES:
+        for kernel, registers, spilled in figures(_core.cuda_compile(stem, dtype, capability)):
+            lines.append(f"{kernel} {dtype}: {registers} registers, {spilled} bytes spilled")
+            # ptxas gives a few bytes away for more threads at once; an array in memory would be many.
+            assert spilled <= 64, lines[-1]
+    with capsys.disabled():
+        print(f"\nsm_{capability[0]}{capability[1]} {stem}.cu", *lines, sep="\n  ")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match='no source "nothing"'):
+        _core.cuda_compile("nothing", "float32", (9, 0))
+    with pytest.raises(ValueError, match='no kernels for "float64"'):
+        _core.cuda_compile("scale", "float64", (9, 0))
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The library of the kernels for the CPU."""
+    return build_emulator(tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.mark.parametrize("stem", sorted(METHODS))
+def test_methods_through_the_kernels(stem, emulator, tmp_path):
+    """The method's tests again, with CPU tensors sent the way of CUDA tensors; and each of its kernels, in
+    each element type, was launched."""
+    launches = tmp_path / "launches"
+    environment = os.environ | {
+        "TLLIB_RS_CUDA": "1",
+        "TLLIB_RS_CUDA_EMULATOR": str(emulator),
+        "TLLIB_EMULATED_LAUNCHES": str(launches),
+    }
+    here = Path(__file__).parent
+    files, which = METHODS[stem]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", which]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    launched = {line.split()[0] for line in launches.read_text().splitlines()}
+    source = (SOURCES / f"{stem}.cu").read_text()
+    for kernel in re.findall(r"^(?:ROW_)?KERNEL\((?:\d+, )?(\w+)", source, re.MULTILINE):
+        forms = [f"{kernel}_{form}" for form in ("128", "1024", "4096", "any")]
+        expected = forms if f"ROW_KERNEL({kernel}," in source else [kernel]
+        missing = [f"{stem}/{e}/{k}" for e in ELEMENTS for k in expected if f"{stem}/{e}/{k}" not in launched]
+        assert not missing, f"never launched: {missing}"
