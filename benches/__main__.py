@@ -1,4 +1,5 @@
-"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded] [--scaling]``,
+"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded] [--scaling]
+[--device cuda]``,
 ``python -m benches [--draw] [--pages]`` from what was kept."""
 
 import argparse
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benches import _loaded, _memory, _pages, _report, _results, _scaling
+from benches import _device, _loaded, _memory, _pages, _report, _results, _scaling
 from benches._case import Method, Verdict, methods
 from benches._measure import FULL, QUICK, Effort, run_case
 
@@ -35,7 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.scaling:
         verdicts = _scaling.run(options.quick)
         return int(options.check and not all(verdict.met for verdict in verdicts))
-    verdicts = _loaded.run(chosen, effort) if options.loaded else _run(chosen, effort, options)
+    if options.device:
+        verdicts = _device.run(chosen, effort, options.device)
+    elif options.loaded:
+        verdicts = _loaded.run(chosen, effort)
+    else:
+        verdicts = _run(chosen, effort, options)
     return int(options.check and not all(verdict.met for verdict in verdicts))
 
 
@@ -43,6 +49,7 @@ def _run(chosen: Sequence[Method], effort: Effort, options: argparse.Namespace) 
     verdicts = []
     for method in chosen:
         cases = [case for case in method.cases if case.quick or not options.quick]
+        cases = [case for case in cases if not case.on_device]
         results = [run_case(method.stem, case, effort) for case in cases]
         found = [verdict for result in results for verdict in result.verdicts()]
         found += method.verdicts({result.case.setting: result for result in results})
@@ -83,6 +90,7 @@ def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
     parser.add_argument("--pages", action="store_true", help="put what was kept on the pages, run nothing")
     parser.add_argument("--loaded", action="store_true", help="small losses, quiet and with every core busy")
     parser.add_argument("--scaling", action="store_true", help="FlexMatch at 10^8 samples, and projected on")
+    parser.add_argument("--device", metavar="cuda", help="on a device: also launches, and the host's time")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
     return parser
 

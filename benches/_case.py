@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-OURS, PLAIN, LIMIT, TLLIB, COMPILED = "ours", "plain", "limit", "tllib", "compiled"
+OURS, PLAIN, LIMIT, TLLIB, COMPILED, COPY = "ours", "plain", "limit", "tllib", "compiled", "copy"
 TOLERANCE = 1e-4
 
 
@@ -25,6 +25,8 @@ class Provider:
     #: Values and gradients after some steps, to be compared; ``None`` for a limit. Called once, before
     #: ``step``.
     result: Callable[[], Sequence[torch.Tensor]] | None
+    #: The part of ``step`` before backward, where there is one.
+    forward: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Case:
     quick: bool = True
     #: Small enough that starting threads would cost more than the work: part of ``--loaded``.
     small: bool = False
+    #: Too large for a CPU: part of ``--device`` only.
+    on_device: bool = False
     #: Which of a method's losses this is, where it has several.
     loss: str = ""
     #: The numbers in the setting by their symbols, for the growth curves.
@@ -95,6 +99,11 @@ class Method:
     #: Verdicts from the results of all cases by setting; see :class:`benches._measure.Result`.
     verdicts: Callable[[Mapping[str, Any]], Iterable[Verdict]] = lambda results: ()
     footprints: Sequence[Footprint] = ()
+
+
+def seeded() -> torch.Generator:
+    """Random numbers for the inputs of a case, on the device that ``torch.device`` makes the default."""
+    return torch.Generator(torch.get_default_device()).manual_seed(0)
 
 
 def methods() -> dict[str, Method]:

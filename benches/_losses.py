@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch.nn import functional as F
 
-from benches._case import COMPILED, LIMIT, PLAIN, Bar, Case, Footprint, Provider, faster, within
+from benches._case import COMPILED, COPY, LIMIT, PLAIN, Bar, Case, Footprint, Provider, faster, seeded, within
 from benches._providers import compiled
 
 SMALL = [(32, 31), (64, 100)]
 SHAPES = [*SMALL, (32, 345), (448, 100), (256, 1000), (1024, 1000), (8, 100_000)]
-#: Inductor takes ten seconds for each.
+#: On a device, besides.
+DEVICE_SHAPES = [(4096, 1000), (65_536, 1000)]
+#: Inductor takes ten seconds for each; a device gets all.
 COMPILED_SHAPES = [(32, 31), (256, 1000)]
 #: Where memory is judged: large enough that a gradient is much more than what else a process does.
 LARGE = (1024, 8192)
@@ -60,8 +62,8 @@ def loss_cases(
     differentiated: Sequence[int] = (0,),
     tolerances: Mapping[str, float] | None = None,
 ) -> list[Case]:
-    """A case for each of :data:`SHAPES`. ``limit``: at most how many times as long as the limit ours may
-    take; at the small shapes :data:`SMALL_BAR` applies, and ``bars`` come on top."""
+    """A case for each of :data:`SHAPES` and :data:`DEVICE_SHAPES`. ``limit``: at most how many times as long
+    as the limit ours may take; at the small shapes :data:`SMALL_BAR` applies, and ``bars`` come on top."""
 
     def case(shape):
         found = [within(LIMIT, limit)] if limit else []
@@ -71,9 +73,9 @@ def loss_cases(
         case = loss_case(
             *shape, losses(shape[1]), inputs, bars=found, loss=loss, differentiated=differentiated
         )
-        return dataclasses.replace(case, tolerances=tolerances or {})
+        return dataclasses.replace(case, tolerances=tolerances or {}, on_device=shape in DEVICE_SHAPES)
 
-    return [case(shape) for shape in SHAPES]
+    return [case(shape) for shape in SHAPES + DEVICE_SHAPES]
 
 
 def loss_case(
@@ -93,14 +95,18 @@ def loss_case(
     shape = (rows, classes)
 
     def set_up():
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded()
         tensors = inputs(generator, rows, classes)
         labels = torch.randint(classes, (rows,), generator=generator)
         there = {name: function for name, function in losses.items() if function is not None}
-        if PLAIN in there and shape in COMPILED_SHAPES:
+        device = tensors[0].device
+        if PLAIN in there and (shape in COMPILED_SHAPES or device.type == "cuda"):
             there[COMPILED] = compiled(there[PLAIN])
         providers = {name: step_of(function, tensors, differentiated) for name, function in there.items()}
         limit = step_of(lambda y, *_: F.cross_entropy(y, labels), tensors, [0])
+        if device.type != "cpu":
+            copy, source = torch.empty_like(tensors[0]), tensors[0].clone()
+            providers[COPY] = Provider(lambda: copy.copy_(source), None)
         return providers | {LIMIT: Provider(limit.step, None)}
 
     return Case(
@@ -128,10 +134,13 @@ def step_of(function: Callable, tensors: Sequence[torch.Tensor], differentiated:
     inputs = [x.clone() for x in tensors]
     leaves = [inputs[k].requires_grad_() for k in differentiated]
 
+    def forward():
+        return function(*inputs)
+
     def step():
         for leaf in leaves:
             leaf.grad = None
-        outputs = function(*inputs)
+        outputs = forward()
         scalar = outputs[0] if isinstance(outputs, tuple) else outputs
         scalar.backward()
         return outputs
@@ -141,4 +150,4 @@ def step_of(function: Callable, tensors: Sequence[torch.Tensor], differentiated:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return [*(torch.as_tensor(x).detach().clone() for x in outputs), *(x.grad.clone() for x in leaves)]
 
-    return Provider(step, result)
+    return Provider(step, result, forward)

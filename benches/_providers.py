@@ -48,10 +48,11 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def prepare(case: Case, *, thorough: bool) -> tuple[dict[str, Provider], dict[str, str]]:
+def prepare(case: Case, *, thorough: bool, device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]:
     """Set a case up and compare its providers; those that run, and why the others do not (inductor does
     not take every formula). Compiling takes seconds, so it is done only where ``thorough`` asks for it."""
-    providers, left_out = dict(case.set_up()), {}
+    with torch.device(device):
+        providers, left_out = dict(case.set_up()), {}
     if not thorough:
         providers.pop(COMPILED, None)
     if COMPILED in providers:

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from benches._case import LIMIT, OURS, PLAIN, TLLIB, Case, Method, Provider, Verdict, faster, within
+from benches._case import LIMIT, OURS, PLAIN, TLLIB, Case, Method, Provider, Verdict, faster, seeded, within
 from benches._providers import original
 from tests.plain.flexmatch import DynamicThresholdingModule as Plain
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
@@ -31,13 +31,13 @@ class Bincount(Plain):
     def status(self):
         counts = torch.bincount(self.net_outputs + 1, minlength=self.num_classes + 1)
         if counts.max() == len(self.net_outputs):
-            return torch.zeros(self.num_classes)
+            return torch.zeros(self.num_classes, device=counts.device)
         return counts[1:] / counts.max()
 
 
 def _case(samples: int) -> Case:
     def set_up():
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded()
 
         def integers(high, size):
             return torch.randint(high, (size,), generator=generator)
@@ -50,7 +50,7 @@ def _case(samples: int) -> Case:
         ]
 
         def provider(kind):
-            module = kind(THRESHOLD, True, _mapping, CLASSES, samples, "cpu")
+            module = kind(THRESHOLD, True, _mapping, CLASSES, samples, state.device)
             module.net_outputs.copy_(state)
             forever = itertools.cycle(batches)
 

@@ -151,6 +151,7 @@ METHOD = Method(
         ),
         _case("MobileNet v2", mobilenet_v2),
         _case("ViT-B", VisionTransformer, bars=[within(LIMIT, LIMIT_BAR)], quick=False),
+        _case("ViT-L", lambda: VisionTransformer(1024, 24), quick=False, on_device=True),
         _case("1,000 tiny tensors", tiny, bars=[faster(FOREACH, TINY_BAR)]),
     ],
 )

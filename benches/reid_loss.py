@@ -15,6 +15,7 @@ from benches._case import (
     Method,
     Provider,
     faster,
+    seeded,
     within,
 )
 from benches._losses import footprint, logits, loss_cases, step_of
@@ -92,7 +93,7 @@ def _triplet_case(loss: str, losses: Mapping[str, Callable | None], rows: int, f
     shape = (rows, features)
 
     def set_up():
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded()
         labels = torch.arange(rows) // SAME
         f, teacher = torch.randn(2, rows, features, generator=generator)
         inputs = [f, teacher, labels] if loss == SOFT_TRIPLET else [f, labels]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benches._case import LIMIT, OURS, PLAIN, TLLIB, Case, Method, Provider, faster, within
+from benches._case import LIMIT, OURS, PLAIN, TLLIB, Case, Method, Provider, faster, seeded, within
 from benches._providers import original
 from tests.plain import self_tuning as plain
 from tllib_rs.self_training.self_tuning import SelfTuning
@@ -48,7 +48,7 @@ class Plain(nn.Module):
 
 def _case(classes: int) -> Case:
     def set_up():
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded()
 
         def unit(*shape, dim):
             return F.normalize(torch.randn(*shape, generator=generator), dim=dim)

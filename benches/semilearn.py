@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from benches._case import OURS, PLAIN, Case, Method, Provider
+from benches._case import OURS, PLAIN, Case, Method, Provider, seeded
 
 BATCH, CLASSES, CUTOFF = 448, 100, 0.95
 SAMPLES = [1_000, 50_000, 1_000_000]
@@ -26,7 +26,7 @@ def _hooks():
 
 def _case(samples: int) -> Case:
     def set_up():
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded()
         # Half of the samples are not selected yet.
         state = torch.randint(-CLASSES, CLASSES, (samples,), generator=generator).clamp_(min=-1)
         batches = []

@@ -45,6 +45,14 @@ def one_thread():
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_device_run(capsys):
+    """On the CPU, which has neither events nor launches to count."""
+    assert main(["entropy", "--quick", "--device", "cpu"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("entropy")]
+    assert {"ours", "plain", "copy"} & {word for row in rows for word in row.split()} == {"ours", "plain"}
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_quick_run_keeps_its_results(tmp_path, capsys):
     path = tmp_path / "results.json"
     assert main(["pseudo_label", "--quick", "--save", "--output", str(path)]) == 0

@@ -26,6 +26,7 @@ def report() -> dict[str, str]:
         "platform": platform.platform(),
         "instruction set": f"{build['isa']} (torch: {torch.backends.cpu.get_cpu_capability()})",
         "TLLIB_RS_ISA": os.environ.get("TLLIB_RS_ISA", "not set"),
+        "TLLIB_RS_CUDA": os.environ.get("TLLIB_RS_CUDA", "not set"),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "devices": ", ".join(devices),
     }

@@ -1,0 +1,154 @@
+"""``python -m benches --device cuda``: the same cases on a device.
+
+By wall clock (with synchronisation) and by the device's events, with the launches that a step makes and the
+time that the host needs to make them. A copy of the inputs' first matrix, which reads and writes as many
+bytes as a loss and its gradient must, is one more limit.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+
+import torch
+from tabulate import tabulate
+from torch.profiler import ProfilerActivity, profile
+
+from benches import _report
+from benches._case import (
+    COMPILED,
+    COPY,
+    LIMIT,
+    OURS,
+    PLAIN,
+    Bar,
+    Case,
+    Method,
+    Provider,
+    Verdict,
+    faster,
+    within,
+)
+from benches._measure import Effort, Result, measure
+from benches._providers import prepare
+
+#: Microseconds of the host: for a forward pass, and for a backward pass.
+FORWARD_HOST, BACKWARD_HOST = 30.0, 20.0
+#: How the acceptance of a device names cases: the bars that replace those of the CPU.
+BARS: Mapping[tuple[str, str], Sequence[Bar]] = {
+    ("mcc", "(64, 100)"): [faster(PLAIN, 8)],
+    ("mcc", "(4096, 1000)"): [faster(PLAIN, 50)],
+    ("flexmatch", "N = 1,281,167"): [faster(PLAIN, 300)],
+    ("mean_teacher", "ResNet-50"): [faster(PLAIN, 8), faster("foreach", 1)],
+    ("mean_teacher", "ViT-L"): [within(LIMIT, 1.2)],
+    ("reid_loss", "soft triplet (256, 2048)"): [faster(PLAIN, 3)],
+    ("self_tuning", "C = 200"): [faster(PLAIN, 50)],
+}
+#: Of every loss over rows, at a small shape, and at the largest against the copy.
+SMALL, SMALL_BARS = "(64, 100)", [faster(PLAIN, 4)]
+COPIED, COPY_BARS = "(65536, 1000)", [within(COPY, 1.5)]
+HEADS = ["", "", "", "wall", "device", "of ours", "launches", "host forward", "host backward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one provider's step costs besides its wall time."""
+
+    #: Seconds between two events of the device around a step; ``None`` on the CPU.
+    device: float | None
+    launches: int
+    #: Seconds until a call returns: of the forward pass, where it can be told apart, and of the rest.
+    forward: float | None
+    rest: float
+
+
+def run(methods: Iterable[Method], effort: Effort, device: str) -> list[Verdict]:
+    """Time every case on ``device``; print a table, and the verdicts."""
+    rows, verdicts = [], []
+    for method in methods:
+        for case in method.cases:
+            if not (case.quick or effort.thorough):
+                continue
+            case = dataclasses.replace(case, bars=_bars(method.stem, case))
+            providers, left_out = prepare(case, thorough=effort.thorough, device=device)
+            measured = measure(providers, effort, label=method.stem, sub_label=case.setting)
+            result = Result(case, measured, {}, left_out)
+            costs = {name: cost(provider, device) for name, provider in providers.items()}
+            rows += [_row(method.stem, result, name, costs[name]) for name in providers]
+            found = [*result.verdicts(), *_host_verdicts(case, costs[OURS])]
+            _report.print_verdicts(found)
+            verdicts += found
+    print(tabulate(rows, HEADS, disable_numparse=True))
+    return verdicts
+
+
+def _bars(stem: str, case: Case) -> list[Bar]:
+    bars = list(BARS.get((stem, case.setting), ()))
+    if "B" in case.sizes:
+        bars.append(faster(COMPILED, 1))
+        bars += SMALL_BARS if case.setting.endswith(SMALL) else []
+        bars += COPY_BARS if case.setting.endswith(COPIED) else []
+    return bars
+
+
+def _row(stem: str, result: Result, name: str, cost: Cost) -> list[str]:
+    def seconds(value):
+        return "" if value is None else _report.seconds(value)
+
+    ratio = "" if name == OURS else f"{result.ratio(name):.3g}"
+    wall = _report.seconds(result.median(name))
+    host = seconds(cost.forward), seconds(cost.rest)
+    return [stem, result.case.setting, name, wall, seconds(cost.device), ratio, str(cost.launches), *host]
+
+
+def _host_verdicts(case: Case, cost: Cost) -> Iterable[Verdict]:
+    if cost.forward is None or cost.device is None:
+        return
+    for part, took, most in (("forward", cost.forward, FORWARD_HOST), ("backward", cost.rest, BACKWARD_HOST)):
+        text = f"{case.setting}: the host takes {1e6 * took:.3g} us for the {part} pass (at most {most:g})"
+        yield Verdict(text, 1e6 * took <= most)
+
+
+def cost(provider: Provider, device: str, rounds: int = 30) -> Cost:
+    """Of one provider, after its first calls."""
+    cuda = torch.device(device).type == "cuda"
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    for _ in range(3):
+        provider.step()
+    step = _host(provider.step, wait, rounds)
+    forward = provider.forward and _host(provider.forward, wait, rounds)
+    rest = step - forward if forward else step
+    return Cost(_events(provider.step, rounds) if cuda else None, _launches(provider.step), forward, rest)
+
+
+def _host(call: Callable, wait: Callable, rounds: int) -> float:
+    """Seconds until ``call`` returns, where nothing is queued before it."""
+    times = []
+    for _ in range(rounds):
+        wait()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def _events(step: Callable, rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return median(times)
+
+
+def _launches(step: Callable) -> int:
+    """Kernels, copies and fills that a step puts on the device."""
+    if not torch.cuda.is_available():
+        return 0
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in found.events())
