@@ -1,5 +1,5 @@
 """``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded] [--scaling]
-[--device cuda]``,
+[--device cuda] [--share]``,
 ``python -m benches [--draw] [--pages]`` from what was kept."""
 
 import argparse
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benches import _device, _loaded, _memory, _pages, _report, _results, _scaling
+from benches import _device, _loaded, _memory, _pages, _report, _results, _scaling, _share
 from benches._case import Method, Verdict, methods
 from benches._measure import FULL, QUICK, Effort, run_case
 
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.scaling:
         verdicts = _scaling.run(options.quick)
         return int(options.check and not all(verdict.met for verdict in verdicts))
+    if options.share:
+        _share.run(chosen, effort, options.device or "cpu")
+        return 0
     if options.device:
         verdicts = _device.run(chosen, effort, options.device)
     elif options.loaded:
@@ -91,6 +94,7 @@ def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
     parser.add_argument("--loaded", action="store_true", help="small losses, quiet and with every core busy")
     parser.add_argument("--scaling", action="store_true", help="FlexMatch at 10^8 samples, and projected on")
     parser.add_argument("--device", metavar="cuda", help="on a device: also launches, and the host's time")
+    parser.add_argument("--share", action="store_true", help="a method's share of a whole training step")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
     return parser
 

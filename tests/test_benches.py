@@ -53,6 +53,13 @@ def test_device_run(capsys):
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_share_of_a_step(capsys):
+    assert main(["flexmatch", "--quick", "--share"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("flexmatch")]
+    assert row.count("%") == 2
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_quick_run_keeps_its_results(tmp_path, capsys):
     path = tmp_path / "results.json"
     assert main(["pseudo_label", "--quick", "--save", "--output", str(path)]) == 0
