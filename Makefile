@@ -9,7 +9,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help build test rust-test python-test lint format demo bench parity wheel wheel-check clean
+.PHONY: help build test rust-test python-test lint format demo bench parity other-processors wheel wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,9 +56,11 @@ bench: $(STAMPS)/build $(STAMPS)/bench  ## every method against plain PyTorch, o
 	$(BIN)/python -m benches --save
 	$(BIN)/python -m benches --draw --pages
 
-
 parity: $(STAMPS)/build  ## compare with tllib itself, where it is installed or TLLIB_DIR names it
 	$(BIN)/python tools/parity.py
+
+other-processors: $(STAMPS)/build  ## under qemu: the kernels on NEON, the package on an x86-64 without AVX
+	tools/other_processors.sh
 
 wheel: $(STAMPS)/venv  ## one abi3 wheel in dist/, its links checked
 	rm -rf dist
