@@ -14,26 +14,21 @@ std::map<std::string, Kernel>& kernels() {
   return all;
 }
 
+// With setjmp, as swapcontext asks the system at each turn.
 void yield() {
   const Index here = thread_index;
-  swapcontext(&self().context, &block->scheduler);
+  if (_setjmp(self().here) == 0) _longjmp(block->scheduler, 1);
   thread_index = here;
 }
 
-void meet(unsigned from, unsigned to, unsigned Thread::*turns) {
-  const unsigned turn = ++(self().*turns);
-  for (;;) {
-    bool all = true;
-    for (unsigned t = from; t < to && all; ++t) {
-      const Thread& other = block->threads[t];
-      if (other.finished && (int)(other.*turns - turn) < 0) {
-        std::fprintf(stderr, "thread %u of block %u left before a barrier that thread %u waits at\n", t,
-                     block_index.x, thread_index.x);
-        std::abort();
-      }
-      all = (int)(other.*turns - turn) >= 0;
+void meet(Barrier& barrier, unsigned size) {
+  const unsigned long turn = barrier.came++ / size + 1;
+  while (barrier.came < turn * size) {
+    if (barrier.left > 0) {
+      std::fprintf(stderr, "a thread of block %u left before a barrier that thread %u waits at\n", block_index.x,
+                   thread_index.x);
+      std::abort();
     }
-    if (all) return;
     yield();
   }
 }
@@ -45,26 +40,37 @@ const size_t STACK = 1 << 16;
 void enter() {
   block->body();
   self().finished = true;
-  swapcontext(&self().context, &block->scheduler);
+  ++block->finished;
+  ++block->all.left;
+  ++block->warps[thread_index.x / 32].left;
+  _longjmp(block->scheduler, 1);
+}
+
+// Until it yields or ends. A function of its own: what a caller of setjmp changes does not survive a jump.
+void resume(Thread& thread) {
+  if (_setjmp(block->scheduler) != 0) return;
+  if (thread.started) _longjmp(thread.here, 1);
+  thread.started = true;
+  setcontext(&thread.start);
 }
 
 void run_block(Block& now) {
+  now.all = {};
+  now.finished = 0;
+  for (auto& warp : now.warps) warp = {};
   for (auto& thread : now.threads) {
-    thread.finished = false;
-    thread.block_turns = thread.warp_turns = 0;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = STACK;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, enter, 0);
+    thread.started = thread.finished = false;
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = thread.stack.get();
+    thread.start.uc_stack.ss_size = STACK;
+    thread.start.uc_link = nullptr;
+    makecontext(&thread.start, enter, 0);
   }
-  for (bool left = true; left;) {
-    left = false;
+  while (now.finished < now.threads.size()) {
     for (unsigned t = 0; t < now.threads.size(); ++t) {
       if (now.threads[t].finished) continue;
       thread_index.x = t;
-      swapcontext(&now.scheduler, &now.threads[t].context);
-      left |= !now.threads[t].finished;
+      resume(now.threads[t]);
     }
   }
 }
@@ -74,6 +80,7 @@ void run_block(Block& now) {
 void run(unsigned grid, unsigned size, std::function<void()> body) {
   Block now;
   now.threads.resize(size);
+  now.warps.resize((size + 31) / 32);
   for (auto& thread : now.threads) thread.stack.reset(new char[STACK]);
   now.body = std::move(body);
   block = &now;

@@ -3,6 +3,7 @@
 // it finds wrong indices, formulas and barriers that not all reach, but no races.
 #pragma once
 #define TLLIB_ON_CPU
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -28,16 +29,26 @@ namespace emulated {
 struct Index { unsigned x = 0, y = 0, z = 0; };
 
 struct Thread {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf here;  // where it goes on
   std::unique_ptr<char[]> stack;
-  bool finished = false;
-  unsigned block_turns = 0, warp_turns = 0;  // barriers passed
+  bool started = false, finished = false;
   alignas(8) unsigned char given[8];         // what a shuffle or vote hands over
+};
+
+// Threads that wait for each other. Nobody comes a second time before all came once, so `came` is at least
+// `turn` times their number when all have reached that turn.
+struct Barrier {
+  unsigned long came = 0;
+  unsigned left = 0;  // threads that will not come again
 };
 
 struct Block {
   std::vector<Thread> threads;
-  ucontext_t scheduler;
+  std::vector<Barrier> warps;
+  Barrier all;
+  unsigned finished = 0;
+  jmp_buf scheduler;
   std::function<void()> body;
 };
 
@@ -45,14 +56,11 @@ extern Index thread_index, block_index, block_size, grid_size;
 extern Block* block;
 void run(unsigned grid, unsigned size, std::function<void()> body);
 void yield();
-// Waits for the threads [from, to) to have passed as many barriers of the kind as this one.
-void meet(unsigned from, unsigned to, unsigned Thread::*turns);
+// Waits for all `size` threads of the barrier.
+void meet(Barrier& barrier, unsigned size);
 
 inline Thread& self() { return block->threads[thread_index.x]; }
-inline void meet_warp() {
-  const unsigned from = thread_index.x / 32 * 32;
-  meet(from, from + 32, &Thread::warp_turns);
-}
+inline void meet_warp() { meet(block->warps[thread_index.x / 32], 32); }
 
 template <typename T>
 T exchange(T x, unsigned lane) {
@@ -75,7 +83,7 @@ std::map<std::string, Kernel>& kernels();
 #define blockDim emulated::block_size
 #define gridDim emulated::grid_size
 
-inline void __syncthreads() { emulated::meet(0, blockDim.x, &emulated::Thread::block_turns); }
+inline void __syncthreads() { emulated::meet(emulated::block->all, blockDim.x); }
 inline void __syncwarp(unsigned = ~0u) { emulated::meet_warp(); }
 inline void __threadfence() {}
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) {
@@ -83,10 +91,19 @@ template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) {
 }
 template <typename T> T __shfl_sync(unsigned, T x, int lane) { return emulated::exchange(x, lane % 32); }
 inline unsigned __ballot_sync(unsigned, int predicate) {
+  std::memcpy(emulated::self().given, &predicate, sizeof predicate);
+  emulated::meet_warp();
   unsigned bits = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) bits |= (emulated::exchange(predicate, lane) ? 1u : 0u) << lane;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    int other;
+    std::memcpy(&other, emulated::block->threads[threadIdx.x / 32 * 32 + lane].given, sizeof other);
+    bits |= (other ? 1u : 0u) << lane;
+  }
+  emulated::meet_warp();  // nobody gives again before all have taken
   return bits;
 }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline unsigned atomicInc(unsigned* at, unsigned limit) {
   const unsigned old = *at;
@@ -104,6 +121,14 @@ template <typename T, typename U> T atomicExch(T* at, U x) {
   return old;
 }
 
+// A device refuses all further work; here the process ends.
+inline void __trap() {
+  std::fprintf(stderr, "trap in block %u\n", blockIdx.x);
+  std::abort();
+}
+
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline unsigned __float_as_uint(float x) { unsigned u; std::memcpy(&u, &x, 4); return u; }
 inline float __uint_as_float(unsigned u) { float x; std::memcpy(&x, &u, 4); return x; }
 
