@@ -18,6 +18,12 @@ DTYPES = ["float32", "float16", "bfloat16"]
 STEMS = sorted(path.stem for path in SOURCES.glob("*.cu"))
 #: The tests that are run once more through the kernels: files, and which of them.
 METHODS = {
+    "hardest": (["test_reid_loss.py", "test_reid_loss_on_device.py"], "mining or hard_examples"),
+    # Bad input is told apart before any kernel is chosen, and that file's is of other losses too.
+    "triplet": (
+        ["test_reid_loss.py", "test_reid_loss_on_device.py", "test_losses.py", "test_on_device.py"],
+        "(triplet or test_reid_loss) and not bad_input",
+    ),
     "uda": (["test_uda.py", "test_losses.py", "test_on_device.py"], "uda"),
 }
 
@@ -65,8 +71,8 @@ def emulator(tmp_path_factory):
 
 @pytest.mark.parametrize("stem", sorted(METHODS))
 def test_methods_through_the_kernels(stem, emulator, tmp_path):
-    """The method's tests again, with CPU tensors sent the way of CUDA tensors; and each of its kernels, in
-    each element type, was launched."""
+    """The method's tests again, with CPU tensors sent the way of CUDA tensors; and each of its kernels (in
+    <stem>.cu and <stem>_*.cu), in each element type, was launched."""
     launches = tmp_path / "launches"
     environment = os.environ | {
         "TLLIB_RS_CUDA": "1",
@@ -79,9 +85,11 @@ def test_methods_through_the_kernels(stem, emulator, tmp_path):
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     launched = {line.split()[0] for line in launches.read_text().splitlines()}
-    source = (SOURCES / f"{stem}.cu").read_text()
-    for kernel in re.findall(r"^(?:ROW_)?KERNEL\((?:\d+, )?(\w+)", source, re.MULTILINE):
-        forms = [f"{kernel}_{form}" for form in ("128", "1024", "4096", "any")]
-        expected = forms if f"ROW_KERNEL({kernel}," in source else [kernel]
-        missing = [f"{stem}/{e}/{k}" for e in ELEMENTS for k in expected if f"{stem}/{e}/{k}" not in launched]
-        assert not missing, f"never launched: {missing}"
+    for own in (s for s in STEMS if s == stem or s.startswith(f"{stem}_")):
+        source = (SOURCES / f"{own}.cu").read_text()
+        for kernel in re.findall(r"^(?:ROW_)?KERNEL\((?:\d+, )?(\w+)", source, re.MULTILINE):
+            forms = [f"{kernel}_{form}" for form in ("128", "1024", "4096", "any")]
+            expected = forms if f"ROW_KERNEL({kernel}," in source else [kernel]
+            names = [f"{own}/{e}/{k}" for e in ELEMENTS for k in expected]
+            missing = [name for name in names if name not in launched]
+            assert not missing, f"never launched: {missing}"

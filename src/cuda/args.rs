@@ -37,6 +37,28 @@ impl Matrix {
     }
 }
 
+/// `Labels`: memory and stride of int64.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Labels {
+    data: *const c_void,
+    stride: i64,
+}
+
+impl Labels {
+    /// Of an int64 tensor of one dimension.
+    pub fn of(input: &Input<'_>) -> Result<Self> {
+        input.int64()?;
+        let &[stride] = input.strides() else {
+            return Err(input.wrong("have one dimension"));
+        };
+        Ok(Self {
+            data: input.data(),
+            stride,
+        })
+    }
+}
+
 /// `Scalar`: one number in a dtype that the source does not fix.
 #[derive(Clone, Copy)]
 #[repr(C)]

@@ -147,6 +147,13 @@ struct Matrix {
   __device__ __forceinline__ float at(i64 i, i64 c) const { return load(data[i * row + c * col]); }
 };
 
+// A vector of labels or indices, with its stride in elements. Mirrored by `Labels` in src/cuda/args.rs.
+struct Labels {
+  const i64* data;
+  i64 stride;
+  __device__ __forceinline__ i64 at(i64 i) const { return data[i * stride]; }
+};
+
 // One row as a thread of its group sees it: held in registers (KEEP > 0), or read again each time.
 template <typename T, int SIZE, int KEEP>
 struct Row {
@@ -190,21 +197,30 @@ struct Gathering {
   unsigned* done;    // zero before and after
 };
 
+// True in all threads of the block that comes last, which then sees what the others wrote before. `done` is
+// zero before and after. All threads must call it.
+__device__ __forceinline__ bool last_block(unsigned* done) {
+  __shared__ bool last;
+  __syncthreads();  // all that the block wrote is before the fence
+  if (threadIdx.x == 0) {
+    __threadfence();
+    // Wraps to 0 with the last block, for the next launch.
+    last = atomicInc(done, gridDim.x - 1) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
 // Adds up `own` over all threads of the grid. True in the threads of one block, the last, where `own` then
 // is the total; in an order that does not depend on which block it was. All threads must call it.
 template <int N>
 __device__ bool gathered(const Gathering& g, double (&own)[N]) {
-  __shared__ bool last;
   for (int n = 0; n < N; ++n) own[n] = across_block<Add>(own[n]);
   if (threadIdx.x == 0) {
     for (int n = 0; n < N; ++n) g.partials[(i64)blockIdx.x * N + n] = own[n];
-    __threadfence();
-    // Wraps to 0 with the last block, for the next launch.
-    last = atomicInc(g.done, gridDim.x - 1) == gridDim.x - 1;
   }
-  __syncthreads();
-  if (!last) return false;
-  __threadfence();
+  if (!last_block(g.done)) return false;
   for (int n = 0; n < N; ++n) {
     double sum = 0;
     for (i64 b = threadIdx.x; b < gridDim.x; b += blockDim.x) {

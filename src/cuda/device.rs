@@ -104,6 +104,12 @@ impl Stream {
         }
     }
 
+    /// Blocks of `threads` threads for `rows` rows, one block a row: as many as the device can hold at once. At
+    /// least one, so that a result of no rows is written too.
+    pub fn blocks(&self, rows: usize, threads: u32) -> u32 {
+        rows.clamp(1, (self.threads_at_once() / threads).max(1) as usize) as u32
+    }
+
     /// Launches a kernel. It runs when the stream comes to it.
     ///
     /// # Safety

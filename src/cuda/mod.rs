@@ -21,10 +21,14 @@ mod modules;
 mod plan;
 mod sources;
 
+pub mod hardest;
 pub mod scale;
+pub mod triplet;
+pub mod triplet_gradient;
 pub mod uda;
 
 pub use compile::compile;
+pub use device::Stream;
 pub use sources::{SOURCES, Source};
 
 use crate::error::Error;
@@ -52,6 +56,12 @@ pub fn serves<F: Deref<Target = Facts>>(inputs: &[&F]) -> bool {
     inputs.iter().all(|facts| {
         args::kernel_dtype(facts).is_some() && (facts.on_cuda() || emulated && facts.on_cpu())
     })
+}
+
+/// Whether kernels may read a tensor of integers: an ordinary one of a device that [`serves`] floats.
+pub fn reads<F: Deref<Target = Facts>>(labels: &F) -> bool {
+    let emulated = matches!(Emulator::loaded(), Ok(Some(_)));
+    labels.on_cuda() || emulated && labels.on_cpu()
 }
 
 /// [`element::stored_scale`] of a dtype.

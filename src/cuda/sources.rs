@@ -18,7 +18,10 @@ macro_rules! sources {
 
 /// All of them.
 pub const SOURCES: &[Source] = &sources![
-    "scale", //
+    "hardest",
+    "scale",
+    "triplet",
+    "triplet_gradient",
     "uda",
 ];
 

@@ -1,5 +1,6 @@
 // The C++ half of src/torch/device.rs: torch's current stream on a CUDA device, asked of the part of torch
 // that every build has, so that one extension serves CPU and CUDA builds.
+#include <ATen/Context.h>
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/Device.h>
 #include <c10/core/Stream.h>
@@ -23,6 +24,12 @@ char* tllib_cuda_stream(int64_t index, void** stream) {
   } catch (const std::exception& e) {
     return strdup(e.what());
   }
+}
+
+// Whether the user lets products of float32 matrices on CUDA devices be computed in TF32.
+bool tllib_allows_tf32() {
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return precision == at::Float32Precision::TF32;
 }
 
 // The path of libc10, or null.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 unsafe extern "C" {
     fn tllib_cuda_stream(index: i64, stream: *mut *mut c_void) -> *mut c_char;
+    fn tllib_allows_tf32() -> bool;
     fn tllib_libc10() -> *const c_char;
 }
 
@@ -17,6 +18,13 @@ pub fn cuda_stream(index: usize) -> Result<*mut c_void> {
     // SAFETY: it writes one pointer.
     check(unsafe { tllib_cuda_stream(index as i64, &raw mut stream) })?;
     Ok(stream)
+}
+
+/// Whether products of float32 matrices on CUDA devices may be computed in TF32, which keeps 10 bits of a
+/// factor's fraction.
+pub fn allows_tf32() -> bool {
+    // SAFETY: it reads torch's settings.
+    unsafe { tllib_allows_tf32() }
 }
 
 /// The folder of torch's shared libraries.

@@ -25,7 +25,7 @@ use std::ops::Range;
 
 /// Error of a key, in units of epsilon times the squared norms, within which candidates are
 /// compared again.
-const ERROR: f64 = 16.0;
+pub const ERROR: f64 = 16.0;
 /// Candidates of one anchor that are compared again, so that features which collapsed into a point
 /// do not cost `N^2 F`.
 const COMPARED: usize = 16;

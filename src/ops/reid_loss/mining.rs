@@ -1,5 +1,6 @@
 //! Hard example mining on tensors.
 
+use crate::cuda::{self, triplet::LARGEST};
 use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
@@ -7,7 +8,7 @@ use crate::kernels::reid_loss::OFFSET;
 use crate::kernels::reid_loss::matrix::hardest as kernel;
 use crate::kernels::reid_loss::mining::{Hardest, Identities, Mining, squares};
 use crate::kernels::rows::Rows;
-use crate::ops::threads;
+use crate::ops::{Place, place, threads};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, Stored};
 use tch::Tensor;
@@ -35,6 +36,9 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
             "have the shape of dist_mat, {:?}",
             distances.shape()
         )));
+    }
+    if place(&[&distances, &identity]) == Place::Cuda && cols <= LARGEST {
+        return cuda::hardest::hardest(&distances, &identity, dtype);
     }
     let (mut positive, mut negative) = (Owned::<i64>::new(&[rows])?, Owned::<i64>::new(&[rows])?);
     let (p, n, threads) = (

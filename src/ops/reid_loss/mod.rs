@@ -3,6 +3,7 @@
 
 mod composite;
 mod cross_entropy;
+mod device;
 mod mining;
 mod triplet;
 

@@ -2,7 +2,7 @@
 
 use super::composite::{Pairs, composite, of_pairs, sides};
 use super::mining::{Features, mine};
-use super::{finite, integral};
+use super::{device, finite, integral};
 use crate::error::{Error, Result};
 use crate::kernels::Loss;
 use crate::kernels::element::{Element, stored_scale};
@@ -43,12 +43,14 @@ pub fn check_margin(class: &str, margin: f64) -> Result<()> {
 }
 
 /// What the checks leave.
-struct Inputs<'a> {
-    features: Input<'a>,
-    labels: Input<'a>,
-    memory: Option<(Input<'a>, Input<'a>)>,
-    teacher: Option<Input<'a>>,
-    dtype: Dtype,
+pub struct Inputs<'a> {
+    pub features: Input<'a>,
+    pub labels: Input<'a>,
+    /// The memory and its labels.
+    pub memory: Option<(Input<'a>, Input<'a>)>,
+    pub teacher: Option<Input<'a>>,
+    /// Of features and memory.
+    pub dtype: Dtype,
 }
 
 impl<'a> Inputs<'a> {
@@ -156,6 +158,9 @@ pub fn check_triplet(call: &Arguments<'_>) -> Result<()> {
 pub fn triplet(call: &Arguments<'_>) -> Result<Tensor> {
     let inputs = Inputs::check(call)?;
     inputs.candidates()?;
+    if device::serves(&inputs) {
+        return device::triplet(call, &inputs);
+    }
     let kind = inputs.dtype.at_least_f32().kind();
     if !inputs.fusible() {
         return composite(call, kind);
@@ -321,7 +326,7 @@ where
 }
 
 /// What no element of the gradient exceeds: a row may be the candidate of every anchor twice.
-fn bound(objective: Objective, norms: Option<&[f64]>) -> f64 {
+pub fn bound(objective: Objective, norms: Option<&[f64]>) -> f64 {
     let slope = match objective {
         Objective::Hinge(_) | Objective::Taught => 1.0,
         Objective::Margin(margin) => 1.0 + margin.abs(),
