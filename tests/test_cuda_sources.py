@@ -19,6 +19,7 @@ STEMS = sorted(path.stem for path in SOURCES.glob("*.cu"))
 #: The tests that are run once more through the kernels: files, and which of them.
 METHODS = {
     "hardest": (["test_reid_loss.py", "test_reid_loss_on_device.py"], "mining or hard_examples"),
+    "self_tuning": (["test_self_tuning.py", "test_self_tuning_on_device.py"], ""),
     # Bad input is told apart before any kernel is chosen, and that file's is of other losses too.
     "triplet": (
         ["test_reid_loss.py", "test_reid_loss_on_device.py", "test_losses.py", "test_on_device.py"],

@@ -23,6 +23,7 @@ mod sources;
 
 pub mod hardest;
 pub mod scale;
+pub mod self_tuning;
 pub mod triplet;
 pub mod triplet_gradient;
 pub mod uda;

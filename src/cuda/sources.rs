@@ -20,6 +20,7 @@ macro_rules! sources {
 pub const SOURCES: &[Source] = &sources![
     "hardest",
     "scale",
+    "self_tuning",
     "triplet",
     "triplet_gradient",
     "uda",

@@ -76,7 +76,7 @@ fn check_queue(list: &Input<'_>, dim: Option<i64>, settings: Settings) -> Result
 
 /// The positions at which the next keys go, checked.
 pub struct Pointers<'a> {
-    queue_ptr: Input<'a>,
+    pub queue_ptr: Input<'a>,
     keys: i64,
 }
 
@@ -115,6 +115,8 @@ impl<'a> Pointers<'a> {
 /// A batch, checked.
 pub struct Checked<'a> {
     pub h_q: Input<'a>,
+    pub h_k: Input<'a>,
+    pub list: Input<'a>,
     pub labels: Input<'a>,
     /// Labels to enqueue in place of `labels`.
     enqueued: Option<Input<'a>>,
@@ -161,6 +163,8 @@ impl<'a> Checked<'a> {
         let fusible = on_cpu && list.dtype() == Some(dtype);
         Ok(Self {
             h_q,
+            h_k,
+            list,
             labels,
             enqueued,
             dtype,

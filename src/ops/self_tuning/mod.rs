@@ -2,6 +2,7 @@
 //! [`crate::kernels::self_tuning`], the queue's past in [`queue`].
 
 mod check;
+mod device;
 mod node;
 pub mod parts;
 mod plan;
@@ -19,7 +20,7 @@ use check::{Checked, Pointers};
 use node::{Held, Node};
 use plan::Plan;
 pub use queue::History;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const CLASS: &str = "SelfTuning";
 
@@ -71,8 +72,10 @@ impl Batch<'_> {
     /// Labels as int64 beside the queries. From the host to a device they are copied without
     /// waiting for it.
     fn beside(&self, labels: &Tensor) -> Result<Tensor> {
-        let labels = labels.f_to_device(self.h_q.device())?;
-        Ok(labels.f_to_kind(Kind::Int64)?)
+        let device = self.h_q.device();
+        // The other way round the host would read them before they are there.
+        let no_wait = device != Device::Cpu;
+        Ok(labels.f_to_device_(device, Kind::Int64, no_wait, false)?)
     }
 }
 
@@ -86,6 +89,9 @@ pub fn self_tuning(
 ) -> Result<Tensor> {
     let checked = Checked::new(batch, settings)?;
     let pointers = Pointers::new(queue_ptr, batch.queue_list, settings)?;
+    if let Some(out) = device::step(batch, &checked, &pointers.queue_ptr, settings, history)? {
+        return Ok(out);
+    }
     let (Some(labels), Some(places)) = (checked.on_host(settings)?, pointers.on_host()?) else {
         let entering = batch.beside(batch.enqueued.map_or(batch.labels, |(_, all)| all))?;
         let plan = Plan::on_device(&entering, queue_ptr, settings.keys)?;

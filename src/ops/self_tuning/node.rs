@@ -1,6 +1,6 @@
 //! The backward pass of self-tuning's log-probabilities.
 
-use super::queue::Snapshot;
+use super::queue::{Past, Snapshot};
 use super::{CLASS, Settings, formula, order};
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
@@ -20,8 +20,8 @@ use tch::{Kind, Tensor};
 pub struct Held(Arc<Parts>);
 
 struct Parts {
-    queue: Snapshot,
-    /// (minibatch, D), in the computing type.
+    queue: Past,
+    /// (minibatch, D), in a type that promotes to the computing type.
     keys: Tensor,
     /// int64
     labels: Tensor,
@@ -40,31 +40,69 @@ impl Held {
         settings: Settings,
     ) -> Result<Self> {
         let (keys, labels) = (keys.f_detach_copy()?, labels.f_detach_copy()?);
-        Ok(Self(Arc::new(Parts {
+        Ok(Self::kept(Past::Changed(queue), keys, labels, settings))
+    }
+
+    /// Of tensors that nobody else has.
+    pub fn kept(queue: Past, keys: Tensor, labels: Tensor, settings: Settings) -> Self {
+        Self(Arc::new(Parts {
             queue,
             keys,
             labels,
             settings,
-        })))
+        }))
+    }
+
+    /// The gradient of the queries in libtorch operations, for incoming gradients that no kernel may read
+    /// (as under `torch.func.vmap`).
+    pub fn gradient(&self, incoming: &Tensor, out: &Tensor) -> Result<Tensor> {
+        let (keys, labels, queue) = self.parts()?;
+        gradient(incoming, out, (keys, labels, &queue), self.0.settings)
+    }
+
+    /// Keys, labels and the queue.
+    pub fn parts(&self) -> Result<(&Tensor, &Tensor, Tensor)> {
+        let Parts { keys, labels, .. } = &*self.0;
+        Ok((keys, labels, self.0.queue.restored()?))
     }
 
     /// The log-probabilities again, in operations that autograd can differentiate.
     pub fn formula(&self, h_q: &Tensor, kind: Kind) -> Result<Tensor> {
-        let Parts {
-            queue,
-            keys,
-            labels,
-            settings,
-        } = &*self.0;
-        formula(h_q, keys, labels, &queue.restored()?, *settings, kind)
+        let (keys, labels, queue) = self.parts()?;
+        formula(h_q, keys, labels, &queue, self.0.settings, kind)
     }
 }
 
-/// The node's state: `out` is kept as torch's own log-softmax keeps its result.
-pub struct Node<E> {
-    held: Held,
+/// The log-probabilities, kept as torch's own log-softmax keeps its result.
+pub struct Output {
     out: Tensor,
     version: i64,
+}
+
+impl Output {
+    /// Detached, it shares memory and version with what the user gets, but not the graph.
+    pub fn of(out: &Tensor) -> Result<Self> {
+        let (out, version) = (out.f_detach()?, version(out));
+        Ok(Self { out, version })
+    }
+
+    /// As it was, or an error.
+    pub fn get(&self) -> Result<&Tensor> {
+        if version(&self.out) == self.version {
+            return Ok(&self.out);
+        }
+        Err(Error::Bridge(
+            "one of the variables needed for gradient computation has been modified by an inplace \
+             operation: SelfTuning's pgc_logits"
+                .to_owned(),
+        ))
+    }
+}
+
+/// The node's state.
+pub struct Node<E> {
+    held: Held,
+    out: Output,
     labels: Vec<usize>,
     /// The dtype of the queries.
     kind: Kind,
@@ -74,12 +112,9 @@ pub struct Node<E> {
 impl<E> Node<E> {
     /// `out` is contiguous and of type `E`.
     pub fn new(held: &Held, out: &Tensor, labels: Vec<usize>, kind: Kind) -> Result<Self> {
-        // Detached, it shares memory and version with what the user gets, but not the graph.
-        let (out, version) = (out.f_detach()?, version(out));
         Ok(Self {
             held: held.clone(),
-            out,
-            version,
+            out: Output::of(out)?,
             labels,
             kind,
             element: PhantomData,
@@ -89,52 +124,29 @@ impl<E> Node<E> {
 
 impl<E: Element<Acc = E> + Real + Stored> Backward for Node<E> {
     fn grads(&mut self, incoming: &Tensor, _last: bool) -> Result<Vec<Option<Tensor>>> {
-        if version(&self.out) != self.version {
-            return Err(Error::Bridge(
-                "one of the variables needed for gradient computation has been modified by an \
-                 inplace operation: SelfTuning's pgc_logits"
-                    .to_owned(),
-            ));
-        }
+        let out = self.out.get()?;
         let input = Input::new(CLASS, "grad_output", incoming)?;
         let grad = match input.rows::<E>() {
-            Some(rows) => self.fused(rows)?,
-            None => self.composite(incoming)?,
+            Some(rows) => self.fused(rows, out)?,
+            None => self.held.gradient(incoming, out)?,
         };
         Ok(vec![Some(grad.f_to_kind(self.kind)?)])
     }
 }
 
 impl<E: Element<Acc = E> + Real + Stored> Node<E> {
-    fn fused(&self, incoming: Rows<'_, E>) -> Result<Tensor> {
+    fn fused(&self, incoming: Rows<'_, E>, out: &Tensor) -> Result<Tensor> {
         let Parts {
             queue,
             keys,
             settings,
             ..
         } = &*self.held.0;
-        let scores = scores_gradient(incoming, &self.out, &self.labels, *settings)?;
+        let scores = scores_gradient(incoming, out, &self.labels, *settings)?;
         let width = scores.size2()?.1;
         let mut grad = queue.times_transposed(&mut scores.f_narrow(1, 1, width - 1)?)?;
         let _ = grad.f_addcmul_(&scores.f_narrow(1, 0, 1)?, keys)?;
         Ok(grad)
-    }
-
-    /// The same in libtorch operations, for incoming gradients that no kernel may read (as under
-    /// `torch.func.vmap`).
-    fn composite(&self, incoming: &Tensor) -> Result<Tensor> {
-        let Parts {
-            queue,
-            keys,
-            labels,
-            settings,
-        } = &*self.held.0;
-        gradient(
-            incoming,
-            &self.out,
-            (keys, labels, &queue.restored()?),
-            *settings,
-        )
     }
 }
 

@@ -4,7 +4,7 @@
 use super::check::{Checked, Pointers};
 use super::node::{gradient, scores_gradient};
 use super::plan::Plan;
-use super::{Batch, CLASS, Settings, formula, scores};
+use super::{Batch, CLASS, Settings, device, formula, scores};
 use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
@@ -15,6 +15,9 @@ use tch::{Kind, Tensor};
 /// The log-probabilities, without a graph; nothing is enqueued.
 pub fn forward(batch: &Batch<'_>, settings: Settings) -> Result<Tensor> {
     let checked = Checked::new(batch, settings)?;
+    if let Some(scored) = device::forward(batch, &checked, settings, false)? {
+        return Ok(scored.out);
+    }
     let labels = checked.on_host(settings)?.filter(|_| checked.fusible);
     match (checked.dtype, labels) {
         (Dtype::F32, Some(labels)) => tch::no_grad(|| scores::<f32>(batch, &labels, settings)),
@@ -50,6 +53,9 @@ pub fn backward(
             return Err(input.wrong(&format!("have shape [{rows}, {columns}]")));
         }
         input.same_device(&checked.h_q)?;
+    }
+    if let Some(grad) = device::backward(incoming, out, batch, &checked, settings)? {
+        return Ok(grad);
     }
     let labels = checked.on_host(settings)?.filter(|_| checked.fusible);
     let grad = tch::no_grad(|| match (checked.dtype, labels) {
@@ -116,6 +122,9 @@ pub fn enqueue(
     };
     let checked = Checked::new(&batch, settings)?;
     let pointers = Pointers::new(queue_ptr, queue_list, settings)?;
+    if device::enqueue(&batch, &checked, &pointers.queue_ptr, settings)? {
+        return Ok(());
+    }
     let plan = match (checked.on_host(settings)?, pointers.on_host()?) {
         (Some(labels), Some(places)) => Plan::on_host(&labels, places, settings.keys as usize)?,
         _ => Plan::on_device(&batch.classes()?, queue_ptr, settings.keys)?,

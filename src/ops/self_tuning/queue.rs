@@ -44,6 +44,11 @@ impl Drop for Change {
 pub struct History(Arc<Mutex<Weak<Change>>>);
 
 impl History {
+    /// While it lives, no other thread is inside a step of this queue.
+    pub fn exclusive(&self) -> impl Sized + '_ {
+        self.lock()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Weak<Change>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -123,13 +128,13 @@ impl Snapshot {
     }
 
     /// A copy of the queue as it was.
-    pub fn restored(&self) -> Result<Tensor> {
+    fn restored(&self) -> Result<Tensor> {
         let _lock = self.history.lock();
         restored(&self.changes()?)
     }
 
-    /// `grad` (minibatch, N; overwritten) times the transposed queue as it was, (minibatch, D).
-    pub fn times_transposed(&self, grad: &mut Tensor) -> Result<Tensor> {
+    /// [`Past::times_transposed`].
+    fn times_transposed(&self, grad: &mut Tensor) -> Result<Tensor> {
         let _lock = self.history.lock();
         let changes = self.changes()?;
         let queue = &self.since.queue;
@@ -151,6 +156,37 @@ impl Snapshot {
             let _ = out.f_addmm_(part, &change.replaced.f_tr()?)?;
         }
         Ok(out)
+    }
+}
+
+/// The queue as it was before a step, for the graph of that step.
+pub enum Past {
+    /// Found again from what later steps replaced.
+    Changed(Snapshot),
+    /// Copied. On a device: whether what replaced it is finite cannot be asked there, and other streams
+    /// may write the queue while backward would read it.
+    Copied(Tensor),
+}
+
+impl Past {
+    /// The queue as it was.
+    pub fn restored(&self) -> Result<Tensor> {
+        match self {
+            Self::Changed(snapshot) => snapshot.restored(),
+            Self::Copied(queue) => Ok(queue.shallow_clone()),
+        }
+    }
+
+    /// `grad` (minibatch, N; overwritten) times the transposed queue as it was, (minibatch, D).
+    pub fn times_transposed(&self, grad: &mut Tensor) -> Result<Tensor> {
+        match self {
+            Self::Changed(snapshot) => snapshot.times_transposed(grad),
+            Self::Copied(queue) => {
+                let shape = [grad.size2()?.0, queue.size2()?.0];
+                let out = Tensor::f_empty(shape, (grad.f_kind()?, grad.device()))?;
+                Ok(grad.f_mm_out(&out, &queue.f_tr()?)?)
+            }
+        }
     }
 }
 

@@ -1,0 +1,184 @@
+//! The step on a device: products by libtorch, and a fused kernel each for the rest of forward, of backward and
+//! for the queue. Nothing waits for the device. `None` or `false` where the kernels do not take the arguments.
+
+use super::check::Checked;
+use super::node::{Held, Output};
+use super::queue::Past;
+use super::{Batch, CLASS, History, Settings};
+use crate::cuda;
+use crate::cuda::self_tuning::{Rows, Scored};
+use crate::error::Result;
+use crate::torch::Dtype;
+use crate::torch::autograd::{Backward, attach_with};
+use crate::torch::input::Input;
+use tch::{Kind, Tensor};
+
+/// Sizes are 32-bit in the kernels.
+const LARGEST: i64 = 1 << 30;
+
+/// Whether the kernels take what was checked: one dtype of queries and keys, that promotes to float32 as the
+/// queue's does.
+fn serves(checked: &Checked<'_>, settings: Settings) -> bool {
+    let Checked { h_q, h_k, list, .. } = checked;
+    let fits = |&n: &i64| n <= LARGEST;
+    checked.dtype == Dtype::F32
+        && list.dtype() == Some(Dtype::F32)
+        && h_q.dtype() == h_k.dtype()
+        && cuda::serves(&[h_q, h_k, list])
+        && fits(&(settings.keys * settings.classes))
+        && h_q.shape().iter().all(fits)
+}
+
+/// Labels as int64 where kernels may read them.
+fn readable(labels: Tensor) -> Result<Option<Tensor>> {
+    let input = Input::new(CLASS, "labels", &labels)?;
+    Ok(cuda::reads(&input).then(|| labels.shallow_clone()))
+}
+
+/// The log-probabilities, without a graph. Keys and labels are kept where `keep`.
+pub fn forward(
+    batch: &Batch<'_>,
+    checked: &Checked<'_>,
+    settings: Settings,
+    keep: bool,
+) -> Result<Option<Scored>> {
+    if !serves(checked, settings) {
+        return Ok(None);
+    }
+    let Some(labels) = readable(batch.classes()?)? else {
+        return Ok(None);
+    };
+    let rows = Rows {
+        queries: &checked.h_q,
+        keys: &checked.h_k,
+        labels: &labels,
+        dtype: checked.h_q.floating()?,
+    };
+    let queue = batch.queue_list;
+    cuda::self_tuning::forward(&rows, queue, settings.shape(), keep).map(Some)
+}
+
+/// The whole step.
+pub fn step(
+    batch: &Batch<'_>,
+    checked: &Checked<'_>,
+    queue_ptr: &Input<'_>,
+    settings: Settings,
+    history: &History,
+) -> Result<Option<Tensor>> {
+    let (keys, labels) = batch.enqueued.unwrap_or((batch.h_k, batch.labels));
+    let keys = Input::new(CLASS, "enqueued keys", keys)?;
+    if !(cuda::reads(queue_ptr) && cuda::serves(&[&keys])) {
+        return Ok(None);
+    }
+    let Some(labels) = readable(batch.beside(labels)?)? else {
+        return Ok(None);
+    };
+    let wanted = checked.h_q.wants_grad();
+    // Another thread's step between the copy and the product would make the two differ.
+    let _alone = history.exclusive();
+    let Some(scored) = forward(batch, checked, settings, wanted)? else {
+        return Ok(None);
+    };
+    let past = wanted
+        .then(|| batch.queue_list.f_detach_copy())
+        .transpose()?;
+    let state = (&checked.list, queue_ptr);
+    cuda::self_tuning::enqueue(&keys, &labels, state, settings.shape())?;
+    let Scored { out, kept } = scored;
+    if let (Some(queue), Some((keys, labels))) = (past, kept) {
+        let held = Held::kept(Past::Copied(queue), keys, labels, settings);
+        let node = Node {
+            held: held.clone(),
+            out: Output::of(&out)?,
+            settings,
+            kind: batch.h_q.f_kind()?,
+        };
+        let formula = Box::new(move |t: &[Tensor]| held.formula(&t[0], Kind::Float));
+        attach_with(
+            c"SelfTuningBackward",
+            &out,
+            &[batch.h_q],
+            Box::new(node),
+            formula,
+        )?;
+    }
+    Ok(Some(out))
+}
+
+/// The node's state.
+struct Node {
+    held: Held,
+    out: Output,
+    settings: Settings,
+    /// The dtype of the queries.
+    kind: Kind,
+}
+
+impl Backward for Node {
+    fn grads(&mut self, incoming: &Tensor, _last: bool) -> Result<Vec<Option<Tensor>>> {
+        let out = self.out.get()?;
+        let input = Input::new(CLASS, "grad_output", incoming)?;
+        let grad = if cuda::serves(&[&input]) && input.dtype() == Some(Dtype::F32) {
+            let (keys, labels, queue) = self.held.parts()?;
+            let keys = Input::new(CLASS, "h_k", keys)?;
+            cuda::self_tuning::backward(
+                &input,
+                out,
+                (&keys, labels),
+                &queue,
+                self.settings.shape(),
+            )?
+        } else {
+            self.held.gradient(incoming, out)?
+        };
+        Ok(vec![Some(grad.f_to_kind(self.kind)?)])
+    }
+}
+
+/// The gradient of the queries, in their dtype, from that of the log-probabilities `out`. Shapes were checked.
+pub fn backward(
+    incoming: &Tensor,
+    out: &Tensor,
+    batch: &Batch<'_>,
+    checked: &Checked<'_>,
+    settings: Settings,
+) -> Result<Option<Tensor>> {
+    if !serves(checked, settings) {
+        return Ok(None);
+    }
+    let dense = |x: &Tensor| x.f_detach()?.f_to_kind(Kind::Float)?.f_contiguous();
+    let (incoming, out) = (dense(incoming)?, dense(out)?);
+    let inputs = [
+        Input::new(CLASS, "grad_output", &incoming)?,
+        Input::new(CLASS, "pgc_logits", &out)?,
+    ];
+    if !cuda::serves(&[&inputs[0], &inputs[1]]) {
+        return Ok(None);
+    }
+    let Some(labels) = readable(batch.classes()?)? else {
+        return Ok(None);
+    };
+    let queue = batch.queue_list.f_detach()?;
+    let keys = (&checked.h_k, &labels);
+    let grad = cuda::self_tuning::backward(&inputs[0], &out, keys, &queue, settings.shape())?;
+    Ok(Some(grad.f_to_kind(batch.h_q.f_kind()?)?))
+}
+
+/// Puts the keys of a batch into the queue, at its pointers, and moves those on.
+pub fn enqueue(
+    batch: &Batch<'_>,
+    checked: &Checked<'_>,
+    queue_ptr: &Input<'_>,
+    settings: Settings,
+) -> Result<bool> {
+    if !(serves(checked, settings) && cuda::reads(queue_ptr)) {
+        return Ok(false);
+    }
+    let Some(labels) = readable(batch.classes()?)? else {
+        return Ok(false);
+    };
+    let state = (&checked.list, queue_ptr);
+    cuda::self_tuning::enqueue(&checked.h_k, &labels, state, settings.shape())?;
+    Ok(true)
+}
