@@ -90,9 +90,9 @@ class SelfTuning(nn.Module):
     follow in order. All rows see the queue as it was before the batch; then its keys replace the oldest
     of their classes, one by one.
 
-    The queue is written in place, and only the replaced columns are kept for backward. Several forwards
-    may come before a backward, as when labelled and unlabelled batches share one; any other write to
-    ``queue_list`` in between makes that backward raise.
+    The queue is written in place. Several forwards may come before a backward, as when labelled and
+    unlabelled batches share one. On the CPU only the replaced columns are kept for backward, and any other
+    write to ``queue_list`` in between makes that backward raise; on other devices a copy of the queue is kept.
 
     Args:
         encoder_q (Classifier): query encoder.

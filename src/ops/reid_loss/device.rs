@@ -1,9 +1,10 @@
 //! The triplet losses on a device: one product by libtorch, and fused kernels for the rest. Nothing waits for
 //! the device.
 
+use super::check::Inputs;
 use super::composite::{Pairs, of_pairs, sides};
 use super::integral;
-use super::triplet::{Arguments, Inputs, Objective, bound};
+use super::triplet::{Arguments, Objective, bound};
 use crate::cuda::triplet::{Features, LARGEST, Mined, Mining, mine};
 use crate::cuda::triplet_gradient::pull;
 use crate::cuda::{self, Stream};

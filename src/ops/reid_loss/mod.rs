@@ -1,15 +1,17 @@
 //! The losses of person re-identification on tensors. The mathematics is in
 //! [`crate::kernels::reid_loss`].
 
+mod check;
 mod composite;
 mod cross_entropy;
 mod device;
 mod mining;
 mod triplet;
 
+pub use check::{check_margin, check_triplet};
 pub use cross_entropy::{check_smoothing, cross_entropy, label_smooth};
 pub use mining::hardest;
-pub use triplet::{Arguments, Objective, check_margin, check_triplet, triplet};
+pub use triplet::{Arguments, Objective, triplet};
 
 use crate::error::{Error, Result};
 use tch::Kind;

@@ -1,0 +1,124 @@
+//! What the triplet losses ask of their arguments.
+
+use super::triplet::{Arguments, Objective};
+use super::{finite, integral};
+use crate::error::{Error, Result};
+use crate::torch::Dtype;
+use crate::torch::input::Input;
+
+/// `ValueError` unless the margin is finite.
+pub fn check_margin(class: &str, margin: f64) -> Result<()> {
+    finite(class, "margin", margin)
+}
+
+/// What the checks leave.
+pub struct Inputs<'a> {
+    pub features: Input<'a>,
+    pub labels: Input<'a>,
+    /// The memory and its labels.
+    pub memory: Option<(Input<'a>, Input<'a>)>,
+    pub teacher: Option<Input<'a>>,
+    /// Of features and memory.
+    pub dtype: Dtype,
+}
+
+impl<'a> Inputs<'a> {
+    pub fn check(call: &Arguments<'a>) -> Result<Self> {
+        let new = |(name, tensor)| Input::new(call.class, name, tensor);
+        if let Objective::Hinge(margin) | Objective::Margin(margin) = call.objective {
+            check_margin(call.class, margin)?;
+        }
+        let features = new(call.features)?;
+        let dtype = features.floating()?;
+        let (rows, dim) = matrix(&features)?;
+        let labels = new(call.labels)?;
+        identities_of(&labels, &features, rows)?;
+        let memory = match call.memory {
+            None => None,
+            Some((memory, memory_labels)) => {
+                let (memory, memory_labels) =
+                    (new(("xbm_f", memory))?, new(("xbm_labels", memory_labels))?);
+                let own = memory.floating()?;
+                memory.same_device(&features)?;
+                let (rows, memory_dim) = matrix(&memory)?;
+                if memory_dim != dim {
+                    return Err(
+                        memory.wrong(&format!("have {dim} columns as {} has", call.features.0))
+                    );
+                }
+                if own != dtype {
+                    return Err(Error::Type(format!(
+                        "{}: xbm_f must have the dtype of {}, {:?}, got {:?}",
+                        call.class,
+                        call.features.0,
+                        dtype.kind(),
+                        own.kind()
+                    )));
+                }
+                identities_of(&memory_labels, &memory, rows)?;
+                Some((memory, memory_labels))
+            }
+        };
+        let teacher = call.teacher.map(|t| new(("features_2", t))).transpose()?;
+        if let Some(teacher) = &teacher {
+            teacher.floating()?;
+            teacher.same_device(&features)?;
+            if matrix(teacher)?.0 != rows {
+                return Err(teacher.wrong(&format!("have {rows} rows as {} has", call.features.0)));
+            }
+        }
+        Ok(Self {
+            features,
+            labels,
+            memory,
+            teacher,
+            dtype,
+        })
+    }
+
+    /// `ValueError` where there is nothing to find pairs in.
+    pub fn candidates(&self) -> Result<()> {
+        let memory = self.memory.as_ref();
+        let candidates = memory.map_or(&self.features, |(memory, _)| memory);
+        if candidates.shape().first() == Some(&0) {
+            return Err(candidates.wrong("hold at least one row to find pairs in"));
+        }
+        Ok(())
+    }
+
+    /// Whether kernels may read everything.
+    pub fn fusible(&self) -> bool {
+        let labels = |i: &Input<'_>| i.on_cpu() && i.tensor.f_kind().is_ok_and(integral);
+        self.features.on_cpu()
+            && labels(&self.labels)
+            && self
+                .memory
+                .as_ref()
+                .is_none_or(|(f, l)| f.on_cpu() && labels(l))
+            && self.teacher.as_ref().is_none_or(|teacher| teacher.on_cpu())
+    }
+}
+
+/// (minibatch, F) with F > 0.
+fn matrix(input: &Input<'_>) -> Result<(i64, i64)> {
+    match *input.shape() {
+        [rows, dim] if dim > 0 => Ok((rows, dim)),
+        _ => Err(input.wrong("have shape (minibatch, F) with F > 0")),
+    }
+}
+
+/// One label for each of `rows`.
+fn identities_of(labels: &Input<'_>, features: &Input<'_>, rows: i64) -> Result<()> {
+    labels.same_device(features)?;
+    if *labels.shape() != [rows] {
+        return Err(labels.wrong(&format!(
+            "have shape ({rows},), one label for each row of features"
+        )));
+    }
+    Ok(())
+}
+
+/// Raises for what [`triplet`] does not take, but takes a part of a batch that has no rows.
+pub fn check_triplet(call: &Arguments<'_>) -> Result<()> {
+    Inputs::check(call).map(|_| ())
+}
