@@ -4,71 +4,59 @@
 use super::isa::Isa;
 use super::real::Real;
 
-/// Independent accumulators. So many that the loop over them is not unrolled, and thus is vectorised as
-/// a loop: unrolled, it depends on what LLVM makes of a hundred scalar instructions.
-const LANES: usize = 128;
-/// Accumulators of rows that are shorter than this many chunks of [`LANES`], and those whose sums go on
-/// in f64.
-const FEW_LANES: usize = 32;
-const LONG: usize = 2 * LANES;
-/// In which a rest of less than all lanes is taken.
-const STEP: usize = 8;
-/// Elements that are mapped into a buffer, vectorised, before they are added up. Partial sums in the
-/// computing type end here and go on in f64, so that a row of 100,000 classes loses no more than one
-/// of 100.
+/// Independent accumulators. So many that the loop over them is not unrolled before it is vectorised:
+/// unrolled, it depends on what LLVM makes of a hundred scalar instructions. It then knows their number,
+/// and needs no masks and no loop over a rest.
+const LANES: usize = 32;
+/// Those of loops of few instructions, which would be unrolled still.
+const MANY_LANES: usize = 128;
+/// Elements that are added up in the computing type. Their sums go on in f64, so that a row of 100,000
+/// classes loses no more than one of 100.
 const BLOCK: usize = 512;
-/// As many for each of [`LANES`] as [`BLOCK`] has for each of [`FEW_LANES`].
-const LONG_BLOCK: usize = BLOCK / FEW_LANES * LANES;
+/// As many for each of [`MANY_LANES`] as [`BLOCK`] has for each of [`LANES`].
+const LONG_BLOCK: usize = BLOCK / LANES * MANY_LANES;
 
 /// The maximum; NaN if any value is NaN; minus infinity for an empty row.
 #[inline(always)]
 pub fn max<F: Real>(row: &[F]) -> F {
-    // Looked for on its own, so that the maximum is one instruction.
-    if row.iter().fold(false, |any, x| any | x.nan()) {
+    let (mut largest, mut magnitude) = ([F::NEG_INFINITY; LANES], [F::ZERO.magnitude(); LANES]);
+    let mut take = |chunk: &[F; LANES]| {
+        for k in 0..LANES {
+            largest[k] = largest[k].larger(chunk[k]);
+            magnitude[k] = magnitude[k].max(chunk[k].magnitude());
+        }
+    };
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    for chunk in chunks {
+        take(chunk);
+    }
+    if !rest.is_empty() {
+        take(last_lanes(row, &mut [F::NEG_INFINITY; LANES]));
+    }
+    // No number is further from 0 than infinity.
+    let infinity = F::NEG_INFINITY.magnitude();
+    #[allow(
+        clippy::needless_bitwise_bool,
+        reason = "a branch would keep it from vectorising"
+    )]
+    let nan = magnitude.iter().fold(false, |any, &m| any | (m > infinity));
+    if nan {
         return F::NAN;
     }
-    let mut acc = in_lanes(row, F::NEG_INFINITY, larger);
-    fold(&mut acc, 1, larger);
-    acc[0]
+    fold(&mut largest, 1, F::larger);
+    largest[0]
 }
 
-/// What `f` makes of all values, in some lanes of which each has taken every so many-th.
+/// The last values of a row, some of which are in the last whole chunk too. Those of a shorter one are
+/// the last of `room`. (To copy them always would be slow: what was written in small pieces is not yet
+/// there to be read in large ones.)
 #[inline(always)]
-fn in_lanes<F: Real>(row: &[F], start: F, f: impl Fn(F, F) -> F) -> [F; FEW_LANES] {
-    let mut few = [start; FEW_LANES];
-    let rest = if row.len() < LONG {
-        let (chunks, rest) = row.as_chunks::<FEW_LANES>();
-        for chunk in chunks {
-            for k in 0..FEW_LANES {
-                few[k] = f(chunk[k], few[k]);
-            }
-        }
-        rest
-    } else {
-        let mut acc = [start; LANES];
-        let (chunks, rest) = row.as_chunks::<LANES>();
-        for chunk in chunks {
-            for k in 0..LANES {
-                acc[k] = f(chunk[k], acc[k]);
-            }
-        }
-        fold(&mut acc, FEW_LANES, &f);
-        few.copy_from_slice(&acc[..FEW_LANES]);
-        rest
-    };
-    // A rest of unknown length would be taken with masks, whose stores are slow on some processors.
-    let (steps, last) = rest.as_chunks::<STEP>();
-    let mut step = [start; STEP];
-    for chunk in steps {
-        for k in 0..STEP {
-            step[k] = f(chunk[k], step[k]);
-        }
+fn last_lanes<'a, F: Real>(row: &'a [F], room: &'a mut [F; LANES]) -> &'a [F; LANES] {
+    if let Some(last) = row.last_chunk::<LANES>() {
+        return last;
     }
-    step[0] = last.iter().fold(step[0], |one, &x| f(x, one));
-    for k in 0..STEP {
-        few[k] = f(step[k], few[k]);
-    }
-    few
+    room[LANES - row.len()..].copy_from_slice(row);
+    room
 }
 
 /// Folds the upper half of `lanes` onto the lower one until `count` are left.
@@ -82,12 +70,6 @@ fn fold<T: Copy>(lanes: &mut [T], count: usize, f: impl Fn(T, T) -> T) {
             *l = f(*l, h);
         }
     }
-}
-
-/// The larger one of two numbers.
-#[inline(always)]
-fn larger<F: Real>(a: F, b: F) -> F {
-    if a > b { a } else { b }
 }
 
 /// The index of the first maximum, or of the first NaN; 0 for an empty row.
@@ -105,116 +87,141 @@ pub fn position_of<F: Real>(row: &[F], largest: F) -> usize {
 /// The index of the first value for which `found` holds, 0 if there is none.
 #[inline(always)]
 pub fn first<F: Real>(row: &[F], found: impl Fn(F) -> bool) -> usize {
-    let (chunks, _) = row.as_chunks::<FEW_LANES>();
+    let (chunks, _) = row.as_chunks::<LANES>();
     // Without an exit inside a chunk it is a few vector instructions.
-    let holds = |chunk: &[F; FEW_LANES]| chunk.iter().fold(false, |any, &x| any | found(x));
-    let start = chunks.iter().position(holds).unwrap_or(chunks.len()) * FEW_LANES;
+    let holds = |chunk: &[F; LANES]| chunk.iter().fold(false, |any, &x| any | found(x));
+    let start = chunks.iter().position(holds).unwrap_or(chunks.len()) * LANES;
     let within = row[start..].iter().position(|&x| found(x));
     within.map_or(0, |k| start + k)
 }
 
-/// The sum of at most [`BLOCK`] values: lane by lane in the computing type, across the lanes in f64.
-#[inline(always)]
-fn add_up<F: Real>(block: &[F]) -> f64 {
-    across(&in_lanes(block, F::ZERO, |x, sum| sum + x))
-}
-
-/// The sum of the first [`FEW_LANES`] lanes.
+/// The sum of the first [`LANES`] lanes.
 #[inline(always)]
 fn across<F: Real>(lanes: &[F]) -> f64 {
-    let mut sums = [0.0; FEW_LANES];
-    for (s, &a) in sums.iter_mut().zip(lanes) {
-        *s = a.to_f64();
+    let mut sums = [F::ZERO; LANES / 4];
+    for k in 0..LANES / 4 {
+        let pair = |k: usize| lanes[k] + lanes[k + LANES / 2];
+        sums[k] = pair(k) + pair(k + LANES / 4);
     }
-    fold(&mut sums, 1, |a, b| a + b);
-    sums[0]
+    let mut wide = [0.0; LANES / 4];
+    for k in 0..LANES / 4 {
+        wide[k] = sums[k].to_f64();
+    }
+    fold(&mut wide, 1, |a, b| a + b);
+    wide[0]
 }
 
 /// `sum_j row_j`
 #[inline(always)]
 pub fn sum<F: Real>(row: &[F]) -> f64 {
-    let mut total = 0.0;
-    for block in row.chunks(BLOCK) {
-        total += add_up(block);
-    }
-    total
+    sum_of_pairs(row, row, |x, _| x)
 }
 
 /// `sum_j f(row_j)`
 #[inline(always)]
 pub fn sum_of<F: Real>(row: &[F], f: impl Fn(F) -> F) -> f64 {
-    let mut buffer = [F::ZERO; BLOCK];
     let mut total = 0.0;
     for block in row.chunks(BLOCK) {
-        let buffer = &mut buffer[..block.len()];
-        for (b, &x) in buffer.iter_mut().zip(block) {
-            *b = f(x);
-        }
-        total += add_up(buffer);
-    }
-    total
-}
-
-/// `sum_j f(row_j)`, where `f` may change the value too.
-#[inline(always)]
-pub fn sum_of_each<F: Real>(row: &mut [F], f: impl Fn(&mut F) -> F) -> f64 {
-    let mut buffer = [F::ZERO; BLOCK];
-    let mut total = 0.0;
-    for block in row.chunks_mut(BLOCK) {
-        let buffer = &mut buffer[..block.len()];
-        for (b, x) in buffer.iter_mut().zip(block) {
-            *b = f(x);
-        }
-        total += add_up(buffer);
-    }
-    total
-}
-
-/// `sum_j f(x_j, y_j)`; the slices have one length. Nothing is kept between, which suits an `f` of few
-/// instructions; [`sum_of`] is for longer ones.
-#[inline(always)]
-pub fn sum_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
-    let mut total = 0.0;
-    for (x, y) in x.chunks(LONG_BLOCK).zip(y.chunks(LONG_BLOCK)) {
         let mut acc = [F::ZERO; LANES];
-        let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
-        for (x, y) in x.iter().zip(y) {
+        let (chunks, rest) = block.as_chunks::<LANES>();
+        for x in chunks {
             for k in 0..LANES {
-                acc[k] += f(x[k], y[k]);
+                acc[k] += f(x[k]);
             }
         }
-        fold(&mut acc, FEW_LANES, |a, b| a + b);
-        let ((x, x_last), (y, y_last)) = (x_rest.as_chunks::<STEP>(), y_rest.as_chunks::<STEP>());
-        for (x, y) in x.iter().zip(y) {
-            for k in 0..STEP {
-                acc[k] += f(x[k], y[k]);
-            }
-        }
-        for (&x, &y) in x_last.iter().zip(y_last) {
-            acc[0] += f(x, y);
+        if !rest.is_empty() {
+            let mut room = [F::ZERO; LANES];
+            let x = last_lanes(block, &mut room);
+            add_last(&mut acc, rest.len(), |k| f(x[k]));
         }
         total += across(&acc);
     }
     total
 }
 
-/// Writes `e^(scale (row_j - shift))` into `out` and returns its sum.
+/// `sum_j f(x_j, y_j)` with an `f` of few instructions; the slices have one length.
 #[inline(always)]
-pub fn exp_shifted<I: Isa, F: Real>(row: &[F], shift: F, scale: F, out: &mut [F]) -> f64 {
+pub fn sum_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
     let mut total = 0.0;
-    for (out, row) in out.chunks_mut(BLOCK).zip(row.chunks(BLOCK)) {
-        for (o, &z) in out.iter_mut().zip(row) {
-            *o = ((z - shift) * scale).exp::<I>();
+    for (x, y) in x.chunks(LONG_BLOCK).zip(y.chunks(LONG_BLOCK)) {
+        let mut acc = [F::ZERO; MANY_LANES];
+        let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<MANY_LANES>(), y.as_chunks::<MANY_LANES>());
+        for (x, y) in x.iter().zip(y) {
+            for k in 0..MANY_LANES {
+                acc[k] += f(x[k], y[k]);
+            }
         }
-        total += add_up(out);
+        fold(&mut acc, LANES, |a, b| a + b);
+        for (x, y) in x_rest.chunks(LANES).zip(y_rest.chunks(LANES)) {
+            for ((acc, &x), &y) in acc.iter_mut().zip(x).zip(y) {
+                *acc += f(x, y);
+            }
+        }
+        total += across(&acc);
     }
     total
+}
+
+/// Writes the first of what `f(row_j)` returns into `out`, of the same length, and returns the sum of
+/// the second.
+#[inline(always)]
+pub fn map_sum<F: Real>(row: &[F], out: &mut [F], f: impl Fn(F) -> (F, F)) -> f64 {
+    let mut total = 0.0;
+    for (row, out) in row.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
+        let mut acc = [F::ZERO; LANES];
+        let (chunks, rest) = row.as_chunks::<LANES>();
+        for (x, o) in chunks.iter().zip(out.as_chunks_mut::<LANES>().0) {
+            for k in 0..LANES {
+                let (written, added) = f(x[k]);
+                o[k] = written;
+                acc[k] += added;
+            }
+        }
+        if !rest.is_empty() {
+            let (mut room, mut written) = ([F::ZERO; LANES], [F::ZERO; LANES]);
+            let x = last_lanes(row, &mut room);
+            for k in 0..LANES {
+                let added;
+                (written[k], added) = f(x[k]);
+                acc[k] += if k < LANES - rest.len() {
+                    F::ZERO
+                } else {
+                    added
+                };
+            }
+            match out.last_chunk_mut::<LANES>() {
+                Some(last) => *last = written,
+                None => out.copy_from_slice(&written[LANES - rest.len()..]),
+            }
+        }
+        total += across(&acc);
+    }
+    total
+}
+
+/// Adds the last `count` of all `terms`.
+#[inline(always)]
+fn add_last<F: Real>(acc: &mut [F; LANES], count: usize, terms: impl Fn(usize) -> F) {
+    for k in 0..LANES {
+        let term = terms(k);
+        acc[k] += if k < LANES - count { F::ZERO } else { term };
+    }
+}
+
+/// Writes `e^(scale (row_j - shift))` into `out` and returns its sum. `shift` is the maximum of the row,
+/// and `scale` positive.
+#[inline(always)]
+pub fn exp_shifted<I: Isa, F: Real>(row: &[F], shift: F, scale: F, out: &mut [F]) -> f64 {
+    map_sum(row, out, |z| {
+        let e = ((z - shift) * scale).exp_nonpositive::<I>();
+        (e, e)
+    })
 }
 
 /// `sum_j e^(row_j - shift)`, keeping nothing.
 #[inline(always)]
 pub fn sum_exp_shifted<I: Isa, F: Real>(row: &[F], shift: F) -> f64 {
-    sum_of(row, |z| (z - shift).exp::<I>())
+    sum_of(row, |z| (z - shift).exp_nonpositive::<I>())
 }
 
 #[cfg(test)]
@@ -224,8 +231,7 @@ mod tests {
 
     #[test]
     fn max_of_every_length_and_nan_anywhere() {
-        // Long rows have more lanes, and a rest that is taken in steps.
-        for n in (0..40).chain([LONG - 1, LONG, LONG + 3 * STEP + 5, 3 * LANES]) {
+        for n in (0..40).chain([3 * LANES - 1, 3 * LANES, 5 * LANES + 13]) {
             let row: Vec<f32> = (0..n).map(|j| ((j * 7) % 11) as f32 - 5.0).collect();
             let expected = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             assert_eq!(max(&row), expected);
@@ -242,17 +248,28 @@ mod tests {
 
     #[test]
     fn sums_stay_exact_over_long_rows() {
-        for n in [0, 1, 15, 16, 17, 255, 256, 257, 100_003] {
+        for n in [0, 1, 15, 31, 32, 33, 100, 255, 256, 257, 100_003] {
             let row: Vec<f32> = (0..n).map(|j| 0.1 + (j % 3) as f32 * 1e-4).collect();
             let exact: f64 = row.iter().map(|&x| f64::from(x)).sum();
             for got in [
                 sum(&row),
                 sum_of(&row, |x| x),
-                sum_of_each(&mut row.clone(), |x| *x),
+                map_sum(&row, &mut row.clone(), |x| (-x, x)),
                 sum_of_pairs(&row, &row, |x, _| x),
             ] {
                 assert!((got - exact).abs() <= 2e-7 * exact, "{n}: {got} {exact}");
             }
+        }
+    }
+
+    #[test]
+    fn every_value_is_mapped_once() {
+        for n in (0..70).chain([BLOCK - 1, BLOCK + 1, BLOCK + LANES + 5]) {
+            let row: Vec<f32> = (0..n).map(|j| (j % 7) as f32).collect();
+            let mut out = vec![9.0; n];
+            let total = map_sum(&row, &mut out, |x| (x + 1.0, 2.0 * x));
+            assert!(out.iter().zip(&row).all(|(o, x)| *o == x + 1.0), "{n}");
+            assert_eq!(total, 2.0 * sum(&row), "{n}");
         }
     }
 

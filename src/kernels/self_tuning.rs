@@ -90,7 +90,7 @@ impl<F: Element<Acc = F> + Real> Kernel for Forward<'_, F> {
             let (q, k) = (self.queries.row(i, &mut query), self.keys.row(i, &mut key));
             row[0] = F::of(reduce::sum_of_pairs(q, k, |q, k| q * k));
             let max = reduce::max(row);
-            let total = reduce::sum_of(row, |s| ((s - max) * inverse_t).exp::<I>());
+            let total = reduce::sum_of(row, |s| ((s - max) * inverse_t).exp_nonpositive::<I>());
             let log_total = F::of(total.ln());
             let (queue, before) = (&mut row[1..], label * keys);
             own.copy_from_slice(&queue[before..before + keys]);
@@ -167,7 +167,7 @@ impl<F: Element<Acc = F> + Real> Kernel for Backward<'_, F> {
             );
             let mut put = |at: usize, g: &[F], out: &[F]| {
                 for ((d, &g), &o) in grad[at..].iter_mut().zip(g).zip(out) {
-                    *d = o.exp::<I>().mul_add::<I>(total, g) * inverse_t;
+                    *d = o.exp_nonpositive::<I>().mul_add::<I>(total, g) * inverse_t;
                 }
             };
             put(0, &g.0[..1], &out.0[..1]);

@@ -104,7 +104,7 @@ impl<E: Element> Kernel for Sweep<'_, E> {
             } else {
                 // 0 times the divergence and its gradient: 0, or NaN where they are not finite.
                 total += if max.finite() {
-                    reduce::sum_of(z, |z| z * E::Acc::ZERO)
+                    reduce::sum_of_pairs(z, z, |z, _| z * E::Acc::ZERO)
                 } else {
                     f64::NAN
                 };

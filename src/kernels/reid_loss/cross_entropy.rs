@@ -187,7 +187,7 @@ fn smooth_row<E: Element>(
         };
         grad[label] = E::store(E::Acc::of(weight * at_label));
     }
-    let shifted = reduce::sum_of(z, |z| z - p.max);
+    let shifted = reduce::sum_of_pairs(z, z, |z, _| z - p.max);
     // Without smoothing rest is 0, and 0 times an infinite logarithm is NaN, as in tllib.
     mass * p.total.ln() - hit * (z[label] - p.max).to_f64() - rest * shifted
 }
