@@ -16,16 +16,27 @@ from tllib_rs import _core
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
 DTYPES = ["float32", "float16", "bfloat16"]
 STEMS = sorted(path.stem for path in SOURCES.glob("*.cu"))
+#: What every loss goes through.
+EVERY_LOSS = ["test_losses.py", "test_on_device.py"]
 #: The tests that are run once more through the kernels: files, and which of them.
 METHODS = {
+    # Not the labels that are no columns: on a device they are not looked for (tests/test_on_device.py).
+    "cross_entropy": (
+        ["test_reid_loss.py", *EVERY_LOSS],
+        "cross_entropy or label_smooth or targets_that_changed or empty_batches or nan",
+    ),
+    "dst": (["test_dst.py", *EVERY_LOSS], "dst"),
+    "entropy": (["test_entropy.py", *EVERY_LOSS], "entropy and not cross_entropy"),
+    "pi_model": (["test_pi_model.py", *EVERY_LOSS], "pi_model"),
+    "pseudo_label": (["test_pseudo_label.py", *EVERY_LOSS], "pseudo_label"),
     "hardest": (["test_reid_loss.py", "test_reid_loss_on_device.py"], "mining or hard_examples"),
     "self_tuning": (["test_self_tuning.py", "test_self_tuning_on_device.py"], ""),
     # Bad input is told apart before any kernel is chosen, and that file's is of other losses too.
     "triplet": (
-        ["test_reid_loss.py", "test_reid_loss_on_device.py", "test_losses.py", "test_on_device.py"],
+        ["test_reid_loss.py", "test_reid_loss_on_device.py", *EVERY_LOSS],
         "(triplet or test_reid_loss) and not bad_input",
     ),
-    "uda": (["test_uda.py", "test_losses.py", "test_on_device.py"], "uda"),
+    "uda": (["test_uda.py", *EVERY_LOSS], "uda"),
 }
 
 

@@ -9,6 +9,11 @@ import torch
 
 from tests.losses import LOSSES
 from tests.test_losses import assert_agree, leaves, run
+from tllib_rs.modules.entropy import entropy
+from tllib_rs.self_training.dst import WorstCaseEstimationLoss
+from tllib_rs.self_training.pi_model import L2ConsistencyLoss
+from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
+from tllib_rs.vision.models.reid.loss import CrossEntropyLossWithLabelSmooth
 
 EMULATED = bool(os.environ.get("TLLIB_RS_CUDA_EMULATOR"))
 ENABLED = os.environ.get("TLLIB_RS_CUDA") == "1"
@@ -22,6 +27,7 @@ every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 DEVICE = "cpu" if EMULATED else "cuda"
 #: One for each form of a kernel over rows, and a batch that is more than the blocks of a grid.
 SHAPES = [(9, 100), (300, 7), (7, 345), (5, 1500), (3, 5003)]
+every_form = pytest.mark.parametrize("shape", SHAPES, ids=str)
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -38,7 +44,7 @@ def on_cpu(result):
 
 @every_loss
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@every_form
 def test_every_form(loss, generator, dtype, shape):
     exact, typed = made(loss, generator, dtype, *shape)
     expected = run(loss, loss.plain, exact)
@@ -61,6 +67,117 @@ def test_graph_is_kept_and_gradients_add_up(loss, generator):
     thrice = torch.autograd.grad(3 * value, wanted)
     for a, b in zip(once, thrice, strict=True):
         torch.testing.assert_close(3 * a, b)
+
+
+def levels(generator, shape):
+    """Logits of a few values, so that many have the largest; and the first column that has it."""
+    z = torch.randint(0, 4, shape, generator=generator).float()
+    return z, torch.tensor([row.index(max(row)) for row in z.tolist()])
+
+
+@every_form
+def test_pseudo_label_is_the_first_of_equals(shape, generator):
+    targets, expected = levels(generator, shape)
+    # A NaN makes all probabilities NaN: the first of them, and no confidence.
+    targets[-1, -1] = torch.nan
+    expected[-1] = 0
+    logits = torch.zeros(shape).to(DEVICE)
+    _, mask, labels = ConfidenceBasedSelfTrainingLoss(0.0)(logits, targets.to(DEVICE))
+    assert (mask.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert torch.equal(labels.cpu(), expected)
+    assert mask.tolist() == [1.0] * (shape[0] - 1) + [0.0]
+
+
+@every_form
+def test_dst_predictions_are_the_first_of_equals(shape, generator):
+    main, expected = levels(generator, shape)
+    # The first NaN is the largest.
+    main[-1, shape[1] // 2 :] = torch.nan
+    expected[-1] = shape[1] // 2
+    labeled, unlabeled = (torch.zeros(shape).to(DEVICE).requires_grad_() for _ in range(2))
+    WorstCaseEstimationLoss(2.0)(main.to(DEVICE), labeled, main.to(DEVICE), unlabeled).backward()
+    assert torch.equal((labeled.grad < 0).nonzero()[:, 1].cpu(), expected)
+    assert torch.equal((unlabeled.grad > 0).nonzero()[:, 1].cpu(), expected)
+
+
+def test_dst_of_different_numbers_of_classes(generator):
+    inputs = [torch.randn(*shape, generator=generator) for shape in [(9, 7), (9, 7), (30, 345), (30, 345)]]
+    (dst,) = (loss for loss in LOSSES if loss.name == "dst")
+    expected = run(dst, dst.plain, leaves(dst, inputs))
+    got = run(dst, dst.ours, leaves(dst, [x.to(DEVICE) for x in inputs], torch.float32))
+    assert_agree(on_cpu(got), expected, torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("label", [-1, 7, -(2**40), 2**40])
+def test_label_smooth_of_a_label_that_is_no_column(label, generator):
+    """Looking for one would wait. It is not read, and the loss is NaN."""
+    z = torch.randn(6, 7, generator=generator).to(DEVICE).requires_grad_()
+    labels = torch.tensor([0, 1, label, 3, 4, 5]).to(DEVICE)
+    loss = CrossEntropyLossWithLabelSmooth(7)(z, labels)
+    loss.backward()
+    assert loss.isnan()
+    assert z.grad.isnan().all(dim=1).tolist() == [False, False, True, False, False, False]
+    assert z.grad.isnan().any(dim=1).sum() == 1
+
+
+def test_label_smooth_of_strided_labels_and_labels_that_changed(generator):
+    z = torch.randn(5, 4, generator=generator).to(DEVICE).requires_grad_()
+    labels = torch.tensor([3, 1, 0, 2, 1]).to(DEVICE)
+    strided = torch.stack((labels, labels - 9), dim=1)[:, 0]
+    criterion = CrossEntropyLossWithLabelSmooth(4)
+    loss = criterion(z, strided)
+    torch.testing.assert_close(loss, criterion(z, labels))
+    (grad,) = torch.autograd.grad(loss, z, create_graph=True)
+    assert grad.requires_grad
+    loss = criterion(z, strided)
+    strided.zero_()
+    with pytest.raises(RuntimeError, match="WithLabelSmooth: labels were modified in place"):
+        torch.autograd.grad(loss, z, create_graph=True)
+
+
+@every_form
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("mask", ["bool", "int64", "float16 with gradient", "one float64", "one on the CPU"])
+def test_pi_model_with_masks_of_any_kind(shape, reduction, mask, generator):
+    p1, p2 = (torch.rand(shape, generator=generator).to(DEVICE).requires_grad_() for _ in range(2))
+    rows = torch.randint(0, 3, shape[:1], generator=generator)
+    made = {
+        "bool": rows.bool().to(DEVICE),
+        "int64": torch.stack((rows, rows), dim=1)[:, 0].to(DEVICE),
+        "float16 with gradient": rows.half().to(DEVICE).requires_grad_(),
+        "one float64": torch.tensor(0.7, dtype=torch.float64, device=DEVICE),
+        "one on the CPU": torch.tensor(0.7),
+    }[mask]
+    wanted = [x for x in (p1, p2, made) if x.requires_grad]
+
+    def of(call, dtype):
+        value = call(dtype)
+        return value.detach().cpu(), [g.cpu() for g in torch.autograd.grad((0.37 * value).sum(), wanted)]
+
+    def plain(dtype):
+        each = ((p1.to(dtype) - p2.to(dtype)) ** 2).sum(dim=1) * made
+        return each if reduction == "none" else each.mean()
+
+    got = of(lambda _: L2ConsistencyLoss(reduction)(p1, p2, made), None)
+    expected = of(plain, torch.float64)
+    assert got[0].dtype == torch.float32
+    assert [g.dtype for g in got[1]] == [x.dtype for x in wanted]
+    assert_agree((got[0], got[1][:2]), (expected[0], expected[1][:2]), torch.float32, 2e-6)
+    # A gradient in float16 is rounded to it once more, below its normal numbers to 2^-24.
+    for a, b in zip(got[1][2:], expected[1][2:], strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2**-10, atol=2**-24)
+
+
+@gpu
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_entropy_under_autocast(reduction, generator):
+    p = torch.rand(6, 7, generator=generator).half().cuda()
+    with torch.autocast("cuda"):
+        h = -(p * torch.log(p + 1e-5)).sum(dim=1)
+        got = entropy(p, reduction)
+    assert got.dtype == h.dtype
+    expected = h.mean() if reduction == "mean" else h
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
 
 
 @gpu

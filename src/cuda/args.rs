@@ -59,7 +59,7 @@ impl Labels {
     }
 }
 
-/// `Scalar`: one number in a dtype that the source does not fix.
+/// `Scalar`: one number, or numbers that follow each other, in a dtype that the source does not fix.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub struct Scalar {
@@ -74,6 +74,39 @@ impl Scalar {
             to: tensor.data_ptr(),
             dtype: code(dtype),
         }
+    }
+}
+
+/// `Numbers`: numbers to be read, of a dtype that the source does not fix.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Numbers {
+    data: *const c_void,
+    stride: i64,
+    dtype: i32,
+}
+
+impl Numbers {
+    /// None at all.
+    pub const NONE: Self = Self {
+        data: std::ptr::null(),
+        stride: 0,
+        dtype: 0,
+    };
+
+    /// Of at most one dimension. One number stands for as many as the kernel reads.
+    pub fn broadcast(input: &Input<'_>) -> Result<Self> {
+        let dtype = kernel_dtype(input).ok_or_else(|| input.unsupported("a dtype of kernels"))?;
+        let stride = match (input.shape(), input.strides()) {
+            ([] | [1], _) => 0,
+            (_, &[stride]) => stride,
+            _ => return Err(input.wrong("have at most one dimension")),
+        };
+        Ok(Self {
+            data: input.data(),
+            stride,
+            dtype: code(dtype),
+        })
     }
 }
 
@@ -98,6 +131,14 @@ pub fn pointer(tensor: Option<&Tensor>) -> *mut c_void {
 pub struct Gathering {
     partials: *mut c_void,
     done: *mut c_void,
+}
+
+impl Gathering {
+    /// For a launch that gathers nothing.
+    pub const NONE: Self = Self {
+        partials: std::ptr::null_mut(),
+        done: std::ptr::null_mut(),
+    };
 }
 
 /// The memory of a [`Gathering`], to be kept until the launch.

@@ -50,13 +50,25 @@ __device__ __forceinline__ bool finite(float x) { return fabsf(x) < infinity32()
 __device__ __forceinline__ float larger(float a, float b) { return (b <= a || a != a) ? a : b; }
 __device__ __forceinline__ float smaller(float a, float b) { return (b >= a || a != a) ? a : b; }
 
-// A scalar of a dtype that is known on the host only. Mirrored by `Scalar` in src/cuda/args.rs.
+// A scalar, or numbers that follow each other, of a dtype that is known on the host only. Mirrored by `Scalar` in src/cuda/args.rs.
 struct Scalar { void* to; int dtype; };
-__device__ __forceinline__ void store(Scalar s, float x) {
-  if (s.dtype == 0) store(*(f32*)s.to, x);
-  if (s.dtype == 1) store(*(f16*)s.to, x);
-  if (s.dtype == 2) store(*(bf16*)s.to, x);
+__device__ __forceinline__ void store(Scalar s, float x, i64 at = 0) {
+  if (s.dtype == 0) store(((f32*)s.to)[at], x);
+  if (s.dtype == 1) store(((f16*)s.to)[at], x);
+  if (s.dtype == 2) store(((bf16*)s.to)[at], x);
 }
+
+// Numbers to be read, likewise. Mirrored by `Numbers` in src/cuda/args.rs.
+struct Numbers {
+  const void* data;
+  i64 stride;  // in elements
+  int dtype;
+  __device__ __forceinline__ float at(i64 i) const {
+    if (dtype == 0) return load(((const f32*)data)[i * stride]);
+    if (dtype == 1) return load(((const f16*)data)[i * stride]);
+    return load(((const bf16*)data)[i * stride]);
+  }
+};
 
 // ---- the threads of a row ----------------------------------------------------------------------
 
@@ -169,8 +181,10 @@ struct Row {
   }
   __device__ __forceinline__ float at(int k, int c) const {
     if constexpr (KEEP > 0) return kept[k];
-    else return load(data[c * stride]);
+    else return again(c);
   }
+  // From memory, for any column and by any thread.
+  __device__ __forceinline__ float again(int c) const { return load(data[c * stride]); }
 };
 
 // max_c z_c, NaN where one is.

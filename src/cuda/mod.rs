@@ -6,7 +6,7 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `common.cuh` | what the kernels share |
+//! | `common.cuh`, `softmax.cuh` | what the kernels share |
 //! | `<stem>.cu`, `<stem>.rs` | a method's kernels, and their launch |
 //! | [`device`], [`plan`], [`args`] | torch's stream and memory; the shape of a launch; its arguments |
 //! | [`modules`], [`compile`], [`sources`] | compiled code in memory and on disk; NVRTC |
@@ -21,7 +21,12 @@ mod modules;
 mod plan;
 mod sources;
 
+pub mod cross_entropy;
+pub mod dst;
+pub mod entropy;
 pub mod hardest;
+pub mod pi_model;
+pub mod pseudo_label;
 pub mod scale;
 pub mod self_tuning;
 pub mod triplet;
@@ -50,19 +55,15 @@ pub fn enabled() -> bool {
 /// Whether a kernel serves tensors with these facts: ordinary ones of one CUDA device and of a dtype that
 /// has kernels. `false` sends the call to the composite.
 pub fn serves<F: Deref<Target = Facts>>(inputs: &[&F]) -> bool {
-    if !enabled() {
-        return false;
-    }
-    let emulated = matches!(Emulator::loaded(), Ok(Some(_)) | Err(_));
-    inputs.iter().all(|facts| {
-        args::kernel_dtype(facts).is_some() && (facts.on_cuda() || emulated && facts.on_cpu())
-    })
+    let has_kernels = |facts: &&F| args::kernel_dtype(facts).is_some() && reaches(facts);
+    enabled() && inputs.iter().all(has_kernels)
 }
 
-/// Whether kernels may read a tensor of integers: an ordinary one of a device that [`serves`] floats.
-pub fn reads<F: Deref<Target = Facts>>(labels: &F) -> bool {
-    let emulated = matches!(Emulator::loaded(), Ok(Some(_)));
-    labels.on_cuda() || emulated && labels.on_cpu()
+/// Whether a kernel can read a tensor with these facts, if it knows the dtype: an ordinary one of a CUDA
+/// device.
+pub fn reaches(facts: &Facts) -> bool {
+    let emulated = || matches!(Emulator::loaded(), Ok(Some(_)) | Err(_));
+    enabled() && (facts.on_cuda() || facts.on_cpu() && emulated())
 }
 
 /// [`element::stored_scale`] of a dtype.

@@ -1,6 +1,6 @@
 //! Launch of `scale.cu`: the backward pass of every loss.
 
-use super::args;
+use super::args::{self, Numbers};
 use super::device::{Launch, Stream};
 use super::serves;
 use crate::error::Result;
@@ -19,9 +19,7 @@ struct Args {
     out: *mut c_void,
     length: i64,
     per_incoming: i64,
-    incoming: *const c_void,
-    stride: i64,
-    dtype: i32,
+    incoming: Numbers,
     factor: f32,
     divisor: *const c_void,
 }
@@ -36,15 +34,13 @@ pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Optio
     if !serves(&[&stored, incoming]) {
         return Ok(None);
     }
-    let (Some(dtype), Some(of_incoming)) = (stored.dtype(), incoming.dtype()) else {
+    let Some(dtype) = stored.dtype() else {
         return Ok(None);
     };
     let length = stored.numel();
-    let (per_incoming, stride) = match (incoming.shape(), stored.shape()) {
-        ([], _) => (length, 0),
-        ([n], [rows, ..]) if n == rows && length > 0 => {
-            (length / *rows as usize, incoming.strides()[0])
-        }
+    let per_incoming = match (incoming.shape(), stored.shape()) {
+        ([], _) => length,
+        ([n], [rows, ..]) if n == rows && length > 0 => length / *rows as usize,
         _ => return Ok(None),
     };
     let stream = Stream::current(stored.device())?;
@@ -61,9 +57,7 @@ pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Optio
         out: out.data_ptr(),
         length: length as i64,
         per_incoming: per_incoming as i64,
-        incoming: incoming.data(),
-        stride,
-        dtype: args::code(of_incoming),
+        incoming: Numbers::broadcast(incoming)?,
         factor: (1.0 / grad.scale) as f32,
         divisor: args::pointer(grad.divisor.as_ref()),
     };

@@ -9,6 +9,7 @@ pub struct Source {
 }
 
 const COMMON: &str = include_str!("common.cuh");
+const SOFTMAX: &str = include_str!("softmax.cuh");
 
 macro_rules! sources {
     ($($stem:literal,)*) => {
@@ -18,7 +19,12 @@ macro_rules! sources {
 
 /// All of them.
 pub const SOURCES: &[Source] = &sources![
+    "cross_entropy",
+    "dst",
+    "entropy",
     "hardest",
+    "pi_model",
+    "pseudo_label",
     "scale",
     "self_tuning",
     "triplet",
@@ -35,7 +41,7 @@ impl Source {
     /// What is compiled.
     pub fn text(&self) -> String {
         format!(
-            "#line 1 \"common.cuh\"\n{COMMON}\n#line 1 \"{}.cu\"\n{}",
+            "#line 1 \"common.cuh\"\n{COMMON}\n#line 1 \"softmax.cuh\"\n{SOFTMAX}\n#line 1 \"{}.cu\"\n{}",
             self.stem, self.own
         )
     }

@@ -8,6 +8,8 @@ pub trait Element: Copy + Send + Sync + 'static {
     type Acc: Real;
     /// Machine epsilon of the storage type: the spacing of numbers at 1.
     const EPSILON: f64;
+    /// The smallest positive number: the spacing of numbers at 0.
+    const SMALLEST: f64;
     /// The largest magnitude that a stored gradient may be scaled up to. Only float16 needs it:
     /// its range ends at 6e-8, above the gradients of a large batch.
     const HEADROOM: Option<f64> = None;
@@ -27,6 +29,7 @@ macro_rules! computed_as_stored {
         impl Element for $f {
             type Acc = $f;
             const EPSILON: f64 = <$f>::EPSILON as f64;
+            const SMALLEST: f64 = <$f>::from_bits(1) as f64;
 
             #[inline(always)]
             fn load(self) -> $f {
@@ -63,6 +66,7 @@ pub struct Bf16(pub u16);
 impl Element for F16 {
     type Acc = f32;
     const EPSILON: f64 = 0.000_976_562_5;
+    const SMALLEST: f64 = 5.960_464_477_539_063e-8;
     const HEADROOM: Option<f64> = Some(16_384.0);
 
     #[inline(always)]
@@ -123,6 +127,7 @@ impl Element for F16 {
 impl Element for Bf16 {
     type Acc = f32;
     const EPSILON: f64 = 0.007_812_5;
+    const SMALLEST: f64 = 9.183_549_615_799_121e-41;
 
     #[inline(always)]
     fn load(self) -> f32 {

@@ -179,8 +179,9 @@ impl<F: Real> Target<F> {
             // All probabilities are NaN: the first of them.
             return 0;
         }
-        // Only logits this close to the maximum can round to its probability.
-        let near = self.max - F::of(2.0 * E::EPSILON);
+        // Only logits this close to the maximum can round to its probability, 1 / total: the second is the
+        // spacing of float16 where that is below its normal numbers, with tens of thousands of classes.
+        let near = self.max - F::of(2.0 * E::EPSILON.max(E::SMALLEST * self.total));
         let (total, confidence) = (F::of(self.total), self.confidence::<E>());
         let ties =
             |z: F| z == self.max || round_to::<E>((z - self.max).exp::<I>() / total) == confidence;
@@ -277,6 +278,18 @@ mod tests {
             call(&half, &half, (1, 3), 0.0, 1).labels[0],
             i64::from(!equal)
         );
+    }
+
+    #[test]
+    fn ties_below_the_normal_numbers_of_float16() {
+        // Of 100,000 probabilities near 1e-5 those within 6e-3 of each other round to one.
+        let mut t = vec![F16::store(0.0); 100_000];
+        t[500] = F16::store(0.0005);
+        t[70_000] = F16::store(0.001);
+        let got = call(&t, &t, (1, t.len()), 0.0, 1);
+        assert_eq!(got.labels, [0]);
+        t[300] = F16::store(0.02);
+        assert_eq!(call(&t, &t, (1, t.len()), 0.0, 1).labels, [300]);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! Worst-case estimation on tensors. The mathematics is in [`crate::kernels::dst`].
 
-use super::{loss_dtype, threads};
+use super::{Place, loss_dtype, place, threads};
+use crate::cuda;
+use crate::cuda::dst::Part;
 use crate::error::{Error, Result};
 use crate::kernels::dst::{Goal, OFFSET, Outputs, dst as kernel};
 use crate::torch::autograd::{Constant, StoredGrad, attach};
@@ -51,10 +53,9 @@ impl<'a> Heads<'a> {
         })
     }
 
-    /// Whether there is a kernel for both tensors in `dtype`.
-    fn fusable(&self, dtype: Dtype) -> bool {
-        let fits = |i: &Input<'_>| i.on_cpu() && i.dtype() == Some(dtype);
-        fits(&self.main) && fits(&self.adversarial)
+    /// As the kernel takes them.
+    fn pair(&self) -> (&Input<'a>, &Input<'a>) {
+        (&self.adversarial, &self.main)
     }
 }
 
@@ -73,18 +74,24 @@ pub fn dst(
     check_eta_prime(eta_prime)?;
     let dtype = labeled.dtype.promote(unlabeled.dtype);
     let out = loss_dtype(&labeled.adversarial, dtype);
-    if !labeled.fusable(dtype) || !unlabeled.fusable(dtype) {
-        let (labels_l, labels_u) = (predictions(y_l)?, predictions(y_u)?);
-        return composite(
-            &[y_l_adv, y_u_adv],
-            &[&labels_l, &labels_u],
-            eta_prime,
-            out.kind(),
-        );
-    }
-    let agree = fused(Goal::Agree, &labeled, dtype, eta_prime)?;
-    let disagree = fused(Goal::Disagree, &unlabeled, dtype, 1.0)?;
-    let loss = scalar(agree.value + disagree.value, out)?;
+    let (loss, [agree, disagree]) = match place(&[
+        &labeled.main,
+        &labeled.adversarial,
+        &unlabeled.main,
+        &unlabeled.adversarial,
+    ]) {
+        Place::Cuda => cuda::dst::dst(labeled.pair(), unlabeled.pair(), eta_prime, dtype, out)?,
+        Place::Cpu => fused(&labeled, &unlabeled, eta_prime, dtype, out)?,
+        Place::Composite => {
+            let (labels_l, labels_u) = (predictions(y_l)?, predictions(y_u)?);
+            return composite(
+                &[y_l_adv, y_u_adv],
+                &[&labels_l, &labels_u],
+                eta_prime,
+                out.kind(),
+            );
+        }
+    };
     if agree.grad.is_some() || disagree.grad.is_some() {
         let labels = [Constant(agree.labels), Constant(disagree.labels)];
         let formula = Box::new(move |t: &[Tensor]| {
@@ -106,13 +113,20 @@ pub fn dst(
     Ok(loss)
 }
 
-struct Part {
-    value: f64,
-    labels: Tensor,
-    grad: Option<StoredGrad>,
+/// By the CPU kernel.
+fn fused(
+    labeled: &Heads<'_>,
+    unlabeled: &Heads<'_>,
+    eta_prime: f64,
+    dtype: Dtype,
+    out: Dtype,
+) -> Result<(Tensor, [Part; 2])> {
+    let (agree, part_l) = sweep(Goal::Agree, labeled, dtype, eta_prime)?;
+    let (disagree, part_u) = sweep(Goal::Disagree, unlabeled, dtype, 1.0)?;
+    Ok((scalar(agree + disagree, out)?, [part_l, part_u]))
 }
 
-fn fused(goal: Goal, heads: &Heads<'_>, dtype: Dtype, weight: f64) -> Result<Part> {
+fn sweep(goal: Goal, heads: &Heads<'_>, dtype: Dtype, weight: f64) -> Result<(f64, Part)> {
     by_dtype!(dtype, E => {
         let Heads { main, adversarial, .. } = heads;
         let logits = adversarial.rows::<E>().ok_or_else(|| adversarial.wrong("be a dense matrix"))?;
@@ -123,7 +137,7 @@ fn fused(goal: Goal, heads: &Heads<'_>, dtype: Dtype, weight: f64) -> Result<Par
         let out = Outputs { labels: labels.slice(), grad: grad.as_mut().map(Owned::slice) };
         let loss = kernel(goal, logits, y, weight, out, threads(2 * adversarial.numel()));
         let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));
-        Ok(Part { value: loss.value, labels: labels.into_tensor(), grad })
+        Ok((loss.value, Part { labels: labels.into_tensor(), grad }))
     })
 }
 

@@ -1,7 +1,9 @@
 //! Entropy of probabilities on tensors. The mathematics is in [`crate::kernels::entropy`].
 
-use super::threads;
+use super::{Place, loss_dtype, place, threads};
+use crate::cuda;
 use crate::error::{Error, Result};
+use crate::kernels::element::stored_scale;
 use crate::kernels::entropy::entropy as kernel;
 use crate::kernels::mcc::ENTROPY_EPSILON;
 use crate::torch::autograd::{StoredGrad, attach};
@@ -18,10 +20,20 @@ pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
     if input.shape().len() < 2 {
         return Err(input.wrong("have shape (minibatch, C, ...)"));
     }
-    if !input.on_cpu() || input.shape().len() != 2 {
-        return composite(predictions, mean);
-    }
-    let (out, grad) = fused(&input, dtype, mean)?;
+    let (out, grad) = match place(&[&input]) {
+        _ if input.shape().len() != 2 => return composite(predictions, mean),
+        Place::Cuda => {
+            // Autocast runs the logarithm in float32 on devices, and leaves it alone on the CPU.
+            let out = if input.on_cuda() {
+                loss_dtype(&input, dtype)
+            } else {
+                dtype
+            };
+            cuda::entropy::entropy(&input, mean, weight(&input, dtype, mean), dtype, out)?
+        }
+        Place::Cpu => fused(&input, dtype, mean)?,
+        Place::Composite => return composite(predictions, mean),
+    };
     if let Some(grad) = grad {
         let formula = Box::new(move |t: &[Tensor]| composite(&t[0], mean));
         attach(
@@ -35,15 +47,26 @@ pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
     Ok(out)
 }
 
+/// The weight of a row, and the scale of the stored gradient.
+fn weight(input: &Input<'_>, dtype: Dtype, mean: bool) -> (f64, f64) {
+    if !mean {
+        return (1.0, 1.0);
+    }
+    let weight = 1.0 / input.shape()[0] as f64;
+    // At most 12 in magnitude for probabilities: the scale that float16 needs only if averaged.
+    (
+        weight,
+        by_dtype!(dtype, E => stored_scale::<E>(16.0 * weight)),
+    )
+}
+
 fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
         let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
         let batch = rows.rows();
         let mut each = vec![0.0; batch];
         let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;
-        let weight = if mean { 1.0 / batch as f64 } else { 1.0 };
-        // At most 12 in magnitude for probabilities: the scale that float16 needs only if averaged.
-        let scale = if mean { crate::kernels::element::stored_scale::<E>(16.0 * weight) } else { 1.0 };
+        let (weight, scale) = weight(input, dtype, mean);
         let slice = grad.as_mut().map(Owned::slice);
         kernel(rows, &mut each, slice, weight * scale, threads(input.numel()));
         let out = if mean {

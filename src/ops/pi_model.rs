@@ -1,11 +1,13 @@
 //! L2 consistency on tensors. The mathematics is in [`crate::kernels::pi_model`].
 
-use super::{loss_dtype, threads};
+use super::{Place, loss_dtype, place, threads};
+use crate::cuda;
+use crate::cuda::pi_model::Weights;
 use crate::error::{Error, Result};
-use crate::kernels::element::stored_scale;
+use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::pi_model::{Outputs, pi_model as kernel};
 use crate::torch::autograd::{StoredGrad, attach};
-use crate::torch::input::Input;
+use crate::torch::input::{Facts, Input};
 use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
 use tch::{Device, Kind, Tensor};
 
@@ -62,11 +64,15 @@ struct Call<'a> {
 pub fn pi_model(p1: &Tensor, p2: &Tensor, mask: &Mask, reduction: Reduction) -> Result<Tensor> {
     let call = Call::new(p1, p2, mask, reduction)?;
     let (number, kind) = (call.number, call.out.kind());
-    let Some(dtype) = call.fusable() else {
-        let tensor = call.mask.as_ref().map(|m| m.tensor);
-        return composite(p1, p2, tensor, number, reduction, kind);
+    let dtype = call.p1.floating()?;
+    let (loss, mut grads) = match call.place() {
+        Place::Cuda => call.launched(dtype)?,
+        Place::Cpu => call.fused(dtype)?,
+        Place::Composite => {
+            let tensor = call.mask.as_ref().map(|m| m.tensor);
+            return composite(p1, p2, tensor, number, reduction, kind);
+        }
     };
-    let (loss, mut grads) = call.fused(dtype)?;
     if grads.iter().any(Option::is_some) {
         let mut inputs = vec![p1, p2];
         inputs.extend(call.mask.as_ref().map(|m| m.tensor));
@@ -119,14 +125,63 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// The dtype of the kernel, if there is one.
-    fn fusable(&self) -> Option<Dtype> {
-        let dtype = self.p1.dtype()?;
-        let matrices = self.p1.on_cpu() && self.p2.on_cpu() && self.p1.shape().len() == 2;
-        let mask = self.mask.as_ref().is_none_or(|mask| {
-            mask.on_cpu() && (!mask.wants_grad() || mask.shape() == &self.p1.shape()[..1])
-        });
-        (matrices && mask && self.p2.dtype() == Some(dtype)).then_some(dtype)
+    /// What computes it.
+    fn place(&self) -> Place {
+        let fits = |reached: fn(&Facts) -> bool| {
+            self.mask.as_ref().is_none_or(|mask| {
+                reached(mask) && (!mask.wants_grad() || mask.shape() == &self.p1.shape()[..1])
+            })
+        };
+        match place(&[&self.p1, &self.p2]) {
+            _ if self.p1.shape().len() != 2 => Place::Composite,
+            Place::Cuda if fits(cuda::reaches) && self.out != Dtype::F64 => Place::Cuda,
+            Place::Cpu if fits(Facts::on_cpu) => Place::Cpu,
+            _ => Place::Composite,
+        }
+    }
+
+    /// What the sum of the rows is multiplied by.
+    fn mean(&self) -> f64 {
+        match self.reduction {
+            Reduction::Mean => 1.0 / self.p1.shape()[0] as f64,
+            _ => 1.0,
+        }
+    }
+
+    /// The scale of the stored gradients where no mask is above `largest`.
+    fn scale<E: Element>(&self, largest: f64) -> f64 {
+        // Differences of up to 128 before the scaled gradient leaves the headroom of float16, and four
+        // times as much before it overflows. Only a mean makes gradients small.
+        if self.reduction == Reduction::Mean {
+            stored_scale::<E>(256.0 * self.mean() * largest.abs())
+        } else {
+            1.0
+        }
+    }
+
+    /// [`Self::fused`] on a device.
+    fn launched(&self, dtype: Dtype) -> Result<(Tensor, Vec<Option<StoredGrad>>)> {
+        // Integers and booleans have no kernels; nor has float64, which is here only as one number.
+        let converted = match &self.mask {
+            Some(mask) if !cuda::serves(&[mask]) => {
+                Some(mask.tensor.f_detach()?.f_to_kind(Kind::Float)?)
+            }
+            _ => None,
+        };
+        let converted = converted
+            .as_ref()
+            .map(|mask| Input::new(CLASS, "mask", mask))
+            .transpose()?;
+        let weights = Weights {
+            mask: converted.as_ref().or(self.mask.as_ref()),
+            number: self.number,
+            each: self.reduction == Reduction::None,
+            mean: self.mean(),
+            // How large a mask on the device is, is not known here: up to 1 as far as float16 has headroom
+            // for, and up to 512 before gradients of probabilities overflow.
+            scale: by_dtype!(dtype, E => self.scale::<E>(self.number)),
+        };
+        cuda::pi_model::pi_model(&self.p1, &self.p2, &weights, dtype, self.out)
     }
 
     /// The loss, and the gradients for `p1`, `p2` and the mask.
@@ -138,12 +193,8 @@ impl<'a> Call<'a> {
             .map(|m| weights(m.tensor, rows))
             .transpose()?;
         let mut distances = vec![0.0; rows];
-        let mean = if self.reduction == Reduction::Mean {
-            1.0 / rows as f64
-        } else {
-            1.0
-        };
-        let mut grads = self.sweep(dtype, weights.as_deref(), mean, &mut distances)?;
+        let mean = self.mean();
+        let mut grads = self.sweep(dtype, weights.as_deref(), &mut distances)?;
         grads.push(match &self.mask {
             Some(mask) if mask.wants_grad() => Some(mask_grad(&distances, mean, mask.floating()?)?),
             _ => None,
@@ -164,17 +215,13 @@ impl<'a> Call<'a> {
         &self,
         dtype: Dtype,
         weights: Option<&[f64]>,
-        mean: f64,
         distances: &mut [f64],
     ) -> Result<Vec<Option<StoredGrad>>> {
         by_dtype!(dtype, E => {
             let a = self.p1.rows::<E>().ok_or_else(|| self.p1.wrong("be a dense matrix"))?;
             let b = self.p2.rows::<E>().ok_or_else(|| self.p2.wrong("be a dense matrix"))?;
-            // Differences of up to 128 before the scaled gradient leaves the headroom of float16,
-            // and four times as much before it overflows. Only a mean makes gradients small.
             let largest = weights.map_or(self.number, |w| w.iter().fold(0.0, |a: f64, w| a.max(w.abs())));
-            let averaged = self.reduction == Reduction::Mean;
-            let scale = if averaged { stored_scale::<E>(256.0 * mean * largest.abs()) } else { 1.0 };
+            let scale = self.scale::<E>(largest);
             let room = |i: &Input<'_>| i.wants_grad().then(|| Owned::<E>::new(i.shape())).transpose();
             let (mut grad_a, mut grad_b) = (room(&self.p1)?, room(&self.p2)?);
             let out = Outputs {
@@ -182,7 +229,7 @@ impl<'a> Call<'a> {
                 grad_a: grad_a.as_mut().map(Owned::slice),
                 grad_b: grad_b.as_mut().map(Owned::slice),
             };
-            kernel(a, b, weights, scale * mean * self.number, out, threads(self.p1.numel()));
+            kernel(a, b, weights, scale * self.mean() * self.number, out, threads(self.p1.numel()));
             let stored = |g: Owned<E>| StoredGrad::new(g.into_tensor(), scale);
             Ok(vec![grad_a.map(stored), grad_b.map(stored)])
         })

@@ -1,6 +1,7 @@
 //! Pseudo labels on tensors. The mathematics is in [`crate::kernels::pseudo_label`].
 
-use super::threads;
+use super::{Place, place, threads};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::pseudo_label::{Outputs, pseudo_label as kernel};
 use crate::torch::autograd::{Constant, StoredGrad, attach};
@@ -38,17 +39,18 @@ pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Out
     );
     check_threshold(threshold)?;
     let dtype = input.floating()?;
-    let target_dtype = target.floating()?;
+    target.floating()?;
     input.matrix()?;
     target.matrix()?;
     target.same_device(&input)?;
     if input.shape() != target.shape() {
         return Err(target.wrong(&format!("have the shape of y, {:?}", input.shape())));
     }
-    if !input.on_cpu() || !target.on_cpu() || dtype != target_dtype {
-        return composite(y, y_target, threshold, dtype);
-    }
-    let (output, grad) = fused(&input, &target, dtype, threshold)?;
+    let (output, grad) = match place(&[&input, &target]) {
+        Place::Cuda => launched(&input, &target, dtype, threshold)?,
+        Place::Cpu => fused(&input, &target, dtype, threshold)?,
+        Place::Composite => return composite(y, y_target, threshold, dtype),
+    };
     if let Some(grad) = grad {
         let (labels, mask) = (output.labels.shallow_clone(), output.mask.shallow_clone());
         let held = Held(Constant(labels), Constant(mask));
@@ -62,6 +64,21 @@ pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Out
         )?;
     }
     Ok(output)
+}
+
+fn launched(
+    input: &Input<'_>,
+    target: &Input<'_>,
+    dtype: Dtype,
+    threshold: f64,
+) -> Result<(Output, Option<StoredGrad>)> {
+    let out = cuda::pseudo_label::pseudo_label(input, target, dtype, threshold)?;
+    let output = Output {
+        loss: out.loss,
+        mask: out.mask,
+        labels: out.labels,
+    };
+    Ok((output, out.grad))
 }
 
 fn fused(

@@ -165,3 +165,4 @@ inline unsigned short float_to_half(float x) {
   }();
 
 #include "common.cuh"
+#include "softmax.cuh"

@@ -1,13 +1,13 @@
 //! The two classification losses on tensors.
 
 use super::finite;
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::reid_loss::cross_entropy::{Targets, cross_entropy as kernel};
 use crate::kernels::rows::Rows;
-use crate::ops::loss_dtype;
-use crate::ops::threads;
-use crate::torch::autograd::{Composite, StoredGrad, attach};
+use crate::ops::{Place, loss_dtype, place, threads};
+use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, version};
 use tch::{Kind, Tensor};
@@ -41,35 +41,53 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
         wider.at_least_f32()
     };
     let kind = loss_dtype(&input, out).kind();
-    if !input.on_cpu() || !targets.on_cpu() || dtype != target_dtype || input.shape().len() != 2 {
-        return soft_composite(y, labels, kind);
-    }
-    let held = Held(labels.f_detach()?, version(labels));
-    let formula = Box::new(move |t: &[Tensor]| soft_composite(&t[0], held.get()?, kind));
-    by_dtype!(dtype, E => {
-        let targets = targets.rows::<E>().ok_or_else(|| targets.wrong("be a dense matrix"))?;
-        fused::<E>(&input, Targets::Logits(targets), formula)
-    })
+    let loss = match place(&[&input, &targets]) {
+        _ if input.shape().len() != 2 => return soft_composite(y, labels, kind),
+        Place::Cuda => {
+            cuda::cross_entropy::soft(&input, &targets, dtype, loss_dtype(&input, dtype))?
+        }
+        Place::Cpu => by_dtype!(dtype, E => {
+            let targets = targets.rows::<E>().ok_or_else(|| targets.wrong("be a dense matrix"))?;
+            fused::<E>(&input, Targets::Logits(targets))?
+        }),
+        Place::Composite => return soft_composite(y, labels, kind),
+    };
+    let held = Held::of(SOFT, labels)?;
+    attached(y, loss, move |y| soft_composite(y, held.get()?, kind))
 }
 
 /// The targets, which the composite needs again, and the version that the loss saw.
-struct Held(Tensor, i64);
+struct Held {
+    class: &'static str,
+    labels: Tensor,
+    version: i64,
+}
 
 // SAFETY: at::Tensor's reference count is atomic, and nothing writes this tensor's metadata.
 unsafe impl Sync for Held {}
 
 impl Held {
+    fn of(class: &'static str, labels: &Tensor) -> Result<Self> {
+        Ok(Self {
+            class,
+            labels: labels.f_detach()?,
+            version: version(labels),
+        })
+    }
+
     fn get(&self) -> Result<&Tensor> {
-        if version(&self.0) == self.1 {
-            return Ok(&self.0);
+        if version(&self.labels) == self.version {
+            return Ok(&self.labels);
         }
         Err(Error::Bridge(format!(
-            "{SOFT}: labels were modified in place, and the graph needs them as they were"
+            "{}: labels were modified in place, and the graph needs them as they were",
+            self.class
         )))
     }
 }
 
-fn fused<E>(input: &Input<'_>, targets: Targets<'_, E>, formula: Composite) -> Result<Tensor>
+/// By the CPU kernel.
+fn fused<E>(input: &Input<'_>, targets: Targets<'_, E>) -> Result<(Tensor, Option<StoredGrad>)>
 where
     E: Element + Stored,
 {
@@ -83,17 +101,27 @@ where
     let slice = grad.as_mut().map(Owned::slice);
     let loss = kernel(logits, targets, slice, threads(2 * input.numel()));
     let out = scalar(loss.value, loss_dtype(input, input.floating()?))?;
-    if let Some(grad) = grad {
-        let grad = StoredGrad::new(grad.into_tensor(), loss.scale);
+    let grad = grad.map(|grad| StoredGrad::new(grad.into_tensor(), loss.scale));
+    Ok((out, grad))
+}
+
+/// Makes the loss differentiable with respect to `y`, where there is a gradient.
+fn attached(
+    y: &Tensor,
+    (loss, grad): (Tensor, Option<StoredGrad>),
+    formula: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    if grad.is_some() {
+        let formula = Box::new(move |t: &[Tensor]| formula(&t[0]));
         attach(
             c"SoftCrossEntropyBackward",
-            &out,
-            &[input.tensor],
-            vec![Some(grad)],
+            &loss,
+            &[y],
+            vec![grad],
             formula,
         )?;
     }
-    Ok(out)
+    Ok(loss)
 }
 
 /// What both compute in, where the result is of `kind`.
@@ -144,24 +172,38 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
     // tllib does not compare num_classes with y: it only divides the smoothing mass.
     let (hit, rest) = (1.0 - epsilon, epsilon / num_classes as f64);
     let kind = loss_dtype(&input, dtype).kind();
-    if !input.on_cpu() || !indices.on_cpu() {
-        return smooth_composite(y, labels, hit, rest, kind);
+    match place(&[&input]) {
+        Place::Cuda if cuda::reaches(&indices) => {
+            let out = loss_dtype(&input, dtype);
+            let loss = cuda::cross_entropy::smooth(&input, &indices, (hit, rest), dtype, out)?;
+            let held = Held::of(SMOOTH, labels)?;
+            attached(y, loss, move |y| {
+                smooth_composite(y, held.get()?, hit, rest, kind)
+            })
+        }
+        Place::Cpu if indices.on_cpu() => {
+            let labels = checked(labels, cols)?;
+            let loss = by_dtype!(dtype, E => {
+                fused::<E>(&input, Targets::Smooth { labels: &labels, hit, rest })?
+            });
+            attached(y, loss, move |y| {
+                smooth_composite(y, &Tensor::f_from_slice(&labels)?, hit, rest, kind)
+            })
+        }
+        _ => smooth_composite(y, labels, hit, rest, kind),
     }
+}
+
+/// The values of `labels`; `IndexError` unless all are columns.
+fn checked(labels: &Tensor, cols: usize) -> Result<Vec<i64>> {
     let values = Vec::<i64>::try_from(labels.f_contiguous()?)?;
-    if let Some((i, label)) = values
-        .iter()
-        .enumerate()
-        .find(|&(_, &l)| l < 0 || l >= cols as i64)
-    {
-        return Err(Error::Index(format!(
+    let wrong = |label: i64| label < 0 || label >= cols as i64;
+    match values.iter().enumerate().find(|&(_, &label)| wrong(label)) {
+        None => Ok(values),
+        Some((i, label)) => Err(Error::Index(format!(
             "{SMOOTH}: labels must be at least 0 and below {cols}, the columns of y, got {label} at position {i}"
-        )));
+        ))),
     }
-    let held = values.clone();
-    let formula = Box::new(move |t: &[Tensor]| {
-        smooth_composite(&t[0], &Tensor::f_from_slice(&held)?, hit, rest, kind)
-    });
-    by_dtype!(dtype, E => fused::<E>(&input, Targets::Smooth { labels: &values, hit, rest }, formula))
 }
 
 fn smooth_composite(

@@ -17,7 +17,7 @@ use tch::{Kind, Tensor};
 /// Whether the kernels take these arguments.
 pub fn serves(inputs: &Inputs<'_>) -> bool {
     let fits = |input: &Input<'_>| input.shape().iter().all(|&n| n <= LARGEST);
-    let labels = |i: &Input<'_>| cuda::reads(i) && i.tensor.f_kind().is_ok_and(integral);
+    let labels = |i: &Input<'_>| cuda::reaches(i) && i.tensor.f_kind().is_ok_and(integral);
     // Each side is read in its own dtype.
     let features = |i: &Input<'_>| cuda::serves(&[i]) && fits(i);
     let memory = inputs.memory.as_ref();

@@ -17,7 +17,7 @@ use crate::kernels::reid_loss::triplet::{
 use crate::ops::threads;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar};
+use crate::torch::{Owned, Stored, by_dtype, scalar};
 use tch::{Kind, Tensor};
 
 /// A call of one of the three losses. Tensors come with the name of their argument.

@@ -32,7 +32,7 @@ fn serves(checked: &Checked<'_>, settings: Settings) -> bool {
 /// Labels as int64 where kernels may read them.
 fn readable(labels: Tensor) -> Result<Option<Tensor>> {
     let input = Input::new(CLASS, "labels", &labels)?;
-    Ok(cuda::reads(&input).then(|| labels.shallow_clone()))
+    Ok(cuda::reaches(&input).then(|| labels.shallow_clone()))
 }
 
 /// The log-probabilities, without a graph. Keys and labels are kept where `keep`.
@@ -68,7 +68,7 @@ pub fn step(
 ) -> Result<Option<Tensor>> {
     let (keys, labels) = batch.enqueued.unwrap_or((batch.h_k, batch.labels));
     let keys = Input::new(CLASS, "enqueued keys", keys)?;
-    if !(cuda::reads(queue_ptr) && cuda::serves(&[&keys])) {
+    if !(cuda::reaches(queue_ptr) && cuda::serves(&[&keys])) {
         return Ok(None);
     }
     let Some(labels) = readable(batch.beside(labels)?)? else {
@@ -172,7 +172,7 @@ pub fn enqueue(
     queue_ptr: &Input<'_>,
     settings: Settings,
 ) -> Result<bool> {
-    if !(serves(checked, settings) && cuda::reads(queue_ptr)) {
+    if !(serves(checked, settings) && cuda::reaches(queue_ptr)) {
         return Ok(false);
     }
     let Some(labels) = readable(batch.classes()?)? else {

@@ -1,0 +1,94 @@
+// Cross entropy with soft targets: the formulas are in src/kernels/reid_loss/cross_entropy.rs.
+
+struct Rows {  // mirrored by `Rows` in src/cuda/cross_entropy.rs
+  Matrix<E> logits;
+  i64 count;
+  int cols;
+  float weight;  // of the stored gradient
+  E* grad;       // or null
+  Scalar loss;
+  Gathering gathering;
+};
+
+// The loss is the mean of what each row, once, has added to `total`.
+__device__ __forceinline__ void finish(const Rows& rows, double (&total)[1]) {
+  if (gathered(rows.gathering, total) && threadIdx.x == 0) {
+    store(rows.loss, (float)(total[0] / rows.count));  // over no rows 0/0, as in tllib
+  }
+}
+
+struct Soft {  // mirrored by `Soft` in src/cuda/cross_entropy.rs
+  Rows rows;
+  Matrix<E> targets;
+};
+
+template <int SIZE, int KEEP>
+__device__ __forceinline__ void soft(const Soft& a) {
+  const int cols = a.rows.cols;
+  const float weight = a.rows.weight;
+  double total[1] = {0};
+  for (i64 i = first_row<SIZE>(); i < a.rows.count; i += step_rows<SIZE>()) {
+    const Row<E, SIZE, KEEP> z(a.rows.logits, i, cols), y(a.targets, i, cols);
+    const float z_max = row_max<SIZE, KEEP>(z, cols), y_max = row_max<SIZE, KEEP>(y, cols);
+    float terms = 0, y_total = 0;
+    columns<SIZE, KEEP>(cols, [&](int k, int c) {
+      const float q = expf(y.at(k, c) - y_max);
+      y_total += q;
+      terms += q * (z.at(k, c) - z_max);
+    });
+    const float z_total = row_sum_exp<SIZE, KEEP>(z, cols, z_max, 1);
+    y_total = Group<SIZE>::sum(y_total);
+    terms = Group<SIZE>::sum(terms);
+    total[0] += once<SIZE>(logf(z_total) - terms / y_total);
+    if (!a.rows.grad) continue;
+    E* grad = a.rows.grad + i * cols;
+    const float of_p = weight / z_total, of_q = weight / y_total;
+    columns<SIZE, KEEP>(cols, [&](int k, int c) {
+      store(grad[c], expf(z.at(k, c) - z_max) * of_p - expf(y.at(k, c) - y_max) * of_q);
+    });
+  }
+  finish(a.rows, total);
+}
+ROW_KERNEL(soft, Soft)
+
+struct Smooth {  // mirrored by `Smooth` in src/cuda/cross_entropy.rs
+  Rows rows;
+  const i64* labels;
+  i64 stride;
+  float hit, rest, mass;
+};
+
+template <int SIZE, int KEEP>
+__device__ __forceinline__ void smooth(const Smooth& a) {
+  const int cols = a.rows.cols;
+  const float weight = a.rows.weight;
+  double total[1] = {0};
+  for (i64 i = first_row<SIZE>(); i < a.rows.count; i += step_rows<SIZE>()) {
+    const Row<E, SIZE, KEEP> z(a.rows.logits, i, cols);
+    const float max = row_max<SIZE, KEEP>(z, cols);
+    const i64 given = a.labels[i * a.stride];
+    // No check of the labels could be reported without a wait. A label that is none makes the loss and
+    // the gradient of its row NaN; in torch's operations it would end the context.
+    const bool known = given >= 0 && given < cols;
+    const int label = known ? (int)given : 0;
+    const float z_label = known ? z.again(label) : nan32();
+    const Split row = split<SIZE, KEEP>(z, cols, max, label, z_label);
+    float shifted = 0;
+    columns<SIZE, KEEP>(cols, [&](int k, int c) { shifted += z.at(k, c) - max; });
+    shifted = Group<SIZE>::sum(shifted);
+    // Without smoothing rest is 0, and 0 times an infinite logarithm is NaN, as in tllib.
+    total[0] += once<SIZE>(a.mass * row.log_total() - a.hit * (z_label - max) - a.rest * shifted);
+    if (!a.rows.grad) continue;
+    E* grad = a.rows.grad + i * cols;
+    const float of_p = weight * a.mass / row.total(), constant = weight * a.rest;
+    const float p = row.probability();
+    // S (p - 1) + (S - t): 1 - p keeps its digits where p is near 1.
+    const float at_label = p < 0.5f ? a.mass * p - a.hit - a.rest
+                                    : (cols - 1) * a.rest - a.mass * row.remainder();
+    columns<SIZE, KEEP>(cols, [&](int k, int c) {
+      store(grad[c], c == label ? weight * at_label : expf(z.at(k, c) - max) * of_p - constant);
+    });
+  }
+  finish(a.rows, total);
+}
+ROW_KERNEL(smooth, Smooth)
