@@ -27,6 +27,7 @@ METHODS = {
     ),
     "dst": (["test_dst.py", *EVERY_LOSS], "dst"),
     "entropy": (["test_entropy.py", *EVERY_LOSS], "entropy and not cross_entropy"),
+    "mcc": (["test_mcc.py", "test_mcc_on_device.py", *EVERY_LOSS], "mcc"),
     "pi_model": (["test_pi_model.py", *EVERY_LOSS], "pi_model"),
     "pseudo_label": (["test_pseudo_label.py", *EVERY_LOSS], "pseudo_label"),
     "hardest": (["test_reid_loss.py", "test_reid_loss_on_device.py"], "mining or hard_examples"),

@@ -109,6 +109,23 @@ __device__ T across_block(T x) {
   return x;
 }
 
+// Adds up what threads of the same place in their warps have, into those of the first warp; in an order that
+// does not vary. All threads of the block must call it.
+template <int N>
+__device__ __forceinline__ void across_warps(double (&own)[N]) {
+  __shared__ double of_warp[N][WARP][WARP];
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+  for (int n = 0; n < N; ++n) of_warp[n][warp][lane] = own[n];
+  __syncthreads();
+  if (warp == 0) {
+    for (int n = 0; n < N; ++n) {
+      own[n] = 0;
+      for (int w = 0; w < warps; ++w) own[n] += of_warp[n][w][lane];
+    }
+  }
+  __syncthreads();  // of_warp may be written again
+}
+
 // SIZE threads that share a row: a warp, or the whole block (which then has SIZE threads).
 template <int SIZE>
 struct Group {

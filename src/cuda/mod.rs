@@ -25,6 +25,7 @@ pub mod cross_entropy;
 pub mod dst;
 pub mod entropy;
 pub mod hardest;
+pub mod mcc;
 pub mod pi_model;
 pub mod pseudo_label;
 pub mod scale;

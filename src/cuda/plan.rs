@@ -1,4 +1,4 @@
-//! How a kernel over rows is launched.
+//! How a kernel over rows, or over columns, is launched.
 
 use super::device::{Launch, Stream};
 use crate::torch::Dtype;
@@ -31,6 +31,11 @@ const FORMS: [Form; 4] = [
     },
 ];
 
+/// Threads of a warp, which has as many columns in a kernel over columns.
+pub const WARP: usize = 32;
+/// Terms of a column's sum for each warp: fewer, and a warp costs more than it adds up.
+const TERMS: usize = 4;
+
 struct Form {
     columns: usize,
     suffix: &'static str,
@@ -40,7 +45,7 @@ struct Form {
     together: usize,
 }
 
-/// A launch over rows.
+/// A launch over rows or columns.
 pub struct Plan {
     /// What the kernel's name ends with.
     pub suffix: &'static str,
@@ -48,10 +53,12 @@ pub struct Plan {
     pub grid: u32,
     /// Threads of a block.
     pub block: u32,
+    /// Whether a row's threads hold it in registers.
+    pub holds: bool,
 }
 
 impl Plan {
-    /// The launch of the kernel that `ROW_KERNEL` calls `kernel`, in `<stem>.cu`.
+    /// The launch of `kernel`, as `ROW_KERNEL` or `KERNEL` calls it, in `<stem>.cu`.
     pub fn launch(&self, stem: &'static str, kernel: &'static str, dtype: Dtype) -> Launch {
         Launch {
             stem,
@@ -79,5 +86,18 @@ pub fn plan(stream: &Stream, rows: usize, cols: usize) -> Plan {
         suffix: form.suffix,
         grid: blocks as u32,
         block: form.threads,
+        holds: form.columns < usize::MAX,
+    }
+}
+
+/// For sums of `terms` numbers in each of `cols` columns: blocks of as many warps as pay, which share the
+/// terms of `WARP` columns (`across_warps` in common.cuh).
+pub fn plan_columns(cols: usize, terms: usize) -> Plan {
+    let warps = terms.div_ceil(TERMS).clamp(1, 32);
+    Plan {
+        suffix: "",
+        grid: cols.div_ceil(WARP).max(1) as u32,
+        block: (WARP * warps) as u32,
+        holds: false,
     }
 }

@@ -23,6 +23,7 @@ pub const SOURCES: &[Source] = &sources![
     "dst",
     "entropy",
     "hardest",
+    "mcc",
     "pi_model",
     "pseudo_label",
     "scale",

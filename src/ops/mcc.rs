@@ -1,7 +1,8 @@
 //! Minimum class confusion on tensors. The mathematics is in [`crate::kernels::mcc`].
 
 use super::ranks::{Exchanged, gradient, leaf};
-use super::{loss_dtype, positive, threads};
+use super::{Place, loss_dtype, place, positive, threads};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::mcc::{ENTROPY_EPSILON, finish, mcc as kernel, sweep};
 use crate::torch::autograd::{StoredGrad, attach};
@@ -24,13 +25,14 @@ pub fn mcc(logits: &Tensor, temperature: f64) -> Result<Tensor> {
     check_temperature(temperature)?;
     let dtype = input.floating()?;
     input.matrix()?;
-    if !input.on_cpu() {
-        return composite(logits, temperature, loss_dtype(&input, dtype).kind());
-    }
-    let wants_grad = input.wants_grad();
-    let (loss, grad) = fused(&input, dtype, temperature, wants_grad)?;
-    if wants_grad {
-        let kind = loss.f_kind()?;
+    let out = loss_dtype(&input, dtype);
+    let (loss, grad) = match place(&[&input]) {
+        Place::Cuda => cuda::mcc::mcc(&input, dtype, temperature, out)?,
+        Place::Cpu => fused(&input, dtype, temperature)?,
+        Place::Composite => return composite(logits, temperature, out.kind()),
+    };
+    if grad.is_some() {
+        let kind = out.kind();
         let formula = Box::new(move |t: &[Tensor]| composite(&t[0], temperature, kind));
         attach(LABEL, &loss, &[logits], vec![grad], formula)?;
     }
@@ -41,11 +43,10 @@ fn fused(
     input: &Input<'_>,
     dtype: Dtype,
     temperature: f64,
-    wants_grad: bool,
 ) -> Result<(Tensor, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
         let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
-        let mut grad = wants_grad.then(|| Owned::<E>::new(input.shape())).transpose()?;
+        let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;
         let slice = grad.as_mut().map(Owned::slice);
         let loss = kernel(rows, temperature, slice, threads(input.numel()));
         let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));

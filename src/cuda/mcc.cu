@@ -1,0 +1,198 @@
+// Minimum class confusion: the formulas are in src/kernels/mcc.rs.
+//
+// mcc_rows     what the gradient needs to know of each row; the sums of each column over a block's rows
+// mcc_columns  the sums over all rows: of the blocks' or, where rows are long, of the logits; the loss
+// mcc_grad     the gradient, by rows
+// mcc_small    all of it in one block
+
+struct Mcc {  // mirrored by `Args` in src/cuda/mcc.rs
+  Matrix<E> logits;
+  i64 rows;
+  int cols;
+  int parts;            // blocks of mcc_rows, 0 where rows are long
+  float inverse_t;
+  float epsilon;
+  float factor;         // of the stored gradient
+  float* of_rows;       // [3][rows]: maximum, 1 / sum of the exponentials, weight; or null
+  float* partials;      // [parts][2][cols]: s_c and d_c over the rows of a block
+  float* coefficients;  // [2][cols]: d_c / s_c and 1 / s_c
+  E* grad;              // or null
+  Scalar loss;
+  Gathering gathering;
+};
+
+// A sum whose error does not grow with the number of terms.
+struct Compensated {
+  float sum = 0, lost = 0;
+  __device__ __forceinline__ void add(float x) {
+    const float y = x - lost, next = sum + y;
+    lost = (next - sum) - y;
+    sum = next;
+  }
+  __device__ __forceinline__ double value() const { return (double)sum - lost; }
+};
+
+struct Softmax {
+  float max, reciprocal, inverse_t;
+  __device__ __forceinline__ float of(float z) const { return expf((z - max) * inverse_t) * reciprocal; }
+};
+
+// Takes the group's rows. With KEEP > 0 calls each(c, s_c, d_c) with the sums over the rows of the block, in
+// one thread for each column; such groups are whole blocks, or at most WARPS warps.
+template <int SIZE, int KEEP, int WARPS, typename F>
+__device__ __forceinline__ void sweep(const Mcc& a, F each) {
+  Compensated s[KEEP > 0 ? KEEP : 1], d[KEEP > 0 ? KEEP : 1];
+  for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
+    Row<E, SIZE, KEEP> z(a.logits, i, a.cols);
+    const float max = row_max<SIZE, KEEP>(z, a.cols);
+    float total = 0;
+    columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
+      const float e = expf((z.at(k, c) - max) * a.inverse_t);
+      if constexpr (KEEP > 0) z.kept[k] = e;
+      total += e;
+    });
+    const Softmax p = {max, 1 / Group<SIZE>::sum(total), a.inverse_t};
+    float p_ln_p = 0;
+    columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
+      float own;
+      if constexpr (KEEP > 0) own = z.kept[k] = z.kept[k] * p.reciprocal;
+      else own = p.of(z.at(k, c));
+      p_ln_p += own * logf(own + a.epsilon);
+    });
+    const float weight = 1 + expf(Group<SIZE>::sum(p_ln_p));
+    if (a.of_rows && Group<SIZE>::lane() == 0) {
+      a.of_rows[i] = p.max;
+      a.of_rows[a.rows + i] = p.reciprocal;
+      a.of_rows[2 * a.rows + i] = weight;
+    }
+    if constexpr (KEEP > 0) {
+      columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
+        const float of_s = weight * z.kept[k];
+        s[k].add(of_s);
+        d[k].add(of_s * z.kept[k]);
+      });
+    }
+  }
+  if constexpr (KEEP > 0 && SIZE > WARP) {
+    columns<SIZE, KEEP>(a.cols, [&](int k, int c) { each(c, s[k].value(), d[k].value()); });
+  } else if constexpr (KEEP > 0) {
+    // Written once in a launch: the one barrier orders it all.
+    __shared__ float of_warp[WARPS][2][KEEP * WARP];
+    float(&own)[2][KEEP * WARP] = of_warp[threadIdx.x / WARP];
+    columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
+      own[0][c] = s[k].value();
+      own[1][c] = d[k].value();
+    });
+    __syncthreads();
+    for (int c = threadIdx.x; c < a.cols; c += blockDim.x) {
+      double sums[2] = {0, 0};
+      for (int w = 0; w < blockDim.x / WARP; ++w) {
+        sums[0] += of_warp[w][0][c];
+        sums[1] += of_warp[w][1][c];
+      }
+      each(c, sums[0], sums[1]);
+    }
+  }
+}
+
+// Takes the sums of a column over all rows. Adds to `found` what is of the trace, and 1 for a class that is
+// present.
+__device__ __forceinline__ void settle(const Mcc& a, int c, double s, double d, double (&found)[2]) {
+  // NaN is not below the least normal number: it stays in the loss.
+  const bool present = !(s < 1.1754943508222875e-38);
+  const double ratio = present ? d / s : 0;
+  found[0] += ratio;
+  found[1] += present;
+  if (!a.grad) return;
+  a.coefficients[c] = ratio;
+  a.coefficients[a.cols + c] = present ? 1 / s : 0;
+}
+
+// Of a row, some class is present.
+__device__ __forceinline__ void store_loss(const Mcc& a, const double (&found)[2]) {
+  store(a.loss, found[1] > 0 ? (float)(1 - found[0] / a.cols) : nan32());
+}
+
+template <int SIZE, int KEEP>
+__device__ __forceinline__ void mcc_grad(const Mcc& a) {
+  const float* ratio = a.coefficients;
+  const float* inverse = a.coefficients + a.cols;
+  for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
+    Row<E, SIZE, KEEP> z(a.logits, i, a.cols);
+    const Softmax softmax = {a.of_rows[i], a.of_rows[a.rows + i], a.inverse_t};
+    const float times = a.factor * a.of_rows[2 * a.rows + i];
+    const auto share = [&](float p, int c) { return p * inverse[c] * (p + p - ratio[c]); };
+    float shares[KEEP > 0 ? KEEP : 1], total = 0;
+    columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
+      const float p = softmax.of(z.at(k, c)), own = share(p, c);
+      total += own;
+      if constexpr (KEEP > 0) {
+        z.kept[k] = p;
+        shares[k] = own;
+      }
+    });
+    total = Group<SIZE>::sum(total);
+    E* grad = a.grad + i * a.cols;
+    columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
+      if constexpr (KEEP > 0) {
+        store(grad[c], times * (shares[k] - z.kept[k] * total));
+      } else {
+        const float p = softmax.of(z.at(k, c));
+        store(grad[c], times * (share(p, c) - p * total));
+      }
+    });
+  }
+}
+ROW_KERNEL(mcc_grad, Mcc)
+
+template <int SIZE, int KEEP>
+__device__ __forceinline__ void mcc_rows(const Mcc& a) {
+  // Warps share blocks of 256 threads.
+  sweep<SIZE, KEEP, 256 / WARP>(a, [&](int c, double s, double d) {
+    float* own = a.partials + (i64)blockIdx.x * 2 * a.cols;
+    own[c] = s;
+    own[a.cols + c] = d;
+  });
+}
+ROW_KERNEL(mcc_rows, Mcc)
+
+// A block has WARP columns, whose rows or parts its warps share.
+__device__ __forceinline__ void columns_of_all(const Mcc& a) {
+  const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+  const int c = blockIdx.x * WARP + threadIdx.x % WARP;
+  double sums[2] = {0, 0}, found[2] = {0, 0};
+  if (c < a.cols && a.parts > 0) {
+#pragma unroll 4
+    for (int part = warp; part < a.parts; part += warps) {
+      const float* of_part = a.partials + (i64)part * 2 * a.cols;
+      sums[0] += of_part[c];
+      sums[1] += of_part[a.cols + c];
+    }
+  } else if (c < a.cols) {
+    Compensated s, d;
+#pragma unroll 4
+    for (i64 i = warp; i < a.rows; i += warps) {
+      const Softmax softmax = {a.of_rows[i], a.of_rows[a.rows + i], a.inverse_t};
+      const float p = softmax.of(a.logits.at(i, c)), of_s = a.of_rows[2 * a.rows + i] * p;
+      s.add(of_s);
+      d.add(of_s * p);
+    }
+    sums[0] = s.value();
+    sums[1] = d.value();
+  }
+  across_warps(sums);
+  if (warp == 0 && c < a.cols) settle(a, c, sums[0], sums[1], found);
+  if (gathered(a.gathering, found) && threadIdx.x == 0) store_loss(a, found);
+}
+KERNEL(1024, mcc_columns, Mcc, columns_of_all(args))
+
+__device__ __forceinline__ void all_in_one(const Mcc& a) {
+  double found[2] = {0, 0};
+  sweep<WARP, 4, 1024 / WARP>(a, [&](int c, double s, double d) { settle(a, c, s, d, found); });
+  for (int n = 0; n < 2; ++n) found[n] = across_block<Add>(found[n]);
+  if (threadIdx.x == 0) store_loss(a, found);
+  if (!a.grad) return;
+  __syncthreads();  // rows and coefficients are there for all threads
+  mcc_grad<WARP, 4>(a);
+}
+KERNEL(1024, mcc_small, Mcc, all_in_one(args))

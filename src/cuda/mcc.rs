@@ -1,0 +1,144 @@
+//! Launches of `mcc.cu`: one for a small batch, otherwise rows, columns and, where a gradient is wanted,
+//! rows again.
+
+use super::args::{self, Gathering, Matrix, Partials, Scalar};
+use super::device::{Launch, Stream};
+use super::plan::{WARP, plan, plan_columns};
+use super::stored_scale;
+use crate::error::Result;
+use crate::kernels::mcc::ENTROPY_EPSILON;
+use crate::torch::Dtype;
+use crate::torch::autograd::StoredGrad;
+use crate::torch::input::Input;
+use std::ffi::c_void;
+use tch::{Kind, Tensor};
+
+const STEM: &str = "mcc";
+/// Rows and columns up to which one block takes less time than two more launches.
+const SMALL: (usize, usize) = (128, 128);
+/// Blocks that leave sums of columns: with more, these would be as many as the logits.
+const MOST_PARTS: u32 = 512;
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Args {
+    logits: Matrix,
+    rows: i64,
+    cols: i32,
+    parts: i32,
+    inverse_t: f32,
+    epsilon: f32,
+    factor: f32,
+    of_rows: *mut c_void,
+    partials: *mut c_void,
+    coefficients: *mut c_void,
+    grad: *mut c_void,
+    loss: Scalar,
+    gathering: Gathering,
+}
+
+// SAFETY: the fields of `Mcc` in mcc.cu.
+unsafe impl args::Args for Args {}
+
+/// The loss in `out`, and the gradient where `logits` want one.
+pub fn mcc(
+    logits: &Input<'_>,
+    dtype: Dtype,
+    temperature: f64,
+    out: Dtype,
+) -> Result<(Tensor, Option<StoredGrad>)> {
+    let (rows, cols) = logits.matrix()?;
+    let stream = Stream::current(logits.device())?;
+    // Its bound is that of the kernel for the CPU.
+    let scale = stored_scale(dtype, 4.0 / temperature);
+    let grad = stream.gradient(logits, dtype)?;
+    let loss = stream.empty(&[], out.kind())?;
+    let args = Args {
+        logits: Matrix::of(logits)?,
+        rows: rows as i64,
+        cols: cols as i32,
+        parts: 0,
+        inverse_t: (1.0 / temperature) as f32,
+        epsilon: ENTROPY_EPSILON as f32,
+        factor: (-scale / (cols as f64 * temperature)) as f32,
+        of_rows: std::ptr::null_mut(),
+        partials: std::ptr::null_mut(),
+        coefficients: std::ptr::null_mut(),
+        grad: args::pointer(grad.as_ref()),
+        loss: Scalar::of(&loss, out),
+        gathering: Gathering::NONE,
+    };
+    if rows <= SMALL.0 && cols <= SMALL.1 {
+        in_one_block(&stream, dtype, args, (rows, cols))?;
+    } else {
+        in_turns(&stream, dtype, args, (rows, cols))?;
+    }
+    Ok((loss, grad.map(|tensor| StoredGrad::new(tensor, scale))))
+}
+
+fn in_one_block(
+    stream: &Stream,
+    dtype: Dtype,
+    mut args: Args,
+    (rows, cols): (usize, usize),
+) -> Result<()> {
+    let wanted = usize::from(!args.grad.is_null());
+    let work = stream.empty(&[(wanted * (3 * rows + 2 * cols)) as i64], Kind::Float)?;
+    if wanted > 0 {
+        args.of_rows = work.data_ptr();
+        args.coefficients = at(&work, 3 * rows);
+    }
+    let launch = Launch {
+        stem: STEM,
+        dtype,
+        kernel: ("mcc_small", ""),
+        grid: 1,
+        block: (WARP * rows.clamp(4, 32)) as u32,
+    };
+    // SAFETY: the logits are a matrix of this shape and dtype on this device, the gradient is as large, the
+    // work has a place for each row and column, and all tensors are alive.
+    unsafe { stream.launch(launch, &args) }
+}
+
+fn in_turns(
+    stream: &Stream,
+    dtype: Dtype,
+    mut args: Args,
+    (rows, cols): (usize, usize),
+) -> Result<()> {
+    let plan = plan(stream, rows, cols);
+    let mut sweep = plan.launch(STEM, "mcc_rows", dtype);
+    let mut parts = 0;
+    if plan.holds {
+        sweep.grid = sweep.grid.min(MOST_PARTS);
+        parts = sweep.grid as usize;
+    }
+    let work = stream.empty(&[(3 * rows + 2 * cols * (parts + 1)) as i64], Kind::Float)?;
+    let columns = plan_columns(cols, if plan.holds { parts } else { rows });
+    let partials = Partials::new(stream, columns.grid, 2)?;
+    args.parts = parts as i32;
+    // Where sums of columns are left, only the gradient asks for the rows.
+    if !plan.holds || !args.grad.is_null() {
+        args.of_rows = work.data_ptr();
+    }
+    args.coefficients = at(&work, 3 * rows);
+    args.partials = at(&work, 3 * rows + 2 * cols);
+    args.gathering = partials.args();
+    // SAFETY: as above, and the work has a place for the sums of each block of the first launch.
+    unsafe {
+        stream.launch(sweep, &args)?;
+        stream.launch(columns.launch(STEM, "mcc_columns", dtype), &args)?;
+        if !args.grad.is_null() && rows > 0 {
+            stream.launch(plan.launch(STEM, "mcc_grad", dtype), &args)?;
+        }
+    }
+    Ok(())
+}
+
+/// The place of an element of float32 memory.
+fn at(work: &Tensor, element: usize) -> *mut c_void {
+    work.data_ptr()
+        .cast::<f32>()
+        .wrapping_add(element)
+        .cast::<c_void>()
+}
