@@ -31,6 +31,11 @@ METHODS = {
     "pi_model": (["test_pi_model.py", *EVERY_LOSS], "pi_model"),
     "pseudo_label": (["test_pseudo_label.py", *EVERY_LOSS], "pseudo_label"),
     "hardest": (["test_reid_loss.py", "test_reid_loss_on_device.py"], "mining or hard_examples"),
+    # To raise where a mean is no probability would wait for the device.
+    "self_ensemble": (
+        ["test_self_ensemble.py", "test_self_ensemble_on_device.py", *EVERY_LOSS],
+        "(self_ensemble or class_balance) and not (bad_probabilities or mean_above_1)",
+    ),
     "self_tuning": (["test_self_tuning.py", "test_self_tuning_on_device.py"], ""),
     # Bad input is told apart before any kernel is chosen, and that file's is of other losses too.
     "triplet": (

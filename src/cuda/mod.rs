@@ -29,6 +29,7 @@ pub mod mcc;
 pub mod pi_model;
 pub mod pseudo_label;
 pub mod scale;
+pub mod self_ensemble;
 pub mod self_tuning;
 pub mod triplet;
 pub mod triplet_gradient;

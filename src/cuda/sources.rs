@@ -27,6 +27,7 @@ pub const SOURCES: &[Source] = &sources![
     "pi_model",
     "pseudo_label",
     "scale",
+    "self_ensemble",
     "self_tuning",
     "triplet",
     "triplet_gradient",

@@ -1,13 +1,14 @@
 //! Class balance on tensors. The mathematics is in [`crate::kernels::self_ensemble`].
 
 use super::ranks::{Exchanged, gradient, leaf};
-use super::{loss_dtype, threads};
+use super::{Place, loss_dtype, place, threads};
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::self_ensemble::{
     LOG_FLOOR, SLOPE_FLOOR, class_balance as kernel, column_means, column_sums, repeat_row,
 };
-use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::autograd::{Backward, StoredGrad, attach, attach_with};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, vector};
 use std::ffi::CStr;
@@ -32,15 +33,52 @@ pub fn check_num_classes(num_classes: i64) -> Result<()> {
 pub fn class_balance(p: &Tensor, num_classes: i64) -> Result<Tensor> {
     let (input, dtype) = checked(p, num_classes)?;
     let out = loss_dtype(&input, dtype);
-    if !input.on_cpu() {
-        return composite(p, out.kind());
+    let formula = Box::new(move |t: &[Tensor]| composite(&t[0], out.kind()));
+    match place(&[&input]) {
+        Place::Cuda => {
+            let (loss, slope) = cuda::self_ensemble::class_balance(&input, dtype, out)?;
+            if let Some(slope) = slope {
+                let shape = input.shape().to_vec();
+                let same = SameRows {
+                    slope,
+                    shape,
+                    dtype,
+                };
+                attach_with(LABEL, &loss, &[p], Box::new(same), formula)?;
+            }
+            Ok(loss)
+        }
+        Place::Cpu => {
+            let (loss, grad) = fused(&input, dtype, out)?;
+            if let Some(grad) = grad {
+                attach(LABEL, &loss, &[p], vec![Some(grad)], formula)?;
+            }
+            Ok(loss)
+        }
+        Place::Composite => composite(p, out.kind()),
     }
-    let (loss, grad) = fused(&input, dtype, out)?;
-    if let Some(grad) = grad {
-        let formula = Box::new(move |t: &[Tensor]| composite(&t[0], out.kind()));
-        attach(LABEL, &loss, &[p], vec![Some(grad)], formula)?;
+}
+
+/// The backward pass on a device: there, rows that are all the same are written when they are wanted.
+struct SameRows {
+    /// The gradient with respect to any row, float32.
+    slope: Tensor,
+    shape: Vec<i64>,
+    dtype: Dtype,
+}
+
+impl Backward for SameRows {
+    fn grads(&mut self, incoming: &Tensor, _: bool) -> Result<Vec<Option<Tensor>>> {
+        let number = Input::new(CLASS, "grad_output", incoming)?;
+        let grad = cuda::self_ensemble::repeat(&self.slope, &number, &self.shape, self.dtype)?;
+        if grad.is_some() {
+            return Ok(vec![grad]);
+        }
+        let row = self.slope.f_mul(incoming)?.f_to_kind(self.dtype.kind())?;
+        Ok(vec![Some(
+            row.f_expand(&self.shape, false)?.f_contiguous()?,
+        )])
     }
-    Ok(loss)
 }
 
 fn checked(p: &Tensor, num_classes: i64) -> Result<(Input<'_>, Dtype)> {
