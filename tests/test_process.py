@@ -47,15 +47,18 @@ def test_the_gil_is_released_while_a_kernel_runs():
 
     thread = threading.Thread(target=tick)
     thread.start()
+    spans = []
     try:
-        start = time.perf_counter()
-        loss(logits)
-        end = time.perf_counter()
+        # A call takes milliseconds: where every core is busy, the other thread may miss a few.
+        for _ in range(30):
+            start = time.perf_counter()
+            loss(logits)
+            took = time.perf_counter() - start
+            spans.append((start + 0.2 * took, start + 0.8 * took))
     finally:
         done.set()
         thread.join()
-    inside = [t for t in ticks if start + 0.2 * (end - start) < t < start + 0.8 * (end - start)]
-    assert inside, f"no other thread ran during {end - start:.3f} s"
+    assert any(start < t < end for t in ticks for start, end in spans), "no other thread ran during a call"
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux lists them")

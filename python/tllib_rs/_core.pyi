@@ -27,6 +27,8 @@ __all__ = [
     "class_balance_of_sums",
     "class_balance_sums",
     "confusion_matrix",
+    "cuda_compile",
+    "cuda_sources",
     "dst",
     "ema_update",
     "ema_update_parameters",

@@ -83,6 +83,11 @@ struct Largest {
   __device__ static float of(float a, float b) { return larger(a, b); }
   template <typename T> __device__ static T identity() { return -infinity32(); }
 };
+// Of integers that are not negative.
+struct LargestInteger {
+  template <typename T> __device__ static T of(T a, T b) { return a > b ? a : b; }
+  template <typename T> __device__ static T identity() { return 0; }
+};
 struct Smallest {
   __device__ static float of(float a, float b) { return smaller(a, b); }
   template <typename T> __device__ static T identity() { return infinity32(); }

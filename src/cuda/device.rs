@@ -6,7 +6,7 @@ use super::emulator::Emulator;
 use super::modules;
 use crate::error::Result;
 use crate::torch::Dtype;
-use crate::torch::device::cuda_stream;
+use crate::torch::device::{cuda_stream, upload};
 use crate::torch::input::Input;
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -80,11 +80,10 @@ impl Stream {
     pub fn counter(&self) -> Result<Tensor> {
         static COUNTERS: Mutex<Option<HashMap<(i64, usize), Tensor>>> = Mutex::new(None);
         let fresh = || Ok(Tensor::f_zeros([1], (Kind::Int, self.device))?);
-        let key = match self.runs_on {
-            RunsOn::Device { context, stream } if context.capturing(stream)? => return fresh(),
-            RunsOn::Device { context, stream } => (i64::from(context.ordinal()), stream.0 as usize),
-            RunsOn::Emulator(_) => (-1, 0),
-        };
+        if self.capturing()? {
+            return fresh();
+        }
+        let key = self.key();
         let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
         let counters = counters.get_or_insert_default();
         if let Some(counter) = counters.get(&key) {
@@ -93,6 +92,32 @@ impl Stream {
         let counter = fresh()?;
         counters.insert(key, counter.shallow_clone());
         Ok(counter)
+    }
+
+    /// What tells it from other streams: the device, and the stream of it.
+    pub fn key(&self) -> (i64, usize) {
+        match self.runs_on {
+            RunsOn::Device { context, stream } => (i64::from(context.ordinal()), stream.0 as usize),
+            RunsOn::Emulator(_) => (-1, 0),
+        }
+    }
+
+    /// Whether launches are recorded into a graph.
+    pub fn capturing(&self) -> Result<bool> {
+        match self.runs_on {
+            RunsOn::Device { context, stream } => context.capturing(stream),
+            RunsOn::Emulator(_) => Ok(false),
+        }
+    }
+
+    /// A copy of `words` in memory of this device, made when the stream comes to it: nobody waits. In a
+    /// captured graph it is made anew whenever the graph is replayed.
+    pub fn upload(&self, words: &[i64]) -> Result<Tensor> {
+        let here = Tensor::f_from_slice(words)?;
+        match self.device {
+            Device::Cuda(index) => upload(&here, index),
+            _ => Ok(here),
+        }
     }
 
     /// How many threads the device holds at once.

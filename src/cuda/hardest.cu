@@ -7,11 +7,6 @@ struct Hardest {  // mirrored by `Args` in src/cuda/hardest.rs
   i64 *positive, *negative;
 };
 
-struct Most {
-  template <typename T> __device__ static T of(T a, T b) { return a > b ? a : b; }
-  template <typename T> __device__ static T identity() { return 0; }
-};
-
 // Above those of all smaller numbers, and of equal ones at a later index. NaN is above all.
 __device__ __forceinline__ unsigned long long rank(float x, int index) {
   const unsigned bits = __float_as_uint(x != x ? nan32() : x + 0.0f);  // -0 is 0
@@ -30,13 +25,13 @@ __device__ __forceinline__ void hardest_all(const Hardest& a) {
     unsigned long long farthest = 0, nearest = 0;
     for (i64 c = threadIdx.x; c < a.cols; c += blockDim.x) {
       const float d = a.distances.at(i, c), s = a.identity.at(i, c);
-      farthest = Most::of(farthest, rank(moved(d, rounded<E>(s - 1)), (int)c));
+      farthest = LargestInteger::of(farthest, rank(moved(d, rounded<E>(s - 1)), (int)c));
       // A sort puts NaN last, and tllib takes the first.
       const float sum = moved(d, s);
-      nearest = Most::of(nearest, rank(sum != sum ? -infinity32() : -sum, (int)c));
+      nearest = LargestInteger::of(nearest, rank(sum != sum ? -infinity32() : -sum, (int)c));
     }
-    farthest = across_block<Most>(farthest);
-    nearest = across_block<Most>(nearest);
+    farthest = across_block<LargestInteger>(farthest);
+    nearest = across_block<LargestInteger>(nearest);
     if (threadIdx.x == 0) {
       a.positive[i] = index_of(farthest);
       a.negative[i] = index_of(nearest);

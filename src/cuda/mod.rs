@@ -24,8 +24,10 @@ mod sources;
 pub mod cross_entropy;
 pub mod dst;
 pub mod entropy;
+pub mod flexmatch;
 pub mod hardest;
 pub mod mcc;
+pub mod mean_teacher;
 pub mod pi_model;
 pub mod pseudo_label;
 pub mod scale;
@@ -54,17 +56,21 @@ pub fn enabled() -> bool {
     *ENABLED.get_or_init(|| std::env::var_os("TLLIB_RS_CUDA").is_some_and(|value| value == "1"))
 }
 
+/// Whether CPU tensors go the way of CUDA tensors: the tests have the kernels run on the CPU.
+pub fn emulated() -> bool {
+    enabled() && matches!(Emulator::loaded(), Ok(Some(_)) | Err(_))
+}
+
 /// Whether a kernel serves tensors with these facts: ordinary ones of one CUDA device and of a dtype that
 /// has kernels. `false` sends the call to the composite.
 pub fn serves<F: Deref<Target = Facts>>(inputs: &[&F]) -> bool {
     let has_kernels = |facts: &&F| args::kernel_dtype(facts).is_some() && reaches(facts);
-    enabled() && inputs.iter().all(has_kernels)
+    inputs.iter().all(has_kernels)
 }
 
 /// Whether a kernel can read a tensor with these facts, if it knows the dtype: an ordinary one of a CUDA
 /// device.
 pub fn reaches(facts: &Facts) -> bool {
-    let emulated = || matches!(Emulator::loaded(), Ok(Some(_)) | Err(_));
     enabled() && (facts.on_cuda() || facts.on_cpu() && emulated())
 }
 

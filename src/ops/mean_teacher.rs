@@ -1,11 +1,12 @@
 //! The teacher's moving average on tensors. The sweep is in [`crate::kernels::mean_teacher`].
 
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::mean_teacher::{Pair, blend_all};
 use crate::kernels::parallel::threads_for;
 use crate::torch::input::{Borrowed, Facts, sparse};
 use crate::torch::{by_dtype, max_threads};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 const CLASS: &str = "EMATeacher";
 /// Elements that one thread averages in the time that makes another thread worth starting.
@@ -23,8 +24,8 @@ pub fn check_alpha(alpha: f64) -> Result<()> {
 
 /// `teacher <- alpha * teacher + (1 - alpha) * student` for all pairs, in place.
 ///
-/// Everything is checked before anything is written. Pairs of dense CPU tensors of one memory
-/// layout go through the kernel in one sweep; the others through libtorch, one by one.
+/// Everything is checked before anything is written. Pairs of dense tensors of one memory layout go
+/// through the kernel of their device in one sweep; the others through libtorch, one by one.
 pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Result<()> {
     check_alpha(alpha)?;
     if teachers.len() != students.len() {
@@ -42,20 +43,64 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
     }
 
     let apart = !overlap(&facts.0, &facts.1);
-    let mut pairs = Vec::with_capacity(teachers.len());
+    let mut sweeps = Sweeps::default();
     let mut others = Vec::new();
     for (k, (teacher, student)) in facts.0.iter().zip(&facts.1).enumerate() {
-        match kernel_pair(teacher, student).filter(|_| apart) {
-            Some(pair) => {
-                pairs.push(pair);
-                teachers[k].bump_version();
-            }
-            None => others.push((teachers[k].tensor(), students[k].tensor())),
+        // SAFETY: the caller keeps both alive, and where they are `apart` no memory is shared beyond
+        // tensors that are one and the same.
+        if apart && unsafe { sweeps.take(teacher, student) } {
+            teachers[k].bump_version();
+        } else {
+            others.push((teachers[k].tensor(), students[k].tensor()));
         }
     }
-    let work = pairs.iter().map(Pair::len).sum();
-    blend_all(&pairs, alpha, threads_for(work, GRAIN, max_threads()));
+    sweeps.run(alpha)?;
     tch::no_grad(|| others.iter().try_for_each(|(t, s)| composite(t, s, alpha)))
+}
+
+/// The pairs that kernels average, by where they are.
+#[derive(Default)]
+struct Sweeps {
+    cpu: Vec<Pair>,
+    /// A model may be spread over a few.
+    devices: Vec<(Device, Vec<cuda::mean_teacher::Pair>)>,
+}
+
+impl Sweeps {
+    /// Takes a pair in, or returns false where no kernel serves it: the memory layouts differ or have gaps.
+    ///
+    /// # Safety
+    /// Until [`Sweeps::run`] has returned, both are alive, and no memory of the teacher is anybody else's
+    /// in these sweeps but the student's, if the two are one tensor.
+    unsafe fn take(&mut self, teacher: &Facts, student: &Facts) -> bool {
+        if !alike(teacher, student) || teacher.device() != student.device() {
+            return false;
+        }
+        if cuda::serves(&[&teacher, &student]) {
+            let Some(pair) = cuda::mean_teacher::Pair::new(teacher, student) else {
+                return false;
+            };
+            let device = teacher.device();
+            match self.devices.iter_mut().find(|(known, _)| *known == device) {
+                Some((_, pairs)) => pairs.push(pair),
+                None => self.devices.push((device, vec![pair])),
+            }
+            return true;
+        }
+        // SAFETY: as above.
+        let pair = unsafe { cpu_pair(teacher, student) };
+        self.cpu.extend(pair);
+        pair.is_some()
+    }
+
+    fn run(&self, alpha: f64) -> Result<()> {
+        let work = self.cpu.iter().map(Pair::len).sum();
+        blend_all(&self.cpu, alpha, threads_for(work, GRAIN, max_threads()));
+        self.devices.iter().try_for_each(|(device, pairs)| {
+            // SAFETY: as `take` was promised.
+            unsafe { cuda::mean_teacher::blend_all(*device, pairs, alpha) }
+        })
+    }
 }
 
 fn check_pair(
@@ -101,20 +146,25 @@ fn check_pair(
     Ok(())
 }
 
-/// A pair for the sweep, or `None` where the memory layouts differ or have gaps.
-fn kernel_pair(teacher: &Facts, student: &Facts) -> Option<Pair> {
+/// Whether the elements of both fill a block of memory each, in the same order.
+fn alike(teacher: &Facts, student: &Facts) -> bool {
+    teacher.contiguous() && student.contiguous()
+        || teacher.strides() == student.strides() && dense(teacher)
+}
+
+/// A pair for the sweep on the CPU, if it is one.
+///
+/// # Safety
+/// As for [`Pair::new`]; both are [`alike`].
+unsafe fn cpu_pair(teacher: &Facts, student: &Facts) -> Option<Pair> {
     let (t, s) = (teacher.dtype()?, student.dtype()?);
-    let same = teacher.contiguous() && student.contiguous()
-        || teacher.strides() == student.strides() && dense(teacher);
-    if !(teacher.on_cpu() && student.on_cpu() && same) {
+    if !(teacher.on_cpu() && student.on_cpu()) {
         return None;
     }
     let len = teacher.numel();
     by_dtype!(t, T => by_dtype!(s, S => {
         let (t, s) = (teacher.data().cast::<T>(), student.data().cast_const().cast::<S>());
-        // SAFETY: both are dense CPU tensors of `len` elements of these types, which the caller
-        // keeps alive; it uses the pair only where `overlap` found no shared memory beyond tensors
-        // that are one and the same.
+        // SAFETY: both have `len` elements of these types; the rest is the caller's.
         Some(unsafe { Pair::new(t, s, len) })
     }))
 }
@@ -160,7 +210,7 @@ fn overlap(teachers: &[Facts], students: &[Facts]) -> bool {
     })
 }
 
-/// Addresses from the first byte of a tensor to behind its last.
+/// Addresses from the first byte of a tensor to behind its last. No two devices have the same ones.
 #[derive(Clone, Copy)]
 struct Span {
     start: usize,
@@ -168,10 +218,10 @@ struct Span {
     writes: bool,
 }
 
-/// `None` for a tensor without memory here.
+/// `None` for a tensor without memory that kernels may use.
 fn span(input: &Facts) -> Option<Span> {
     let len = input.numel();
-    if !input.on_cpu() || len == 0 {
+    if !(input.on_cpu() || input.on_cuda()) || len == 0 {
         return None;
     }
     let last = if input.contiguous() {

@@ -1,8 +1,10 @@
-// The C++ half of src/torch/device.rs: torch's current stream on a CUDA device, asked of the part of torch
-// that every build has, so that one extension serves CPU and CUDA builds.
+// The C++ half of src/torch/device.rs: torch's current stream on a CUDA device and copies to it, asked of
+// the part of torch that every build has, so that one extension serves CPU and CUDA builds.
 #include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/Device.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
@@ -30,6 +32,20 @@ char* tllib_cuda_stream(int64_t index, void** stream) {
 bool tllib_allows_tf32() {
   const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
   return precision == at::Float32Precision::TF32;
+}
+
+// A copy of a CPU tensor on the device, through page-locked memory, so that nobody waits. torch's allocator
+// keeps that memory until the copy is made, and as long as a graph that captures the copy.
+char* tllib_upload(const at::Tensor* from, int64_t index, at::Tensor** to) {
+  try {
+    const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
+    // torch asks the stream of the current device whether a graph is captured.
+    const c10::DeviceGuard guard(device);
+    *to = new at::Tensor(from->pin_memory().to(device, from->scalar_type(), /*non_blocking=*/true));
+    return nullptr;
+  } catch (const std::exception& e) {
+    return strdup(e.what());
+  }
 }
 
 // The path of libc10, or null.

@@ -1,14 +1,18 @@
-//! What of a CUDA device torch decides: the current stream, and where its libraries are.
+//! What of a CUDA device torch decides: the current stream, how memory gets there, and where its libraries
+//! are.
 
 use super::check;
 use crate::error::Result;
 use std::ffi::{CStr, OsStr, c_char, c_void};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use tch::Tensor;
+use torch_sys::C_tensor;
 
 unsafe extern "C" {
     fn tllib_cuda_stream(index: i64, stream: *mut *mut c_void) -> *mut c_char;
     fn tllib_allows_tf32() -> bool;
+    fn tllib_upload(from: *const C_tensor, index: i64, to: *mut *mut C_tensor) -> *mut c_char;
     fn tllib_libc10() -> *const c_char;
 }
 
@@ -25,6 +29,15 @@ pub fn cuda_stream(index: usize) -> Result<*mut c_void> {
 pub fn allows_tf32() -> bool {
     // SAFETY: it reads torch's settings.
     unsafe { tllib_allows_tf32() }
+}
+
+/// A copy of a CPU tensor on `cuda:<index>`, made when the current stream comes to it.
+pub fn upload(from: &Tensor, index: usize) -> Result<Tensor> {
+    let mut to = std::ptr::null_mut();
+    // SAFETY: a live tensor; it writes one pointer.
+    check(unsafe { tllib_upload(from.as_ptr(), index as i64, &raw mut to) })?;
+    // SAFETY: no failure was reported, so it is a tensor of ours.
+    Ok(unsafe { Tensor::from_ptr(to) })
 }
 
 /// The folder of torch's shared libraries.

@@ -81,6 +81,11 @@ impl Facts {
         Dtype::of(self.kind)
     }
 
+    /// Its `c10::ScalarType`.
+    pub fn scalar_type(&self) -> i32 {
+        self.kind
+    }
+
     /// The memory of an ordinary tensor, null otherwise.
     pub fn data(&self) -> *mut std::ffi::c_void {
         self.data

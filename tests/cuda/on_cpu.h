@@ -115,6 +115,16 @@ template <typename T, typename U> T atomicAdd(T* at, U x) {
   *at = old + T(x);
   return old;
 }
+template <typename T> T atomicCAS(T* at, T expected, T x) {
+  const T old = *at;
+  if (old == expected) *at = x;
+  return old;
+}
+template <typename T> T atomicMax(T* at, T x) {
+  const T old = *at;
+  *at = std::max(old, x);
+  return old;
+}
 template <typename T, typename U> T atomicExch(T* at, U x) {
   const T old = *at;
   *at = T(x);
@@ -127,6 +137,7 @@ inline void __trap() {
   std::abort();
 }
 
+#define __builtin_assume(fact)
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline unsigned __float_as_uint(float x) { unsigned u; std::memcpy(&u, &x, 4); return u; }

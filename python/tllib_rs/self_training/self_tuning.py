@@ -92,7 +92,7 @@ class SelfTuning(nn.Module):
 
     The queue is written in place. Several forwards may come before a backward, as when labelled and
     unlabelled batches share one. On the CPU only the replaced columns are kept for backward, and any other
-    write to ``queue_list`` in between makes that backward raise; on other devices a copy of the queue is kept.
+    write to ``queue_list`` in between makes that backward raise; other devices keep a copy of the queue.
 
     Args:
         encoder_q (Classifier): query encoder.

@@ -1,6 +1,9 @@
-//! FlexMatch's steps on a device, in libtorch operations that never wait for it: no step looks at a
-//! value on the host. Range checks are the device's own.
+//! FlexMatch's steps on a device, by its kernels or else in libtorch operations. Neither ever waits: no step
+//! looks at a value on the host. Range checks are the device's own.
+//!
+//! The counts are updated in place: a captured graph goes on from those of its last replay.
 
+use crate::cuda;
 use crate::error::Result;
 use tch::{Kind, Tensor};
 
@@ -19,6 +22,9 @@ pub fn count(net_outputs: &Tensor, classes: usize) -> Result<Tensor> {
 
 /// The status of each label's class.
 pub fn status(counts: &Tensor, labels: &Tensor, samples: usize, warmup: bool) -> Result<Tensor> {
+    if let Some(status) = cuda::flexmatch::status(counts, labels, samples, warmup)? {
+        return Ok(status);
+    }
     let classes = counts.f_narrow(0, 1, counts.size1()? - 1)?;
     let all = counts.f_max()?;
     let largest = if warmup {
@@ -35,24 +41,32 @@ pub fn status(counts: &Tensor, labels: &Tensor, samples: usize, warmup: bool) ->
     Ok(status.f_index(&[Some(labels)])?)
 }
 
-/// Writes the selected labels into `outputs` and returns the new counts.
-///
-/// Of equal indices the last selected one must win and be counted once. A stable sort puts equal
-/// indices side by side in batch order; the last of each run is the winner, and every member of the
-/// batch, selected or not, writes its run's winner (or the old value), so that the order of the
-/// device's writes does not matter.
+/// Writes the selected labels into `outputs` and keeps `counts` true, in place. Of equal indices the last
+/// selected one wins and is counted once.
 pub fn update(
     counts: &Tensor,
     outputs: &Tensor,
     idxes: &Tensor,
     mask: &Tensor,
     labels: &Tensor,
-) -> Result<Tensor> {
-    let samples = outputs.size1()?;
-    let batch = idxes.size1()?;
-    if batch == 0 {
-        return Ok(counts.shallow_clone());
+) -> Result<()> {
+    if idxes.size1()? == 0 || cuda::flexmatch::update(counts, outputs, idxes, mask, labels)? {
+        return Ok(());
     }
+    sort_and_write(counts, outputs, idxes, mask, labels)
+}
+
+/// A stable sort puts equal indices side by side in batch order; the last of each run is the winner, and
+/// every member of the batch, selected or not, writes its run's winner (or the old value), so that the
+/// order of the device's writes does not matter.
+fn sort_and_write(
+    counts: &Tensor,
+    outputs: &Tensor,
+    idxes: &Tensor,
+    mask: &Tensor,
+    labels: &Tensor,
+) -> Result<()> {
+    let (samples, batch) = (outputs.size1()?, idxes.size1()?);
     let labels = labels.f_to_kind(Kind::Int64)?;
     let idxes = idxes.f_to_kind(Kind::Int64)?;
     let wrapped = idxes
@@ -83,6 +97,8 @@ pub fn update(
         .f_to_kind(Kind::Int64)?;
     let stored = new.f_to_kind(outputs.f_kind()?)?;
     let _ = outputs.shallow_clone().f_index_copy_(0, &idxes, &stored)?;
-    let counts = counts.f_scatter_add(0, &old.f_add_scalar(1)?, &winner.f_neg()?)?;
-    Ok(counts.f_scatter_add(0, &new.f_add_scalar(1)?, &winner)?)
+    let mut counts = counts.shallow_clone();
+    let _ = counts.f_scatter_add_(0, &old.f_add_scalar(1)?, &winner.f_neg()?)?;
+    let _ = counts.f_scatter_add_(0, &new.f_add_scalar(1)?, &winner)?;
+    Ok(())
 }

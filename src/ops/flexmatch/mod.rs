@@ -10,6 +10,7 @@ mod device;
 mod host;
 mod stored;
 
+use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::flexmatch::Counts;
 use crate::torch::input::Input;
@@ -68,7 +69,7 @@ impl FlexMatch {
         }
         let stored = Stored::of(&input)?;
         stored.holds(classes)?;
-        let on_host = !counts_on_device.unwrap_or(!on_cpu);
+        let on_host = !counts_on_device.unwrap_or(!on_cpu || cuda::emulated());
         let tally = on_host.then(|| Tally::Host(Counts::unlabelled(samples, classes)));
         let version = version(&net_outputs);
         Ok(Self {
@@ -235,13 +236,13 @@ impl FlexMatch {
     fn write(
         &mut self,
         on_host: impl FnOnce() -> Result<host::Pairs>,
-        on_device: impl FnOnce(&Tensor, &Tensor) -> Result<Tensor>,
+        on_device: impl FnOnce(&Tensor, &Tensor) -> Result<()>,
     ) -> Result<()> {
         let (outputs, stored) = (self.net_outputs.shallow_clone(), self.stored);
         let changed = match self.tally()? {
             Tally::Host(counts) => on_host()?.apply(counts, &outputs, stored),
             Tally::Device(counts) => {
-                *counts = on_device(counts, &outputs)?;
+                on_device(counts, &outputs)?;
                 true
             }
         };
@@ -285,11 +286,12 @@ impl FlexMatch {
     fn tally(&mut self) -> Result<&mut Tally> {
         if self.is_stale() {
             // Invalid until the count succeeds.
-            self.tally = None;
+            let before = self.tally.take();
             let fresh = if self.on_host {
                 Tally::Host(host::count(&self.net_outputs, self.stored, self.classes)?)
             } else {
-                Tally::Device(device::count(&self.net_outputs, self.classes)?)
+                let fresh = device::count(&self.net_outputs, self.classes)?;
+                Tally::Device(in_place_of(before, fresh)?)
             };
             self.tally = Some(fresh);
             self.version = version(&self.net_outputs);
@@ -300,6 +302,16 @@ impl FlexMatch {
             .as_mut()
             .ok_or_else(|| Error::Value(format!("{CLASS}: no counts")))
     }
+}
+
+/// `fresh` in the memory of the counts before, if there were any: as long as the labels keep their memory
+/// the counts do, for captured graphs that read both.
+fn in_place_of(before: Option<Tally>, fresh: Tensor) -> Result<Tensor> {
+    let Some(Tally::Device(mut counts)) = before else {
+        return Ok(fresh);
+    };
+    counts.f_copy_(&fresh)?;
+    Ok(counts)
 }
 
 trait CloneDetached: Sized {
