@@ -132,7 +132,7 @@ fn table(stream: &Stream, pairs: &[Pair]) -> Result<(Tensor, usize)> {
     Ok((chunks, count))
 }
 
-/// The size of `Chunk` in mean_teacher.cu.
+/// The size of `Chunk` in `mean_teacher.cu`.
 const WORDS: usize = 3;
 
 /// The chunks, as the kernel reads them. There are at most `TURNS` for each of `blocks` blocks, and one for
