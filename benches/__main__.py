@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(chosen: Sequence[Method], effort: Effort, options: argparse.Namespace) -> list[Verdict]:
     verdicts = []
     for method in chosen:
-        cases = [case for case in method.cases if case.quick or not options.quick]
-        cases = [case for case in cases if not case.on_device]
+        here = [case for case in method.cases if not case.on_device]
+        cases = [case for case in here if case.quick or not options.quick]
         results = [run_case(method.stem, case, effort) for case in cases]
         found = [verdict for result in results for verdict in result.verdicts()]
         found += method.verdicts({result.case.setting: result for result in results})

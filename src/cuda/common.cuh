@@ -50,7 +50,8 @@ __device__ __forceinline__ bool finite(float x) { return fabsf(x) < infinity32()
 __device__ __forceinline__ float larger(float a, float b) { return (b <= a || a != a) ? a : b; }
 __device__ __forceinline__ float smaller(float a, float b) { return (b >= a || a != a) ? a : b; }
 
-// A scalar, or numbers that follow each other, of a dtype that is known on the host only. Mirrored by `Scalar` in src/cuda/args.rs.
+// A scalar, or numbers that follow each other, of a dtype that is known on the host only. Mirrored by
+// `Scalar` in src/cuda/args.rs.
 struct Scalar { void* to; int dtype; };
 __device__ __forceinline__ void store(Scalar s, float x, i64 at = 0) {
   if (s.dtype == 0) store(((f32*)s.to)[at], x);
@@ -145,7 +146,6 @@ struct Group {
   }
   template <typename T> __device__ static __forceinline__ T sum(T x) { return reduce<Add>(x); }
   __device__ static __forceinline__ float max(float x) { return reduce<Largest>(x); }
-  __device__ static __forceinline__ float min(float x) { return reduce<Smallest>(x); }
 };
 
 // The rows of this group: `for (i64 i = first_row<SIZE>(); i < rows; i += step_rows<SIZE>())`. With

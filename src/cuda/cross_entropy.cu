@@ -53,8 +53,7 @@ ROW_KERNEL(soft, Soft)
 
 struct Smooth {  // mirrored by `Smooth` in src/cuda/cross_entropy.rs
   Rows rows;
-  const i64* labels;
-  i64 stride;
+  Labels labels;
   float hit, rest, mass;
 };
 
@@ -66,7 +65,7 @@ __device__ __forceinline__ void smooth(const Smooth& a) {
   for (i64 i = first_row<SIZE>(); i < a.rows.count; i += step_rows<SIZE>()) {
     const Row<E, SIZE, KEEP> z(a.rows.logits, i, cols);
     const float max = row_max<SIZE, KEEP>(z, cols);
-    const i64 given = a.labels[i * a.stride];
+    const i64 given = a.labels.at(i);
     // No check of the labels could be reported without a wait. A label that is none makes the loss and
     // the gradient of its row NaN; in torch's operations it would end the context.
     const bool known = given >= 0 && given < cols;

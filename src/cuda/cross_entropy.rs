@@ -1,6 +1,6 @@
 //! Launches of `cross_entropy.cu`.
 
-use super::args::{self, Args, Gathering, Matrix, Partials, Scalar};
+use super::args::{self, Args, Gathering, Labels, Matrix, Partials, Scalar};
 use super::device::Stream;
 use super::plan::plan;
 use super::stored_scale;
@@ -36,8 +36,7 @@ unsafe impl Args for Soft {}
 #[repr(C)]
 struct Smooth {
     rows: Rows,
-    labels: *const c_void,
-    stride: i64,
+    labels: Labels,
     hit: f32,
     rest: f32,
     mass: f32,
@@ -67,13 +66,10 @@ pub fn smooth(
     out: Dtype,
 ) -> Result<Outputs> {
     let cols = logits.matrix()?.1 as f64;
-    let &[stride] = labels.strides() else {
-        return Err(labels.wrong("have one dimension"));
-    };
+    let labels = Labels::of(labels)?;
     let args = |rows| Smooth {
         rows,
-        labels: labels.data(),
-        stride,
+        labels,
         hit: hit as f32,
         rest: rest as f32,
         mass: (hit + rest * cols) as f32,

@@ -129,10 +129,10 @@ impl Stream {
         }
     }
 
-    /// Blocks of `threads` threads for `rows` rows, one block a row: as many as the device can hold at once. At
-    /// least one, so that a result of no rows is written too.
-    pub fn blocks(&self, rows: usize, threads: u32) -> u32 {
-        rows.clamp(1, (self.threads_at_once() / threads).max(1) as usize) as u32
+    /// Blocks of `threads` threads where there is `work` for as many: at most those that the device holds at
+    /// once. At least one, so that a result of no rows is written too.
+    pub fn blocks(&self, work: usize, threads: u32) -> u32 {
+        work.clamp(1, (self.threads_at_once() / threads).max(1) as usize) as u32
     }
 
     /// Launches a kernel. It runs when the stream comes to it.

@@ -68,12 +68,12 @@ struct UpdateArgs {
 // SAFETY: the fields of `FlexmatchUpdate` in flexmatch.cu.
 unsafe impl args::Args for UpdateArgs {}
 
-fn launch(kernel: &'static str, grid: usize, block: usize) -> Launch {
+fn launch(kernel: &'static str, grid: u32, block: usize) -> Launch {
     Launch {
         stem: "flexmatch",
         dtype: Dtype::F32,
         kernel: (kernel, ""),
-        grid: grid as u32,
+        grid,
         block: block.next_multiple_of(32).clamp(32, THREADS) as u32,
     }
 }
@@ -109,8 +109,7 @@ pub fn status(
         status: status.data_ptr(),
     };
     // Each block looks for the largest count: it had better have some labels, too.
-    let most = (stream.threads_at_once() as usize / THREADS).max(1);
-    let grid = length.div_ceil(THREADS).min(most);
+    let grid = stream.blocks(length.div_ceil(THREADS), THREADS as u32);
     // SAFETY: `status` is as large as `labels`; all tensors are of this device and alive.
     unsafe {
         stream.launch(launch("flexmatch_status", grid, length.max(classes)), &args)?;

@@ -111,7 +111,7 @@ fn table(stream: &Stream, pairs: &[Pair]) -> Result<(Tensor, usize)> {
         tables.push(table);
         return Ok(found);
     }
-    let words = words(pairs, (stream.threads_at_once() / THREADS).max(1) as usize);
+    let words = words(pairs, stream.blocks(usize::MAX, THREADS) as usize);
     let (chunks, count) = (stream.upload(&words)?, words.len() / WORDS);
     // A graph copies its table whenever it is replayed, and nobody else may read it before.
     if !capturing {

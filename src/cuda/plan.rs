@@ -78,13 +78,9 @@ pub fn plan(stream: &Stream, rows: usize, cols: usize) -> Plan {
         .into_iter()
         .find(|form| cols <= form.columns)
         .unwrap_or(any);
-    let resident = stream.threads_at_once() / form.threads;
-    let blocks = rows
-        .div_ceil(form.together)
-        .clamp(1, resident.max(1) as usize);
     Plan {
         suffix: form.suffix,
-        grid: blocks as u32,
+        grid: stream.blocks(rows.div_ceil(form.together), form.threads),
         block: form.threads,
         holds: form.columns < usize::MAX,
     }

@@ -11,7 +11,7 @@ use tch::Tensor;
 
 /// Elements for each thread: fewer, and blocks cost more than what they do.
 const EACH: usize = 4;
-const THREADS: usize = 256;
+const THREADS: u32 = 256;
 
 #[repr(C)]
 struct Args {
@@ -61,13 +61,12 @@ pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Optio
         factor: (1.0 / grad.scale) as f32,
         divisor: args::pointer(grad.divisor.as_ref()),
     };
-    let most = (stream.threads_at_once() as usize / THREADS).max(1);
     let launch = Launch {
         stem: "scale",
         dtype,
         kernel: ("scale", ""),
-        grid: length.div_ceil(THREADS * EACH).min(most) as u32,
-        block: THREADS as u32,
+        grid: stream.blocks(length.div_ceil(THREADS as usize * EACH), THREADS),
+        block: THREADS,
     };
     // SAFETY: `grad` is contiguous, `out` as large and on the same device as `incoming`; all are alive.
     unsafe { stream.launch(launch, &args)? };

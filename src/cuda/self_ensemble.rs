@@ -14,7 +14,7 @@ const STEM: &str = "self_ensemble";
 /// Rows for each part of a sum: fewer, and a second launch costs more than it saves.
 const ROWS: usize = 512;
 /// Threads of a block of the backward pass, and elements for each.
-const THREADS: usize = 256;
+const THREADS: u32 = 256;
 const EACH: usize = 4;
 
 #[derive(Clone, Copy)]
@@ -107,13 +107,12 @@ pub fn repeat(
         incoming: Numbers::broadcast(incoming)?,
         grad: grad.data_ptr(),
     };
-    let most = (stream.threads_at_once() as usize / THREADS).max(1);
     let launch = Launch {
         stem: STEM,
         dtype,
         kernel: ("class_balance_grad", ""),
-        grid: length.div_ceil(THREADS * EACH).clamp(1, most) as u32,
-        block: THREADS as u32,
+        grid: stream.blocks(length.div_ceil(THREADS as usize * EACH), THREADS),
+        block: THREADS,
     };
     // SAFETY: `slope` has a number for each column of `grad`, which is contiguous; `incoming` is one number
     // on the same device; all are alive.

@@ -9,7 +9,7 @@ use crate::cuda;
 use crate::cuda::self_tuning::{Rows, Scored};
 use crate::error::Result;
 use crate::torch::Dtype;
-use crate::torch::autograd::{Backward, attach_with};
+use crate::torch::autograd::Backward;
 use crate::torch::input::Input;
 use tch::{Kind, Tensor};
 
@@ -94,14 +94,7 @@ pub fn step(
             settings,
             kind: batch.h_q.f_kind()?,
         };
-        let formula = Box::new(move |t: &[Tensor]| held.formula(&t[0], Kind::Float));
-        attach_with(
-            c"SelfTuningBackward",
-            &out,
-            &[batch.h_q],
-            Box::new(node),
-            formula,
-        )?;
+        held.attach(&out, batch.h_q, node, Kind::Float)?;
     }
     Ok(Some(out))
 }

@@ -13,7 +13,6 @@ use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::kernels::self_tuning::{Shape, log_probabilities};
-use crate::torch::autograd::attach_with;
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, Stored};
 use check::{Checked, Pointers};
@@ -146,14 +145,7 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     if let Some(snapshot) = snapshot {
         let held = Held::new(snapshot, &keys, &batch.classes()?, settings)?;
         let node = Node::<E>::new(&held, &out, labels, batch.h_q.f_kind()?)?;
-        let formula = Box::new(move |t: &[Tensor]| held.formula(&t[0], E::KIND));
-        attach_with(
-            c"SelfTuningBackward",
-            &out,
-            &[batch.h_q],
-            Box::new(node),
-            formula,
-        )?;
+        held.attach(&out, batch.h_q, node, E::KIND)?;
     }
     Ok(out)
 }

@@ -8,7 +8,7 @@ use crate::kernels::real::Real;
 use crate::kernels::rows::Rows;
 use crate::kernels::self_tuning::log_probabilities_backward;
 use crate::ops::threads;
-use crate::torch::autograd::Backward;
+use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
 use crate::torch::{Owned, Stored, version};
 use std::marker::PhantomData;
@@ -70,6 +70,19 @@ impl Held {
     pub fn formula(&self, h_q: &Tensor, kind: Kind) -> Result<Tensor> {
         let (keys, labels, queue) = self.parts()?;
         formula(h_q, keys, labels, &queue, self.0.settings, kind)
+    }
+
+    /// Makes `out` differentiable with respect to `h_q`, by `backward` or, twice, by the formula in `kind`.
+    pub fn attach(
+        self,
+        out: &Tensor,
+        h_q: &Tensor,
+        backward: impl Backward + 'static,
+        kind: Kind,
+    ) -> Result<()> {
+        let formula = Box::new(move |t: &[Tensor]| self.formula(&t[0], kind));
+        let backward = Box::new(backward);
+        attach_with(c"SelfTuningBackward", out, &[h_q], backward, formula)
     }
 }
 
