@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from benches._case import OURS, PLAIN, TLLIB, Method
-from benches._losses import MATRIX, footprint, half_confident, loss_cases
+from benches._case import OURS, PLAIN, TLLIB, Footprint, Method
+from benches._losses import LARGE, MATRIX, footprint, half_confident, loss_cases
 from benches._providers import original
 from tests.plain.cc_loss import cc_loss as plain
 from tllib_rs.self_training.cc_loss import CCConsistency
@@ -50,8 +50,15 @@ def _inputs(*size):
 #: logits_strong.
 STRONG = (1,)
 
-METHOD = Method(
-    "cc_loss",
-    loss_cases(_losses, _inputs, differentiated=STRONG),
-    footprints=[footprint(_losses, _inputs, differentiated=STRONG)],
-)
+
+def _footprint() -> Footprint:
+    gradient = footprint(_losses, _inputs, differentiated=STRONG)
+    rows, _ = LARGE
+    # Products in float64 of the chosen rows, which are half of all.
+    products = 6 * 8 * (rows // 2) ** 2
+    return Footprint(
+        gradient.case, gradient.expected + products, "one gradient and six products of rows with rows"
+    )
+
+
+METHOD = Method("cc_loss", loss_cases(_losses, _inputs, differentiated=STRONG), footprints=[_footprint()])

@@ -3,20 +3,24 @@
 use super::mcc::{confusion, weighted};
 use super::{positive, threads};
 use crate::error::{Error, Result};
-use crate::kernels::cc_loss::{Factors, Selected, inner, select};
+use crate::kernels::Loss;
+use crate::kernels::cc_loss::{FEW, Pairs, choose, gram, matrix};
 use crate::kernels::element::Element;
+use crate::kernels::product::{Alone, Multiply};
 use crate::kernels::real::Real;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
+use crate::torch::product::Libtorch;
 use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, version};
 use tch::{Kind, Tensor};
 
 const CLASS: &str = "CCConsistency";
-/// Selected rows below C / `GRAM` make the way around the C x C matrix the shorter one, in f64.
-const GRAM: usize = 4;
-/// Multiplications (`n C^2`) up to which f64 costs no time that matters. It keeps the digits that the
-/// sum over a batch of unrelated predictions loses in f32, as tllib's does.
-const EXACT: usize = 1 << 20;
+/// Multiplications on the way through the C x C matrix up to which f64 costs no time that matters. It keeps
+/// the digits that the sum over a batch of unrelated predictions loses in f32, as tllib's does.
+const EXACT: usize = 3 << 20;
+/// Multiplications up to which this thread does them alone: that takes less time than threads of a library
+/// may need to meet where others have the processors.
+const ALONE: usize = 1 << 22;
 
 /// What the method returns.
 pub struct Output {
@@ -94,85 +98,101 @@ fn fused(
             weak.rows::<E>().ok_or_else(|| dense(weak))?,
             strong.rows::<E>().ok_or_else(|| dense(strong))?,
         );
-        let (rows, cols) = (w.rows(), w.cols());
-        let found = select(w, s, temperature, thr, threads(2 * weak.numel()));
-        let count = found.count();
-        let fraction = if rows == 0 { 0.0 } else { count as f64 / rows as f64 };
-        let factor = fraction / cols as f64;
-        let around = GRAM * count <= cols;
-        let small = count * cols * cols <= EXACT;
-        let (square, grad) = if around || small || dtype == Dtype::F64 {
-            measure::<E, f64>(&found, strong, factor, around)
-        } else {
-            measure::<E, f32>(&found, strong, factor, around)
-        }?;
-        // The number of selected rows is float32, and so promotes a half matrix, in tllib too.
+        let chosen = choose(w, temperature, thr, threads(weak.numel()));
+        let rows = w.rows();
+        let fraction = if rows == 0 { 0.0 } else { chosen.len() as f64 / rows as f64 };
+        let pairs = Pairs {
+            weak: w,
+            strong: s,
+            temperature,
+            chosen: &chosen,
+            // Exponentials and logarithms of both sides, in f64.
+            threads: threads(4 * chosen.len() * w.cols()),
+        };
+        let (loss, grad) = measure(pairs, strong, dtype)?;
         let output = Output {
-            loss: scalar(factor * square, dtype.at_least_f32())?,
+            // The number of selected rows is float32, and so promotes a half matrix, in tllib too.
+            loss: scalar(loss, dtype.at_least_f32())?,
             fraction: scalar(fraction, Dtype::F32)?,
-            count: Some(count),
+            count: Some(chosen.len()),
         };
         Ok((output, grad))
     })
 }
 
-/// `sum D^2` and, where the strong logits want one, the gradient; with products in `F`, and
-/// without the C x C matrix where `around`.
-fn measure<E: Element + Stored, F: Real + Stored>(
-    found: &Selected,
+/// The loss and, where the strong logits want one, the gradient.
+fn measure<E: Element + Stored>(
+    pairs: Pairs<'_, E>,
     strong: &Input<'_>,
-    factor: f64,
-    around: bool,
+    dtype: Dtype,
 ) -> Result<(f64, Option<StoredGrad>)> {
-    let (n, cols) = (found.count() as i64, strong.shape()[1]);
-    let (mut u, mut v) = (
-        Owned::<F>::new(&[2 * n, cols])?,
-        Owned::<F>::new(&[2 * n, cols])?,
-    );
-    let mut p = Owned::<F>::new(&[n, cols])?;
-    found.factors(Factors {
-        u: u.slice(),
-        v: v.slice(),
-        strong: p.slice(),
-    });
-    let (u, v, p) = (u.into_tensor(), v.into_tensor(), p.into_tensor());
-    let (square, products) = if around {
-        let (mut uu, mut vv) = (product::<F>(&u, &u.f_tr()?)?, product::<F>(&v, &v.f_tr()?)?);
-        let square = inner(uu.slice(), vv.slice());
-        let products = strong.wants_grad().then(|| -> Result<_> {
-            let (qv, pu) = (
-                vv.tensor().f_narrow(0, 0, n)?,
-                product::<F>(&p, &u.f_tr()?)?,
-            );
-            Ok((product::<F>(&qv, &u)?, product::<F>(pu.tensor(), &v)?))
-        });
-        (square, products)
+    let mut grad = strong
+        .wants_grad()
+        .then(|| Owned::<E>::new(strong.shape()))
+        .transpose()?;
+    let out = grad.as_mut().map(Owned::slice);
+    let (count, cols) = (pairs.chosen.len(), pairs.weak.cols());
+    let loss = if count == 0 {
+        if let Some(out) = out {
+            out.fill(E::store(E::Acc::ZERO));
+        }
+        Loss {
+            value: 0.0,
+            scale: 1.0,
+        }
     } else {
-        let mut d = product::<F>(&u.f_tr()?, &v)?;
-        let entries = &*d.slice();
-        let square = inner(entries, entries);
-        let products = strong.wants_grad().then(|| -> Result<_> {
-            let d = d.tensor();
-            Ok((
-                product::<F>(&v.f_narrow(0, 0, n)?, &d.f_tr()?)?,
-                product::<F>(&p, d)?,
-            ))
-        });
-        (square, products)
+        let (around, through) = (12 * count * count * cols, 3 * count * cols * cols);
+        let exact = through <= EXACT || dtype == Dtype::F64;
+        // f32 is twice as fast, and around the matrix all is f64.
+        let gram = if exact {
+            around <= through
+        } else {
+            2 * around <= through
+        };
+        let alone = if gram {
+            around <= ALONE || count <= FEW
+        } else {
+            through <= ALONE
+        };
+        if alone {
+            let Ok(loss) = multiplied(pairs, out, (gram, exact), &Alone);
+            loss
+        } else {
+            multiplied(pairs, out, (gram, exact), &Libtorch)?
+        }
     };
-    let Some((mut x, mut y)) = products.transpose()? else {
-        return Ok((square, None));
-    };
-    let mut grad = Owned::<E>::new(strong.shape())?;
-    let scale = found.gradient(x.slice(), y.slice(), factor, grad.slice());
-    Ok((square, Some(StoredGrad::new(grad.into_tensor(), scale))))
+    let grad = grad.map(|grad| StoredGrad::new(grad.into_tensor(), loss.scale));
+    Ok((loss.value, grad))
 }
 
-/// `a b` in new memory. (The form with an output is not subject to autocast.)
-fn product<F: Stored>(a: &Tensor, b: &Tensor) -> Result<Owned<F>> {
-    let out = Owned::<F>::new(&[a.size()[0], b.size()[1]])?;
-    let _ = a.f_mm_out(out.tensor(), b)?;
-    Ok(out)
+/// The loss by the shorter way.
+fn multiplied<E: Element, M, X>(
+    pairs: Pairs<'_, E>,
+    mut grad: Option<&mut [E]>,
+    (around, exact): (bool, bool),
+    products: &M,
+) -> std::result::Result<Loss, X>
+where
+    M: Multiply<f32, Error = X> + Multiply<f64, Error = X> + Sync,
+    X: Send,
+{
+    if around {
+        return gram(pairs, grad, products);
+    }
+    let single = if exact {
+        None
+    } else {
+        matrix::<E, f32, _>(pairs, grad.as_deref_mut(), products)?
+    };
+    if let Some(loss) = single {
+        return Ok(loss);
+    }
+    let double = matrix::<E, f64, _>(pairs, grad, products)?;
+    // Never: f64 has numbers for all classes that are not taken for absent.
+    Ok(double.unwrap_or(Loss {
+        value: f64::NAN,
+        scale: 1.0,
+    }))
 }
 
 /// The weak logits, for second derivatives.

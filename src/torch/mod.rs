@@ -6,6 +6,7 @@ pub mod autograd;
 pub mod device;
 pub mod input;
 pub mod pages;
+pub mod product;
 pub mod team;
 
 use crate::error::{Error, Result};
@@ -213,11 +214,6 @@ impl<T: Stored> Owned<T> {
         // SAFETY: the tensor is contiguous, has `len` elements of `T` (any bits are a valid T), and
         // is not shared: `self` is its only owner until `into_tensor`.
         unsafe { std::slice::from_raw_parts_mut(self.tensor.data_ptr().cast(), self.len) }
-    }
-
-    /// The tensor, for an operation that writes it and keeps no reference.
-    pub fn tensor(&self) -> &Tensor {
-        &self.tensor
     }
 
     /// The tensor, to be given away.

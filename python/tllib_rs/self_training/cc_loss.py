@@ -34,7 +34,8 @@ class CCConsistency(nn.Module):
         \mathrm{loss} = \frac{n}{BC} \sum_{ab} (N_{ab} - N'_{ab})^2
 
     where :math:`N` comes from the weak and :math:`N'` from the strong logits. Everything weak is a constant
-    to the gradient. Where fewer than :math:`C / 4` rows are selected no :math:`C \times C` matrix is formed.
+    to the gradient. Where at most :math:`C / 8` rows are selected (:math:`C / 4` in float64 and where
+    :math:`B C^2` is small) no :math:`C \times C` matrix is formed.
 
     Args:
         temperature (float): :math:`T > 0`, divides the logits.

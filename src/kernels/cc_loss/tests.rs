@@ -1,22 +1,10 @@
+use super::super::element::{Bf16, F16};
+use super::super::product::Alone;
 use super::*;
-use crate::kernels::element::{Bf16, F16};
 
 fn logits(rows: usize, cols: usize, seed: usize) -> Vec<f64> {
     (0..rows * cols)
         .map(|k| ((k * 7919 + seed) % 101) as f64 / 25.0 - 2.0)
-        .collect()
-}
-
-/// `a` (n x m) times `b` (m x k).
-fn product(a: &[f64], b: &[f64], (n, m, k): (usize, usize, usize)) -> Vec<f64> {
-    let entry = |i: usize, j: usize| (0..m).map(|l| a[i * m + l] * b[l * k + j]).sum();
-    (0..n * k).map(|e| entry(e / k, e % k)).collect()
-}
-
-fn transpose(a: &[f64], cols: usize) -> Vec<f64> {
-    let rows = a.len() / cols;
-    (0..a.len())
-        .map(|e| a[e % rows * cols + e / rows])
         .collect()
 }
 
@@ -26,12 +14,21 @@ struct Call {
     count: usize,
 }
 
+/// Which way, and the type of its products.
+#[derive(Clone, Copy)]
+enum Way {
+    Matrix,
+    Single,
+    Gram,
+}
+use Way::{Gram, Matrix, Single};
+
 fn call<E: Element>(
     weak: &[f64],
     strong: &[f64],
-    shape: (usize, usize),
-    t: f64,
-    gram: bool,
+    (rows, cols): (usize, usize),
+    temperature: f64,
+    way: Way,
 ) -> Call {
     let store = |z: &[f64]| {
         z.iter()
@@ -39,49 +36,32 @@ fn call<E: Element>(
             .collect::<Vec<_>>()
     };
     let (weak, strong) = (store(weak), store(strong));
-    let (rows, cols) = shape;
     let view = |z| Rows::contiguous(z, rows, cols).unwrap();
     let threads = NonZeroUsize::new(2).unwrap();
-    let found = select(view(&weak), view(&strong), t, 0.3, threads);
-    let n = found.count();
-    let (mut u, mut v, mut p) = (
-        vec![0.0; 2 * n * cols],
-        vec![0.0; 2 * n * cols],
-        vec![0.0; n * cols],
-    );
-    found.factors(Factors {
-        u: &mut u,
-        v: &mut v,
-        strong: &mut p,
-    });
-    let q = v[..n * cols].to_vec();
-    let (value, x, y);
-    if gram {
-        let (uu, vv) = (
-            product(&u, &transpose(&u, cols), (2 * n, cols, 2 * n)),
-            product(&v, &transpose(&v, cols), (2 * n, cols, 2 * n)),
-        );
-        value = inner(&uu, &vv);
-        x = product(&vv[..n * 2 * n], &u, (n, 2 * n, cols));
-        y = product(
-            &product(&p, &transpose(&u, cols), (n, cols, 2 * n)),
-            &v,
-            (n, 2 * n, cols),
-        );
-    } else {
-        let d = product(&transpose(&u, cols), &v, (cols, 2 * n, cols));
-        value = inner(&d, &d);
-        x = product(&q, &transpose(&d, cols), (n, cols, cols));
-        y = product(&p, &d, (n, cols, cols));
-    }
-    let factor = n as f64 / (rows * cols) as f64;
+    let chosen = choose(view(&weak), temperature, 0.3, threads);
+    let pairs = Pairs {
+        weak: view(&weak),
+        strong: view(&strong),
+        temperature,
+        chosen: &chosen,
+        threads,
+    };
+    let run = |grad: Option<&mut [E]>| {
+        let Ok(loss) = match way {
+            Matrix => matrix::<E, f64, _>(pairs, grad, &Alone),
+            Single => matrix::<E, f32, _>(pairs, grad, &Alone),
+            Gram => gram(pairs, grad, &Alone).map(Some),
+        };
+        loss.unwrap()
+    };
     let mut grad = vec![E::store(E::Acc::ONE); rows * cols];
-    let scale = found.gradient(&x, &y, factor, &mut grad);
-    let grad = grad.iter().map(|g| g.load().to_f64() / scale).collect();
+    let loss = run(Some(&mut grad));
+    assert_eq!(run(None).value.to_bits(), loss.value.to_bits());
+    let grad = grad.iter().map(|g| g.load().to_f64() / loss.scale);
     Call {
-        value: value * factor,
-        grad,
-        count: n,
+        value: loss.value,
+        grad: grad.collect(),
+        count: chosen.len(),
     }
 }
 
@@ -140,8 +120,8 @@ fn both_ways_match_the_formula_and_finite_differences() {
                 .sum();
             total * chosen.len() as f64 / (rows * cols) as f64
         };
-        for gram in [false, true] {
-            let got = call::<f64>(&weak, &strong, (rows, cols), t, gram);
+        for way in [Matrix, Gram] {
+            let got = call::<f64>(&weak, &strong, (rows, cols), t, way);
             assert_eq!(got.count, chosen.len());
             assert!(
                 (got.value - loss(&strong)).abs() < 1e-13,
@@ -165,10 +145,32 @@ fn both_ways_match_the_formula_and_finite_differences() {
 }
 
 #[test]
+fn many_rows_and_classes_are_taken_in_turns() {
+    // Every other row is sure of a class.
+    let sharp = |seed| {
+        let mut z = logits(290, 701, seed);
+        for i in (0..290).step_by(2) {
+            z[i * 701 + (i * 13 + seed / 50) % 701] = 9.0;
+        }
+        z
+    };
+    let (weak, strong) = (sharp(13), sharp(57));
+    let one = call::<f64>(&weak, &strong, (290, 701), 1.0, Matrix);
+    assert_eq!(one.count, 145);
+    let largest = one.grad.iter().fold(0.0f64, |a, g| a.max(g.abs()));
+    for (way, tolerance) in [(Gram, 1e-10), (Single, 1e-5)] {
+        let other = call::<f64>(&weak, &strong, (290, 701), 1.0, way);
+        assert!((other.value - one.value).abs() < tolerance * one.value);
+        let off = other.grad.iter().zip(&one.grad).map(|(a, b)| (a - b).abs());
+        assert!(off.fold(0.0, f64::max) < tolerance * largest);
+    }
+}
+
+#[test]
 fn equal_predictions_give_exactly_zero_and_half_types_agree() {
     let (weak, strong) = (logits(9, 5, 13), logits(9, 5, 57));
-    for gram in [false, true] {
-        let same = call::<f32>(&weak, &weak, (9, 5), 1.0, gram);
+    for way in [Matrix, Single, Gram] {
+        let same = call::<f32>(&weak, &weak, (9, 5), 1.0, way);
         assert!(same.value == 0.0 && same.grad.iter().all(|g| *g == 0.0));
     }
     let round = |z: &[f64]| {
@@ -177,8 +179,8 @@ fn equal_predictions_give_exactly_zero_and_half_types_agree() {
             .collect::<Vec<_>>()
     };
     let (weak, strong) = (round(&weak), round(&strong));
-    let exact = call::<f64>(&weak, &strong, (9, 5), 1.0, false);
-    let half = call::<F16>(&weak, &strong, (9, 5), 1.0, false);
+    let exact = call::<f64>(&weak, &strong, (9, 5), 1.0, Matrix);
+    let half = call::<F16>(&weak, &strong, (9, 5), 1.0, Matrix);
     assert!((half.value - exact.value).abs() < 1e-9);
     let largest = exact.grad.iter().fold(0.0f64, |a, g| a.max(g.abs()));
     assert!(
@@ -190,20 +192,44 @@ fn equal_predictions_give_exactly_zero_and_half_types_agree() {
 }
 
 #[test]
+fn rare_classes_need_products_in_f64() {
+    let (weak, strong) = ([300.0, 0.0, 0.0, 300.0], [0.0, 300.0, 200.0, 0.0]);
+    let weak = Rows::contiguous(&weak, 2, 2).unwrap();
+    let rare = [0.0, -300.0, 1.0, -250.0];
+    for strong in [&strong, &rare] {
+        let pairs = Pairs {
+            weak,
+            strong: Rows::contiguous(strong, 2, 2).unwrap(),
+            temperature: 1.0,
+            chosen: &[0, 1],
+            threads: NonZeroUsize::MIN,
+        };
+        let (mut grad, mut other) = ([0.0; 4], [0.0; 4]);
+        let Ok(single) = matrix::<f64, f32, _>(pairs, None, &Alone);
+        let Ok(double) = matrix::<f64, f64, _>(pairs, Some(&mut grad), &Alone);
+        let Ok(around) = gram(pairs, Some(&mut other), &Alone);
+        let double = double.unwrap();
+        assert_eq!(single.is_none(), strong == &rare);
+        assert!((double.value - around.value).abs() <= 1e-12);
+        assert!(grad.iter().zip(other).all(|(a, b)| (a - b).abs() <= 1e-12));
+    }
+}
+
+#[test]
 fn absent_classes_are_columns_of_zeros_and_nan_stays_where_it_counts() {
     let weak = [900.0, 0.0, -900.0, 0.0, 900.0, -900.0];
-    let got = call::<f64>(&weak, &[0.0; 6], (2, 3), 1.0, false);
+    let got = call::<f64>(&weak, &[0.0; 6], (2, 3), 1.0, Matrix);
     // N is diag(1, 1, 0), N' is 1/3 everywhere.
     let expected = (2.0 * (2.0f64 / 3.0).powi(2) + 7.0 / 9.0) / 3.0;
     assert!((got.value - expected).abs() < 1e-12, "{}", got.value);
-    let got = call::<f64>(&weak, &weak, (2, 3), 1.0, true);
+    let got = call::<f64>(&weak, &weak, (2, 3), 1.0, Gram);
     assert!(got.value == 0.0 && got.grad.iter().all(|g| *g == 0.0));
     let got = call::<f64>(
         &[f64::NAN, 0.0, 3.0, 0.0],
         &[f64::NAN, 0.0, 1.0, 0.0],
         (2, 2),
         1.0,
-        false,
+        Matrix,
     );
     assert!(got.count == 1 && got.value.is_finite() && got.grad[..2] == [0.0, 0.0]);
     let got = call::<f64>(
@@ -211,7 +237,7 @@ fn absent_classes_are_columns_of_zeros_and_nan_stays_where_it_counts() {
         &[f64::NAN, 0.0, 1.0, 0.0],
         (2, 2),
         1.0,
-        false,
+        Matrix,
     );
     assert!(got.count == 2 && got.value.is_nan() && got.grad[0].is_nan());
 }
