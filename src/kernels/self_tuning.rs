@@ -178,6 +178,29 @@ impl<F: Element<Acc = F> + Real> Kernel for Backward<'_, F> {
     }
 }
 
+/// Whether all elements are.
+pub fn finite<E: Element>(rows: Rows<'_, E>) -> bool {
+    dispatch(Finite(rows))
+}
+
+struct Finite<'a, E>(Rows<'a, E>);
+
+impl<E: Element> Kernel for Finite<'_, E> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> bool {
+        let mut scratch = self.0.scratch();
+        let mut total = 0.0;
+        for i in 0..self.0.rows() {
+            let row = self.0.in_turn(i, &mut scratch);
+            // 0 while all are finite, NaN for ever after one that is not.
+            total += reduce::sum_of_pairs(row, row, |x, _| x * E::Acc::ZERO);
+        }
+        !total.is_nan()
+    }
+}
+
 /// A key of the batch that stays in the queue, and its column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -304,6 +327,23 @@ mod tests {
         );
         assert!(out[..3].iter().all(|o| o.is_nan()) && out[3..].iter().all(|o| o.is_finite()));
         log_probabilities::<f32>(&mut [], rows(&q), rows(&k), &[], shape, NonZeroUsize::MIN);
+    }
+
+    #[test]
+    fn one_number_that_is_not_finite_is_found() {
+        let mut x = numbers(3 * 141, 5);
+        x[7] = 0.0;
+        for (at, value) in [
+            (0, f64::NAN),
+            (140, f64::INFINITY),
+            (422, f64::NEG_INFINITY),
+        ] {
+            assert!(finite(Rows::contiguous(&x, 3, 141).unwrap()));
+            let old = std::mem::replace(&mut x[at], value);
+            assert!(!finite(Rows::contiguous(&x, 3, 141).unwrap()));
+            x[at] = old;
+        }
+        assert!(finite(Rows::contiguous(&[f32::MAX; 256], 1, 256).unwrap()));
     }
 
     #[test]

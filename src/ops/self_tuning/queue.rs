@@ -5,9 +5,12 @@
 //! of one queue are linked forwards in time: a graph holds the change of its own step and finds all
 //! later ones from there. When the last graph goes, so do the changes.
 
+use super::CLASS;
 use super::plan::Plan;
 use crate::error::{Error, Result};
-use crate::torch::version;
+use crate::kernels::self_tuning::finite;
+use crate::torch::input::Input;
+use crate::torch::{by_dtype, version};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tch::Tensor;
 
@@ -78,7 +81,7 @@ impl History {
         }
         let columns = plan.columns.shallow_clone();
         let replaced = queue.f_index_select(1, &columns)?;
-        let finite = keys.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0;
+        let finite = all_finite(keys)?;
         plan.apply(keys, queue, pointers)?;
         let change = Arc::new(Change {
             queue: queue.shallow_clone(),
@@ -99,6 +102,14 @@ impl History {
         });
         Ok((out, snapshot))
     }
+}
+
+fn all_finite(keys: &Tensor) -> Result<bool> {
+    let input = Input::new(CLASS, "h_k", keys)?;
+    by_dtype!(input.floating()?, E => match input.rows::<E>() {
+        Some(rows) => Ok(finite(rows)),
+        None => Ok(keys.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0),
+    })
 }
 
 /// The queue as it was before a step.
