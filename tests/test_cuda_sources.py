@@ -104,7 +104,7 @@ def emulator(tmp_path_factory):
 @pytest.mark.parametrize("stem", sorted(METHODS))
 def test_methods_through_the_kernels(stem, emulator, tmp_path):
     """The method's tests again, with CPU tensors sent the way of CUDA tensors; and each of its kernels (in
-    <stem>.cu and <stem>_*.cu), in each of its element types, was launched."""
+    <stem>.cu and <stem>_*.cu), in each of its element types, was launched. A race ends the process."""
     launches = tmp_path / "launches"
     environment = os.environ | {
         "TLLIB_RS_CUDA": "1",

@@ -199,8 +199,9 @@ __device__ void compare(const Mine& a, i64 i, const float* products, const float
   Best found = {0, 0, 0};
   bool any = false;
   for (int k = 0; k <= COMPARED; ++k) {  // in the order of their indices: of equal ones the first wins
+    if (compared[warp][k] < 0) continue;
     const double square = squares[warp][k];
-    if (compared[warp][k] < 0 || (any && !(warp == 0 ? square > found.square : square < found.square))) continue;
+    if (any && !(warp == 0 ? square > found.square : square < found.square)) continue;
     found.index = compared[warp][k];
     found.square = square;
     any = true;
@@ -276,7 +277,8 @@ __device__ __forceinline__ void mine_all(const Mine& a) {
       compare(a, i, products, extreme, best);
     } else if (threadIdx.x == 0) {
       const double nan = nan32();
-      best[0] = best[1] = {0, nan, nan};
+      best[0] = {0, nan, nan};
+      best[1] = {0, nan, nan};
     }
     __syncthreads();
     if (threadIdx.x == 0) {

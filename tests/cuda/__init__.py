@@ -18,16 +18,20 @@ def compiler() -> str:
     return os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "g++").split()[0]
 
 
-def build_emulator(folder: Path) -> Path:
-    """Compiles every source for every element type into one library in ``folder``; returns its path."""
-    stems = sorted(path.stem for path in SOURCES.glob("*.cu"))
-    units = [(HERE / "on_cpu.cpp", folder / "on_cpu.o", [])]
-    for stem in stems:
+def build_emulator(folder: Path, sources: Path = SOURCES) -> Path:
+    """Compiles every source for every element type into one library in ``folder``; returns its path.
+
+    It ends the process at a race."""
+    units = [(HERE / f"{name}.cpp", folder / f"{name}.o", []) for name in ("on_cpu", "races")]
+    for source in sorted(sources.glob("*.cu")):
         for element in ELEMENTS:
-            unit = folder / f"{stem}-{element}.cpp"
+            unit = folder / f"{source.stem}-{element}.cpp"
             # Each in a namespace of its own: the same names mean other element types.
-            unit.write_text(f'#include "on_cpu.h"\nnamespace {{\n#include "{stem}.cu"\n}}\n')
-            units.append((unit, unit.with_suffix(".o"), [f"-DELEMENT={element}", f"-DSTEM={stem}"]))
+            unit.write_text(f'#include "on_cpu.h"\nnamespace {{\n#include "{source}"\n}}\n')
+            defines = [f"-DELEMENT={element}", f"-DSTEM={source.stem}"]
+            # Has races.cpp told of each access.
+            watch = "-fsanitize=thread"
+            units.append((unit, unit.with_suffix(".o"), [*defines, watch]))
     # -O1 and no contraction: what is tested is the source, not the host compiler.
     flags = [
         "-std=c++17",

@@ -8,6 +8,8 @@ namespace emulated {
 
 Index thread_index, block_index, block_size, grid_size;
 Block* block = nullptr;
+const char* kernel_name = "";
+unsigned long launch_number = 0;
 
 std::map<std::string, Kernel>& kernels() {
   static std::map<std::string, Kernel> all;
@@ -57,9 +59,11 @@ void resume(Thread& thread) {
 void run_block(Block& now) {
   now.all = {};
   now.finished = 0;
+  now.last = false;
   for (auto& warp : now.warps) warp = {};
   for (auto& thread : now.threads) {
     thread.started = thread.finished = false;
+    thread.block_turn = thread.warp_turn = 0;
     getcontext(&thread.start);
     thread.start.uc_stack.ss_sp = thread.stack.get();
     thread.start.uc_stack.ss_size = STACK;
@@ -119,6 +123,8 @@ extern "C" int tllib_emulated_launch(const char* name, unsigned grid, unsigned s
   const auto found = emulated::kernels().find(name);
   if (found == emulated::kernels().end()) return 1;
   ++launches.of_kernel[name];
+  emulated::kernel_name = name;
+  ++emulated::launch_number;
   emulated::run(grid, size, [&] { found->second(args); });
   return 0;
 }

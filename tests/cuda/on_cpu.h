@@ -1,6 +1,7 @@
 // What a CUDA device gives to kernels, on the CPU: blocks one after another, the threads of a block as
 // coroutines that meet at barriers. For tests: it is slow, and the order of threads is a fixed one, so that
-// it finds wrong indices, formulas and barriers that not all reach, but no races.
+// it finds wrong indices, formulas and barriers that not all reach. Races are found by what races.cpp is told of
+// each access, where the kernels are compiled for that.
 #pragma once
 #define TLLIB_ON_CPU
 #include <setjmp.h>
@@ -22,6 +23,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(n)
 #define __shared__ static
+// What stands for the device itself is nobody's access.
+#define DEVICE __attribute__((no_sanitize_thread))
 #define __restrict__
 
 namespace emulated {
@@ -33,7 +36,8 @@ struct Thread {
   jmp_buf here;  // where it goes on
   std::unique_ptr<char[]> stack;
   bool started = false, finished = false;
-  alignas(8) unsigned char given[8];         // what a shuffle or vote hands over
+  unsigned long block_turn = 0, warp_turn = 0;  // barriers that order memory, passed so far
+  alignas(8) unsigned char given[8];            // what a shuffle or vote hands over
 };
 
 // Threads that wait for each other. Nobody comes a second time before all came once, so `came` is at least
@@ -48,6 +52,7 @@ struct Block {
   std::vector<Barrier> warps;
   Barrier all;
   unsigned finished = 0;
+  bool last = false;  // and all others are done
   jmp_buf scheduler;
   std::function<void()> body;
 };
@@ -59,11 +64,14 @@ void yield();
 // Waits for all `size` threads of the barrier.
 void meet(Barrier& barrier, unsigned size);
 
-inline Thread& self() { return block->threads[thread_index.x]; }
-inline void meet_warp() { meet(block->warps[thread_index.x / 32], 32); }
+// Where races are looked for: a read and a write at once of the memory at `at`.
+void atomic_access(const void* at, unsigned size);
+
+DEVICE inline Thread& self() { return block->threads[thread_index.x]; }
+DEVICE inline void meet_warp() { meet(block->warps[thread_index.x / 32], 32); }
 
 template <typename T>
-T exchange(T x, unsigned lane) {
+DEVICE T exchange(T x, unsigned lane) {
   static_assert(sizeof(T) <= 8);
   std::memcpy(self().given, &x, sizeof x);
   meet_warp();
@@ -75,6 +83,9 @@ T exchange(T x, unsigned lane) {
 
 using Kernel = void (*)(const void*);
 std::map<std::string, Kernel>& kernels();
+// Of the launch that runs.
+extern const char* kernel_name;
+extern unsigned long launch_number;
 
 }  // namespace emulated
 
@@ -83,14 +94,21 @@ std::map<std::string, Kernel>& kernels();
 #define blockDim emulated::block_size
 #define gridDim emulated::grid_size
 
-inline void __syncthreads() { emulated::meet(emulated::block->all, blockDim.x); }
-inline void __syncwarp(unsigned = ~0u) { emulated::meet_warp(); }
+DEVICE inline void __syncthreads() {
+  emulated::meet(emulated::block->all, blockDim.x);
+  ++emulated::self().block_turn;
+}
+// Unlike shuffles and votes, it orders memory.
+DEVICE inline void __syncwarp(unsigned = ~0u) {
+  emulated::meet_warp();
+  ++emulated::self().warp_turn;
+}
 inline void __threadfence() {}
-template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) {
+template <typename T> DEVICE T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulated::exchange(x, (threadIdx.x % 32) ^ mask);
 }
-template <typename T> T __shfl_sync(unsigned, T x, int lane) { return emulated::exchange(x, lane % 32); }
-inline unsigned __ballot_sync(unsigned, int predicate) {
+template <typename T> DEVICE T __shfl_sync(unsigned, T x, int lane) { return emulated::exchange(x, lane % 32); }
+DEVICE inline unsigned __ballot_sync(unsigned, int predicate) {
   std::memcpy(emulated::self().given, &predicate, sizeof predicate);
   emulated::meet_warp();
   unsigned bits = 0;
@@ -105,27 +123,33 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
-inline unsigned atomicInc(unsigned* at, unsigned limit) {
+// Of the counters of blocks alone: the block that comes last sees what all others wrote.
+DEVICE inline unsigned atomicInc(unsigned* at, unsigned limit) {
   const unsigned old = *at;
   *at = old >= limit ? 0 : old + 1;
+  if (old == limit) emulated::block->last = true;
   return old;
 }
-template <typename T, typename U> T atomicAdd(T* at, U x) {
+template <typename T, typename U> DEVICE T atomicAdd(T* at, U x) {
+  emulated::atomic_access(at, sizeof(T));
   const T old = *at;
   *at = old + T(x);
   return old;
 }
-template <typename T> T atomicCAS(T* at, T expected, T x) {
+template <typename T> DEVICE T atomicCAS(T* at, T expected, T x) {
+  emulated::atomic_access(at, sizeof(T));
   const T old = *at;
   if (old == expected) *at = x;
   return old;
 }
-template <typename T> T atomicMax(T* at, T x) {
+template <typename T> DEVICE T atomicMax(T* at, T x) {
+  emulated::atomic_access(at, sizeof(T));
   const T old = *at;
   *at = std::max(old, x);
   return old;
 }
-template <typename T, typename U> T atomicExch(T* at, U x) {
+template <typename T, typename U> DEVICE T atomicExch(T* at, U x) {
+  emulated::atomic_access(at, sizeof(T));
   const T old = *at;
   *at = T(x);
   return old;

@@ -1,0 +1,44 @@
+"""Races are found: where the CUDA kernels run on the CPU (test_cuda_sources.py), each access is looked at, and
+here are some kernels that are wrong."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.cuda import HERE, build_emulator
+
+RACY = HERE / "racy"
+KERNELS = re.findall(r"^KERNEL\((\d+), (\w+)", (RACY / "racy.cu").read_text(), re.MULTILINE)
+#: What a process says of a kernel that is wrong, where it is not that it races: here the first thread comes
+#: first, and without a barrier it reads what the last one has not written yet.
+FOUND = dict.fromkeys(["never_written", "no_barrier"], "read of what nobody wrote")
+LAUNCH = """
+import ctypes, sys
+class Racy(ctypes.Structure):
+    _fields_ = [("out", ctypes.c_void_p), ("done", ctypes.c_void_p), ("right", ctypes.c_int)]
+library, kernel, threads, blocks, right = sys.argv[1:]
+out, done = (ctypes.c_int * 256)(), ctypes.c_uint()
+args = Racy(ctypes.addressof(out), ctypes.addressof(done), right == "right")
+launch = ctypes.CDLL(library).tllib_emulated_launch
+sys.exit(launch(f"racy/f32/{kernel}".encode(), int(blocks), int(threads), ctypes.byref(args)))
+"""
+
+
+@pytest.fixture(scope="module")
+def racy(tmp_path_factory):
+    return build_emulator(tmp_path_factory.mktemp("racy"), RACY)
+
+
+@pytest.mark.parametrize(("threads", "kernel"), KERNELS)
+def test_races_are_found(threads, kernel, racy):
+    def launch(right):
+        command = [sys.executable, "-c", LAUNCH, str(racy), kernel, threads, "3", right]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    wrong = launch("wrong")
+    assert wrong.returncode < 0, "not found"
+    assert f"{FOUND.get(kernel, 'race')} in racy/f32/{kernel}" in wrong.stderr
+    right = launch("right")
+    assert right.returncode == 0, right.stderr
