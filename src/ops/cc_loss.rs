@@ -141,58 +141,75 @@ fn measure<E: Element + Stored>(
             scale: 1.0,
         }
     } else {
-        let (around, through) = (12 * count * count * cols, 3 * count * cols * cols);
-        let exact = through <= EXACT || dtype == Dtype::F64;
-        // f32 is twice as fast, and around the matrix all is f64.
-        let gram = if exact {
-            around <= through
-        } else {
-            2 * around <= through
-        };
-        let alone = if gram {
-            around <= ALONE || count <= FEW
-        } else {
-            through <= ALONE
-        };
-        if alone {
-            let Ok(loss) = multiplied(pairs, out, (gram, exact), &Alone);
+        let way = Way::of(count, cols, dtype);
+        if way.alone {
+            let Ok(loss) = way.go(pairs, out, &Alone);
             loss
         } else {
-            multiplied(pairs, out, (gram, exact), &Libtorch)?
+            way.go(pairs, out, &Libtorch)?
         }
     };
     let grad = grad.map(|grad| StoredGrad::new(grad.into_tensor(), loss.scale));
     Ok((loss.value, grad))
 }
 
-/// The loss by the shorter way.
-fn multiplied<E: Element, M, X>(
-    pairs: Pairs<'_, E>,
-    mut grad: Option<&mut [E]>,
-    (around, exact): (bool, bool),
-    products: &M,
-) -> std::result::Result<Loss, X>
-where
-    M: Multiply<f32, Error = X> + Multiply<f64, Error = X> + Sync,
-    X: Send,
-{
-    if around {
-        return gram(pairs, grad, products);
+/// How the loss is computed.
+struct Way {
+    /// Around the C x C matrix, which is always in f64.
+    around: bool,
+    /// In f64.
+    exact: bool,
+    /// Without libtorch.
+    alone: bool,
+}
+
+impl Way {
+    /// The shortest for `rows` rows.
+    fn of(rows: usize, cols: usize, dtype: Dtype) -> Self {
+        // Multiplications.
+        let (around, through) = (12 * rows * rows * cols, 3 * rows * cols * cols);
+        let exact = through <= EXACT || dtype == Dtype::F64;
+        // f32 is twice as fast.
+        let through_time = if exact { through } else { through / 2 };
+        if around <= through_time {
+            return Self {
+                around: true,
+                exact: true,
+                alone: around <= ALONE || rows <= FEW,
+            };
+        }
+        Self {
+            around: false,
+            exact,
+            alone: through <= ALONE,
+        }
     }
-    let single = if exact {
-        None
-    } else {
-        matrix::<E, f32, _>(pairs, grad.as_deref_mut(), products)?
-    };
-    if let Some(loss) = single {
-        return Ok(loss);
+
+    fn go<E: Element, M, X>(
+        &self,
+        pairs: Pairs<'_, E>,
+        mut grad: Option<&mut [E]>,
+        products: &M,
+    ) -> std::result::Result<Loss, X>
+    where
+        M: Multiply<f32, Error = X> + Multiply<f64, Error = X> + Sync,
+        X: Send,
+    {
+        if self.around {
+            return gram(pairs, grad, products);
+        }
+        if !self.exact
+            && let Some(loss) = matrix::<E, f32, _>(pairs, grad.as_deref_mut(), products)?
+        {
+            return Ok(loss);
+        }
+        let loss = matrix::<E, f64, _>(pairs, grad, products)?;
+        // Never: f64 has numbers for all classes that are not taken for absent.
+        Ok(loss.unwrap_or(Loss {
+            value: f64::NAN,
+            scale: 1.0,
+        }))
     }
-    let double = matrix::<E, f64, _>(pairs, grad, products)?;
-    // Never: f64 has numbers for all classes that are not taken for absent.
-    Ok(double.unwrap_or(Loss {
-        value: f64::NAN,
-        scale: 1.0,
-    }))
 }
 
 /// The weak logits, for second derivatives.
