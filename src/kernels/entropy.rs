@@ -59,20 +59,23 @@ impl<E: Element> Kernel for Sweep<'_, E> {
     fn run<I: Isa>(self) {
         let cols = self.p.cols();
         let (epsilon, weight) = (E::Acc::of(ENTROPY_EPSILON), E::Acc::of(-self.weight));
-        let mut scratch = self.p.scratch();
-        let mut logs = vec![E::Acc::ZERO; cols];
+        let (group, mut scratch) = self.p.groups();
+        let mut logs = vec![E::Acc::ZERO; group * cols];
         let mut grad = self.grad;
-        for (k, i) in self.range.enumerate() {
-            let p = self.p.in_turn(i, &mut scratch);
+        for start in self.range.clone().step_by(group) {
+            let end = self.range.end.min(start + group);
+            let p = self.p.block(start..end, &mut scratch);
+            let logs = &mut logs[..p.len()];
             for (log, &p) in logs.iter_mut().zip(p) {
                 *log = (p + epsilon).ln::<I>();
             }
-            self.out[k] = -reduce::sum_of_pairs(p, &logs, |p, log| p * log);
+            let here = start - self.range.start..end - self.range.start;
+            reduce::sums_of_pairs(p, logs, |p, log| -p * log, &mut self.out[here.clone()]);
             if let Some(grad) = grad.as_deref_mut() {
                 for (log, &p) in logs.iter_mut().zip(p) {
                     *log += p / (p + epsilon);
                 }
-                store_row(&logs, weight, &mut grad[k * cols..(k + 1) * cols]);
+                store_row(logs, weight, &mut grad[here.start * cols..here.end * cols]);
             }
         }
     }

@@ -10,6 +10,8 @@ use super::real::Real;
 const LANES: usize = 32;
 /// Those of loops of few instructions, which would be unrolled still.
 const MANY_LANES: usize = 128;
+/// Those of rows that are shorter than [`MANY_LANES`].
+const FEW_LANES: usize = 8;
 /// Elements that are added up in the computing type. Their sums go on in f64, so that a row of 100,000
 /// classes loses no more than one of 100.
 const BLOCK: usize = 512;
@@ -139,9 +141,22 @@ pub fn sum_of<F: Real>(row: &[F], f: impl Fn(F) -> F) -> f64 {
     total
 }
 
+/// [`sum_of_pairs`] of as many rows as `sums` has places, all of one length.
+#[inline(always)]
+pub fn sums_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F, sums: &mut [f64]) {
+    let cols = x.len() / sums.len().max(1);
+    for (i, sum) in sums.iter_mut().enumerate() {
+        let row = i * cols..(i + 1) * cols;
+        *sum = sum_of_pairs(&x[row.clone()], &y[row], &f);
+    }
+}
+
 /// `sum_j f(x_j, y_j)` with an `f` of few instructions; the slices have one length.
 #[inline(always)]
 pub fn sum_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
+    if x.len() < MANY_LANES {
+        return sum_of_few_pairs(x, y, f);
+    }
     let mut total = 0.0;
     for (x, y) in x.chunks(LONG_BLOCK).zip(y.chunks(LONG_BLOCK)) {
         let mut acc = [F::ZERO; MANY_LANES];
@@ -160,6 +175,24 @@ pub fn sum_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
         total += across(&acc);
     }
     total
+}
+
+/// [`sum_of_pairs`] of a short row, where to clear and fold many lanes would take longer than the sum.
+#[inline(always)]
+fn sum_of_few_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
+    let mut acc = [F::ZERO; FEW_LANES];
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<FEW_LANES>(), y.as_chunks::<FEW_LANES>());
+    for (x, y) in x.iter().zip(y) {
+        for k in 0..FEW_LANES {
+            acc[k] += f(x[k], y[k]);
+        }
+    }
+    let mut total = F::ZERO;
+    for (&x, &y) in x_rest.iter().zip(y_rest) {
+        total += f(x, y);
+    }
+    fold(&mut acc, 1, |a, b| a + b);
+    (total + acc[0]).to_f64()
 }
 
 /// Writes the first of what `f(row_j)` returns into `out`, of the same length, and returns the sum of

@@ -2,10 +2,10 @@
 
 use super::element::Element;
 use std::marker::PhantomData;
+mod in_turn;
 
-/// Bytes of the next row that a sweep asks for while it computes this one. Rows that are longer keep the
-/// processor's own prefetcher busy, which stops at each page and starts slowly.
-const AHEAD: usize = 4096;
+pub use in_turn::Scratch;
+
 const CACHE_LINE: usize = 64;
 
 /// A read-only matrix of `rows` x `cols` elements with arbitrary strides (in elements).
@@ -109,8 +109,7 @@ impl<'a, E: Element> Rows<'a, E> {
     /// follow each other in memory.
     pub fn grouped(&self, count: usize) -> Option<Self> {
         let (rows, cols) = (self.height / count.max(1), self.cols * count);
-        let adjacent = self.col_stride == 1 && self.row_stride == self.cols as isize;
-        adjacent.then_some(Self {
+        self.adjacent().then_some(Self {
             height: rows,
             cols,
             row_stride: cols as isize,
@@ -125,56 +124,59 @@ impl<'a, E: Element> Rows<'a, E> {
             && (self.row_stride, self.col_stride) == (other.row_stride, other.col_stride)
     }
 
-    /// Room for one converted row. Empty where [`Rows::row`] never converts.
-    pub fn scratch(&self) -> Vec<E::Acc> {
-        use super::real::Real;
-        let direct = E::exact(&[]).is_some() && self.col_stride == 1;
-        vec![E::Acc::ZERO; if direct { 0 } else { self.cols }]
-    }
-
-    /// [`Rows::row`] for sweeps that take one row after the other: the next one is on its way to the
-    /// cache when its turn comes.
+    /// Whether the rows follow each other in memory.
     #[inline(always)]
-    pub fn in_turn<'s>(&'s self, i: usize, scratch: &'s mut [E::Acc]) -> &'s [E::Acc] {
-        if self.col_stride == 1 {
-            let next = self
-                .data
-                .wrapping_offset((i as isize + 1) * self.row_stride);
-            let bytes = (self.cols * size_of::<E>()).min(AHEAD);
-            // After the last row it is an address like any other.
-            for line in (0..bytes).step_by(CACHE_LINE) {
-                prefetch(next.wrapping_byte_add(line));
-            }
-        }
-        self.row(i, scratch)
+    fn adjacent(&self) -> bool {
+        self.col_stride == 1 && self.row_stride == self.cols as isize
     }
 
-    /// Row `i` in the computing type: the memory itself where that is possible, else a copy in
-    /// `scratch`, which comes from [`Rows::scratch`].
+    /// The address of row `i`, or where it would be.
+    #[inline(always)]
+    fn start_of(&self, i: usize) -> *const E {
+        self.data.wrapping_offset(i as isize * self.row_stride)
+    }
+
+    /// Row `i` in the computing type, in any order of rows: the memory itself where that is possible, else
+    /// a copy in `room`, which then has a place for every column.
     ///
     /// # Panics
     /// If there is no row `i`: a mistake in a kernel.
     #[inline(always)]
-    pub fn row<'s>(&'s self, i: usize, scratch: &'s mut [E::Acc]) -> &'s [E::Acc] {
-        assert!(i < self.height, "row index");
-        let start = self.data.wrapping_offset(i as isize * self.row_stride);
-        if self.col_stride == 1 {
-            // SAFETY: the constructor's contract covers every element of row `i < rows`, and at
-            // stride 1 they are adjacent.
-            let row = unsafe { std::slice::from_raw_parts(start, self.cols) };
-            if let Some(direct) = E::exact(row) {
-                return direct;
-            }
-            for (s, &value) in scratch.iter_mut().zip(row) {
-                *s = value.load();
-            }
-        } else {
-            for (j, s) in scratch.iter_mut().enumerate() {
-                // SAFETY: `j < cols`, since scratch has `cols` places; the contract covers it.
-                *s = unsafe { *start.wrapping_offset(j as isize * self.col_stride) }.load();
-            }
+    pub fn row<'s>(&'s self, i: usize, room: &'s mut [E::Acc]) -> &'s [E::Acc] {
+        if self.col_stride == 1
+            && let Some(direct) = E::exact(self.adjacent_row(i))
+        {
+            return direct;
         }
-        &scratch[..self.cols]
+        self.copy_row(i, room);
+        &room[..self.cols]
+    }
+
+    /// Writes row `i` into `out`.
+    #[inline(always)]
+    fn copy_row(&self, i: usize, out: &mut [E::Acc]) {
+        let out = &mut out[..self.cols];
+        if self.col_stride == 1 {
+            for (o, &value) in out.iter_mut().zip(self.adjacent_row(i)) {
+                *o = value.load();
+            }
+            return;
+        }
+        assert!(i < self.height, "row index");
+        let start = self.start_of(i);
+        for (j, o) in out.iter_mut().enumerate() {
+            // SAFETY: `i < rows` and `j < cols`: the constructor's contract covers it.
+            *o = unsafe { *start.wrapping_offset(j as isize * self.col_stride) }.load();
+        }
+    }
+
+    /// The memory of row `i`, whose elements are adjacent.
+    #[inline(always)]
+    fn adjacent_row(&self, i: usize) -> &[E] {
+        assert!(i < self.height && self.col_stride == 1, "row index");
+        // SAFETY: the constructor's contract covers every element of row `i < rows`, and at stride 1
+        // they are adjacent.
+        unsafe { std::slice::from_raw_parts(self.start_of(i), self.cols) }
     }
 }
 
@@ -208,12 +210,10 @@ mod tests {
     fn strides_and_conversion() {
         let data: Vec<f32> = (0..24).map(|x| x as f32).collect();
         let plain = Rows::contiguous(&data, 4, 6).unwrap();
-        assert!(plain.scratch().is_empty());
         assert_eq!(plain.row(2, &mut []), &data[12..18]);
         // SAFETY: the transpose of a 4 x 6 matrix addresses the same 24 elements.
         let transposed = unsafe { Rows::strided(data.as_ptr(), (6, 4), (1, 6)) };
-        let mut scratch = transposed.scratch();
-        assert_eq!(transposed.row(1, &mut scratch), &[1.0, 7.0, 13.0, 19.0]);
+        assert_eq!(transposed.row(1, &mut [0.0; 4]), &[1.0, 7.0, 13.0, 19.0]);
         // SAFETY: one column, of which row 1 is element 6.
         let column = unsafe { Rows::strided(data.as_ptr(), (4, 1), (6, 9)) };
         assert_eq!(column.row(1, &mut []), &[6.0]);
@@ -221,16 +221,14 @@ mod tests {
         assert!(Rows::contiguous(&data, 5, 5).is_none());
         assert_eq!(plain.slice(1..3).row(1, &mut []), &data[12..18]);
         assert_eq!(plain.columns(2..4).row(1, &mut []), &data[8..10]);
-        assert_eq!(transposed.columns(1..2).in_turn(5, &mut [0.0]), &[11.0]);
-        assert_eq!(plain.in_turn(3, &mut []), plain.row(3, &mut []));
+        assert_eq!(transposed.columns(1..2).row(5, &mut [0.0]), &[11.0]);
         assert_eq!(plain.grouped(2).unwrap().row(1, &mut []), &data[12..24]);
         assert_eq!(plain.grouped(3).unwrap().rows(), 1);
         assert!(transposed.grouped(2).is_none());
 
         let half: Vec<Bf16> = data.iter().map(|&x| Bf16::store(x)).collect();
         let rows = Rows::contiguous(&half, 4, 6).unwrap();
-        let mut scratch = rows.scratch();
-        assert_eq!(rows.row(3, &mut scratch), &data[18..24]);
+        assert_eq!(rows.row(3, &mut [0.0; 6]), &data[18..24]);
         let mut out = [Bf16(0); 2];
         store_row(&[1.0, 2.0], 4.0, &mut out);
         assert_eq!(out.map(Element::load), [4.0, 8.0]);

@@ -120,7 +120,7 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
 fn add_rows<E: Element>(p: Rows<'_, E>, start: usize, sums: &mut [f64]) {
     let mut scratch = p.scratch();
     for i in start..p.rows() {
-        for (sum, &p) in sums.iter_mut().zip(p.row(i, &mut scratch)) {
+        for (sum, &p) in sums.iter_mut().zip(p.in_turn(i, &mut scratch)) {
             *sum += p.to_f64();
         }
     }

@@ -87,7 +87,10 @@ impl<F: Element<Acc = F> + Real> Kernel for Forward<'_, F> {
         let (mut query, mut key) = (self.queries.scratch(), self.keys.scratch());
         let rows = self.scores.chunks_exact_mut(self.width);
         for ((row, i), &label) in rows.zip(self.range).zip(self.labels) {
-            let (q, k) = (self.queries.row(i, &mut query), self.keys.row(i, &mut key));
+            let (q, k) = (
+                self.queries.in_turn(i, &mut query),
+                self.keys.in_turn(i, &mut key),
+            );
             row[0] = F::of(reduce::sum_of_pairs(q, k, |q, k| q * k));
             let max = reduce::max(row);
             let total = reduce::sum_of(row, |s| ((s - max) * inverse_t).exp_nonpositive::<I>());
@@ -157,7 +160,7 @@ impl<F: Element<Acc = F> + Real> Kernel for Backward<'_, F> {
             .chunks_exact_mut(width)
             .zip(self.out.chunks_exact(width));
         for (((grad, out), i), &label) in rows.zip(self.range).zip(self.labels) {
-            let g = self.incoming.row(i, &mut scratch);
+            let g = self.incoming.in_turn(i, &mut scratch);
             let total = F::of(-reduce::sum(g));
             let own = 1 + label * keys;
             // In the order of `out`: the own key, the own class, the classes before it, the rest.

@@ -66,8 +66,8 @@ impl<F: Element<Acc = F> + Real> Kernel for MatrixScan<'_, '_, F> {
         let mut keys = vec![F::ZERO; self.distances.cols()];
         let out = self.positive.iter_mut().zip(self.negative);
         for (i, (positive, negative)) in self.range.zip(out) {
-            let d = self.distances.row(i, &mut scratch.0);
-            let s = self.identity.row(i, &mut scratch.1);
+            let d = self.distances.in_turn(i, &mut scratch.0);
+            let s = self.identity.in_turn(i, &mut scratch.1);
             for ((key, &d), &s) in keys.iter_mut().zip(d).zip(s) {
                 *key = d + -offset * (F::ONE - s);
             }

@@ -422,7 +422,7 @@ impl<E: Element> Kernel for Normalize<'_, '_, E> {
         let mut scratch = self.x.scratch();
         let rows = self.out.chunks_exact_mut(self.x.cols()).zip(self.norms);
         for (i, (out, norm)) in self.range.zip(rows) {
-            let x = self.x.row(i, &mut scratch);
+            let x = self.x.in_turn(i, &mut scratch);
             *norm = reduce::sum_of_pairs(x, x, |x, y| x * y).sqrt();
             let divisor = E::Acc::of(if *norm < SMALLEST_NORM {
                 SMALLEST_NORM

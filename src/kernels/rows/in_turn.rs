@@ -1,0 +1,274 @@
+//! Rows read one after the other: several are converted, or gathered from strides, at a time.
+
+use super::super::element::Element;
+use super::super::isa::{Isa, Kernel, dispatch};
+use super::super::real::Real;
+use super::{CACHE_LINE, Rows, prefetch};
+use std::ops::Range;
+
+/// Bytes of the next rows that a sweep asks for while it computes these. Rows that are longer keep the
+/// processor's own prefetcher busy, which stops at each page and starts slowly.
+const AHEAD: usize = 4096;
+/// Elements that are converted at a time where rows are narrow.
+const GROUP: usize = 4096;
+/// Side of the squares that are transposed in the nearest cache.
+const TILE: usize = 16;
+
+/// Room for converted rows of one matrix, and which ones it holds.
+pub struct Scratch<F> {
+    values: Vec<F>,
+    held: Range<usize>,
+}
+
+impl<E: Element> Rows<'_, E> {
+    /// Room for what [`Rows::in_turn`] converts.
+    pub fn scratch(&self) -> Scratch<E::Acc> {
+        self.room(1)
+    }
+
+    /// How many rows make a group of some thousand elements, at least one, and room for what
+    /// [`Rows::block`] converts of so many.
+    pub fn groups(&self) -> (usize, Scratch<E::Acc>) {
+        let count = (GROUP / self.cols.max(1)).clamp(1, self.height.max(1));
+        (count, self.room(count))
+    }
+
+    /// Empty where `count` rows at a time are never converted.
+    fn room(&self, count: usize) -> Scratch<E::Acc> {
+        let converted = if self.in_place(count) {
+            0
+        } else {
+            self.at_a_time().max(count).min(self.height)
+        };
+        Scratch {
+            values: vec![E::Acc::ZERO; converted * self.cols],
+            held: 0..0,
+        }
+    }
+
+    /// Whether `count` rows lie in memory as a sweep wants them.
+    #[inline(always)]
+    fn in_place(&self, count: usize) -> bool {
+        E::exact(&[]).is_some() && self.col_stride == 1 && (count == 1 || self.adjacent())
+    }
+
+    /// How many rows are converted together: narrow ones for the sake of the loop over them, and those
+    /// whose elements share cache lines for the sake of these.
+    fn at_a_time(&self) -> usize {
+        let narrow = GROUP / self.cols.max(1);
+        if self.by_columns() {
+            narrow.max(CACHE_LINE / size_of::<E>())
+        } else {
+            narrow.max(1)
+        }
+    }
+
+    /// Whether the neighbours of an element are in its column.
+    fn by_columns(&self) -> bool {
+        self.col_stride != 1 && self.row_stride.abs() < self.col_stride.abs()
+    }
+
+    /// Row `i` in the computing type, for sweeps that take one row after the other. `scratch` comes from
+    /// this matrix.
+    ///
+    /// # Panics
+    /// If there is no row `i`: a mistake in a kernel.
+    #[inline(always)]
+    pub fn in_turn<'s>(&'s self, i: usize, scratch: &'s mut Scratch<E::Acc>) -> &'s [E::Acc] {
+        self.block(i..i + 1, scratch)
+    }
+
+    /// The rows of `range`, one behind the other, in the computing type: the memory itself where that is
+    /// possible, else a copy in `scratch`, which comes from this matrix and has room for so many. What
+    /// follows is on its way to the cache when its turn comes.
+    ///
+    /// # Panics
+    /// If the range leaves the matrix or the room: a mistake in a kernel.
+    #[inline(always)]
+    pub fn block<'s>(
+        &'s self,
+        range: Range<usize>,
+        scratch: &'s mut Scratch<E::Acc>,
+    ) -> &'s [E::Acc] {
+        assert!(
+            range.start <= range.end && range.end <= self.height,
+            "row range"
+        );
+        if self.in_place(range.len()) {
+            self.ask_for(range.end, range.len());
+            let start = self.start_of(range.start);
+            // SAFETY: the constructor's contract covers every element of these rows, which are adjacent.
+            let rows = unsafe { std::slice::from_raw_parts(start, range.len() * self.cols) };
+            if let Some(direct) = E::exact(rows) {
+                return direct;
+            }
+        }
+        if range.start < scratch.held.start || range.end > scratch.held.end {
+            let end = self
+                .height
+                .min(range.start + self.at_a_time())
+                .max(range.end);
+            scratch.held = range.start..end;
+            dispatch(Convert {
+                rows: self.slice(range.start..end),
+                out: &mut scratch.values,
+            });
+        }
+        let first = range.start - scratch.held.start;
+        &scratch.values[first * self.cols..(first + range.len()) * self.cols]
+    }
+
+    /// Asks for `count` rows from `i` on, which need not be there.
+    #[inline(always)]
+    fn ask_for(&self, i: usize, count: usize) {
+        let next = self.start_of(i);
+        let bytes = (count * self.cols * size_of::<E>()).min(AHEAD);
+        for line in (0..bytes).step_by(CACHE_LINE) {
+            prefetch(next.wrapping_byte_add(line));
+        }
+    }
+}
+
+/// Writes rows one behind the other.
+struct Convert<'a, 'b, E: Element> {
+    rows: Rows<'a, E>,
+    out: &'b mut [E::Acc],
+}
+
+impl<E: Element> Kernel for Convert<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Self { rows, out } = self;
+        if rows.by_columns() {
+            for i in (0..rows.height).step_by(TILE) {
+                for j in (0..rows.cols).step_by(TILE) {
+                    transpose(&rows, (i, j), out);
+                }
+            }
+            return;
+        }
+        if let Some(all) = rows.grouped(rows.height).filter(|all| all.height == 1) {
+            all.ask_for(1, 1);
+            all.copy_row(0, out);
+            return;
+        }
+        for (i, out) in out
+            .chunks_exact_mut(rows.cols.max(1))
+            .enumerate()
+            .take(rows.height)
+        {
+            rows.copy_row(i, out);
+        }
+    }
+}
+
+/// One square of the matrix, or what is left of it at the edge. It is read column by column and written
+/// row by row, so that neither side needs more than a cache line of each at once.
+#[inline(always)]
+fn transpose<E: Element>(rows: &Rows<'_, E>, (i, j): (usize, usize), out: &mut [E::Acc]) {
+    let mut tile = [[E::Acc::ZERO; TILE]; TILE];
+    let (height, width) = (TILE.min(rows.height - i), TILE.min(rows.cols - j));
+    for c in 0..width {
+        let column = rows
+            .start_of(i)
+            .wrapping_offset((j + c) as isize * rows.col_stride);
+        for (r, row) in tile[..height].iter_mut().enumerate() {
+            // SAFETY: `i + r` and `j + c` are within the matrix, which the constructor's contract covers.
+            row[c] = unsafe { *column.wrapping_offset(r as isize * rows.row_stride) }.load();
+        }
+    }
+    for (r, row) in tile[..height].iter().enumerate() {
+        let at = (i + r) * rows.cols + j;
+        out[at..at + width].copy_from_slice(&row[..width]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::element::{Bf16, F16};
+    use super::*;
+
+    /// Every row and every group of rows of the matrix, both ways of reading.
+    fn check<E: Element>(rows: Rows<'_, E>, value: impl Fn(usize, usize) -> f64) {
+        let expect = |range: Range<usize>, got: &[E::Acc]| {
+            let got: Vec<f64> = got.iter().map(|x| x.to_f64()).collect();
+            let expected: Vec<f64> = range
+                .flat_map(|i| (0..rows.cols).map(move |j| (i, j)))
+                .map(|(i, j)| value(i, j))
+                .collect();
+            assert_eq!(got, expected);
+        };
+        let mut scratch = rows.scratch();
+        for i in (0..rows.height).chain([0]) {
+            expect(i..i + 1, rows.in_turn(i, &mut scratch));
+        }
+        let (count, mut scratch) = rows.groups();
+        for start in (0..rows.height).step_by(count) {
+            let range = start..rows.height.min(start + count);
+            expect(range.clone(), rows.block(range, &mut scratch));
+        }
+    }
+
+    fn every_layout<E: Element>(height: usize, cols: usize) {
+        // Exact in every type.
+        let number = |k: usize| (k % 251) as f64;
+        let data: Vec<E> = (0..=2 * height * cols)
+            .map(|k| E::store(E::Acc::of(number(k))))
+            .collect();
+        let strides = [
+            (cols, 1),
+            (cols + 1, 1),
+            (1, height),
+            (1, height + 1),
+            (2 * cols, 2),
+            (2, 2 * height),
+            (0, 1),
+            (1, 0),
+        ];
+        for (down, across) in strides {
+            if down * height + across * cols > data.len() + down + across {
+                continue;
+            }
+            // SAFETY: the last element, `(height - 1) down + (cols - 1) across`, is within the data.
+            let rows = unsafe {
+                Rows::strided(
+                    data.as_ptr(),
+                    (height, cols),
+                    (down as isize, across as isize),
+                )
+            };
+            let across = if cols > 1 { across } else { 1 };
+            check(rows, |i, j| number(i * down + j * across));
+        }
+    }
+
+    #[test]
+    fn every_layout_and_type() {
+        for (height, cols) in [
+            (1, 1),
+            (3, 5),
+            (16, 16),
+            (17, 33),
+            (70, 3),
+            (5, 900),
+            (700, 7),
+        ] {
+            every_layout::<f32>(height, cols);
+            every_layout::<f64>(height, cols);
+            every_layout::<F16>(height, cols);
+            every_layout::<Bf16>(height, cols);
+        }
+    }
+
+    #[test]
+    fn rows_in_place_need_no_room() {
+        let data = [1.0f32; 24];
+        let plain = Rows::contiguous(&data, 4, 6).unwrap();
+        assert!(plain.scratch().values.is_empty() && plain.groups().1.values.is_empty());
+        assert_eq!(plain.groups().0, 4);
+        let empty = Rows::<Bf16>::contiguous(&[], 0, 6).unwrap();
+        assert!(empty.groups().1.values.is_empty());
+    }
+}
