@@ -114,7 +114,7 @@ impl<E: Element> Kernel for Sweep<'_, E> {
                     let weight = |s: &Split| self.weight * self.goal.slope(s);
                     softmax::split_with_gradient::<I, E>(z, max, label, weight, &mut spare, grad)
                 }
-                None => softmax::split::<I, _>(z, max, label),
+                None => softmax::split::<I, _>(z, max, label, &mut spare),
             };
             total += match self.goal {
                 Goal::Agree => split.total().ln() + (max.to_f64() - z[label].to_f64()),

@@ -8,6 +8,8 @@ use super::real::Real;
 /// unrolled, it depends on what LLVM makes of a hundred scalar instructions. It then knows their number,
 /// and needs no masks and no loop over a rest.
 const LANES: usize = 32;
+/// Those of what is left of a row, and of short ones.
+const REST: usize = 16;
 /// Those of loops of few instructions, which would be unrolled still.
 const MANY_LANES: usize = 128;
 /// Those of rows that are shorter than [`MANY_LANES`].
@@ -33,7 +35,7 @@ pub fn max<F: Real>(row: &[F]) -> F {
         take(chunk);
     }
     if !rest.is_empty() {
-        take(last_lanes(row, &mut [F::NEG_INFINITY; LANES]));
+        take(last(row, &mut [F::NEG_INFINITY; LANES]));
     }
     // No number is further from 0 than infinity.
     let infinity = F::NEG_INFINITY.magnitude();
@@ -49,16 +51,43 @@ pub fn max<F: Real>(row: &[F]) -> F {
     largest[0]
 }
 
-/// The last values of a row, some of which are in the last whole chunk too. Those of a shorter one are
+/// The first [`REST`] of the last `count` values of a row, and how many those are. Where there are fewer,
+/// the [`last`] ones of the row, of which only the last `count` were not taken yet.
+#[inline(always)]
+fn left<'a, F: Real>(
+    row: &'a [F],
+    count: usize,
+    room: &'a mut [F; REST],
+) -> (&'a [F; REST], usize) {
+    if let Some(whole) = row[row.len() - count..].first_chunk::<REST>() {
+        return (whole, REST);
+    }
+    (last(row, room), count)
+}
+
+/// The last `N` values of a row, some of which are in the last whole chunk too. Those of a shorter one are
 /// the last of `room`. (To copy them always would be slow: what was written in small pieces is not yet
 /// there to be read in large ones.)
 #[inline(always)]
-fn last_lanes<'a, F: Real>(row: &'a [F], room: &'a mut [F; LANES]) -> &'a [F; LANES] {
-    if let Some(last) = row.last_chunk::<LANES>() {
+fn last<'a, F: Real, const N: usize>(row: &'a [F], room: &'a mut [F; N]) -> &'a [F; N] {
+    if let Some(last) = row.last_chunk::<N>() {
         return last;
     }
-    room[LANES - row.len()..].copy_from_slice(row);
+    room[N - row.len()..].copy_from_slice(row);
     room
+}
+
+/// Writes what was computed of the values that [`left`] gave for this `count`.
+#[inline(always)]
+fn put<F: Real>(written: &[F; REST], out: &mut [F], count: usize) {
+    let at = out.len() - count;
+    if let Some(whole) = out[at..].first_chunk_mut::<REST>() {
+        *whole = *written;
+    } else if let Some(last) = out.last_chunk_mut::<REST>() {
+        *last = *written;
+    } else {
+        out.copy_from_slice(&written[REST - count..]);
+    }
 }
 
 /// Folds the upper half of `lanes` onto the lower one until `count` are left.
@@ -131,10 +160,13 @@ pub fn sum_of<F: Real>(row: &[F], f: impl Fn(F) -> F) -> f64 {
                 acc[k] += f(x[k]);
             }
         }
-        if !rest.is_empty() {
-            let mut room = [F::ZERO; LANES];
-            let x = last_lanes(block, &mut room);
-            add_last(&mut acc, rest.len(), |k| f(x[k]));
+        let mut room = [F::ZERO; REST];
+        for piece in 0..rest.len().div_ceil(REST) {
+            let (x, count) = left(block, rest.len() - piece * REST, &mut room);
+            for k in 0..REST {
+                let term = f(x[k]);
+                acc[k] += if k < REST - count { F::ZERO } else { term };
+            }
         }
         total += across(&acc);
     }
@@ -210,35 +242,20 @@ pub fn map_sum<F: Real>(row: &[F], out: &mut [F], f: impl Fn(F) -> (F, F)) -> f6
                 acc[k] += added;
             }
         }
-        if !rest.is_empty() {
-            let (mut room, mut written) = ([F::ZERO; LANES], [F::ZERO; LANES]);
-            let x = last_lanes(row, &mut room);
-            for k in 0..LANES {
+        let (mut room, mut written) = ([F::ZERO; REST], [F::ZERO; REST]);
+        for piece in 0..rest.len().div_ceil(REST) {
+            let behind = rest.len() - piece * REST;
+            let (x, count) = left(row, behind, &mut room);
+            for k in 0..REST {
                 let added;
                 (written[k], added) = f(x[k]);
-                acc[k] += if k < LANES - rest.len() {
-                    F::ZERO
-                } else {
-                    added
-                };
+                acc[k] += if k < REST - count { F::ZERO } else { added };
             }
-            match out.last_chunk_mut::<LANES>() {
-                Some(last) => *last = written,
-                None => out.copy_from_slice(&written[LANES - rest.len()..]),
-            }
+            put(&written, out, behind);
         }
         total += across(&acc);
     }
     total
-}
-
-/// Adds the last `count` of all `terms`.
-#[inline(always)]
-fn add_last<F: Real>(acc: &mut [F; LANES], count: usize, terms: impl Fn(usize) -> F) {
-    for k in 0..LANES {
-        let term = terms(k);
-        acc[k] += if k < LANES - count { F::ZERO } else { term };
-    }
 }
 
 /// Writes `e^(scale (row_j - shift))` into `out` and returns its sum. `shift` is the maximum of the row,

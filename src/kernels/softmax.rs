@@ -46,13 +46,15 @@ impl Split {
     }
 }
 
-/// The row `z` seen from class `label`; `max` is its maximum.
+/// The row `z` seen from class `label`; `max` is its maximum. Leaves in `p`, of the same length,
+/// `e^{z_c - max}` of the others and 0 in its place.
 #[inline(always)]
-pub fn split<I: Isa, F: Real>(z: &[F], max: F, label: usize) -> Split {
+pub fn split<I: Isa, F: Real>(z: &[F], max: F, label: usize, p: &mut [F]) -> Split {
+    reduce::exp_shifted::<I, _>(z, max, F::ONE, p);
+    let own = std::mem::replace(&mut p[label], F::ZERO);
     Split {
-        own: (z[label] - max).exp::<I>().to_f64(),
-        others: reduce::sum_exp_shifted::<I, _>(&z[..label], max)
-            + reduce::sum_exp_shifted::<I, _>(&z[label + 1..], max),
+        own: own.to_f64(),
+        others: reduce::sum(p),
     }
 }
 
@@ -84,12 +86,7 @@ fn fill<I: Isa, F: Real>(
     weight: impl FnOnce(&Split) -> f64,
     p: &mut [F],
 ) -> Split {
-    reduce::exp_shifted::<I, _>(z, max, F::ONE, p);
-    let own = std::mem::replace(&mut p[label], F::ZERO);
-    let split = Split {
-        own: own.to_f64(),
-        others: reduce::sum(p),
-    };
+    let split = split::<I, _>(z, max, label, p);
     let factor = weight(&split) / split.total();
     let rounded = F::of(factor);
     for p in &mut *p {
@@ -108,7 +105,7 @@ mod tests {
     #[test]
     fn the_remainder_keeps_its_digits() {
         let z = [30.0f32, 0.0, 1.0];
-        let got = split::<Baseline, _>(&z, 30.0, 0);
+        let got = split::<Baseline, _>(&z, 30.0, 0, &mut [0.0; 3]);
         let exact = ((-30f64).exp() + (-29f64).exp()) / (1.0 + (-30f64).exp() + (-29f64).exp());
         assert!((got.remainder() / exact - 1.0).abs() < 1e-6);
         assert!((got.probability() - 1.0).abs() < 1e-12);
