@@ -1,4 +1,7 @@
-//! Rows read one after the other: several are converted, or gathered from strides, at a time.
+//! Rows read one after the other: narrow ones are converted, or gathered from strides, several at a time.
+//!
+//! Columns that lie one behind the other are gathered row by row all the same: transposed in squares of 16,
+//! sixteen rows at a time, they took up to twice as long.
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
@@ -11,8 +14,6 @@ use std::ops::Range;
 const AHEAD: usize = 4096;
 /// Elements that are converted at a time where rows are narrow.
 const GROUP: usize = 4096;
-/// Side of the squares that are transposed in the nearest cache.
-const TILE: usize = 16;
 
 /// Room for converted rows of one matrix, and which ones it holds.
 pub struct Scratch<F> {
@@ -29,7 +30,7 @@ impl<E: Element> Rows<'_, E> {
     /// How many rows make a group of some thousand elements, at least one, and room for what
     /// [`Rows::block`] converts of so many.
     pub fn groups(&self) -> (usize, Scratch<E::Acc>) {
-        let count = (GROUP / self.cols.max(1)).clamp(1, self.height.max(1));
+        let count = self.at_a_time().min(self.height.max(1));
         (count, self.room(count))
     }
 
@@ -52,20 +53,9 @@ impl<E: Element> Rows<'_, E> {
         E::exact(&[]).is_some() && self.col_stride == 1 && (count == 1 || self.adjacent())
     }
 
-    /// How many rows are converted together: narrow ones for the sake of the loop over them, and those
-    /// whose elements share cache lines for the sake of these.
+    /// How many rows are converted together, for the sake of the loop over them.
     fn at_a_time(&self) -> usize {
-        let narrow = GROUP / self.cols.max(1);
-        if self.by_columns() {
-            narrow.max(CACHE_LINE / size_of::<E>())
-        } else {
-            narrow.max(1)
-        }
-    }
-
-    /// Whether the neighbours of an element are in its column.
-    fn by_columns(&self) -> bool {
-        self.col_stride != 1 && self.row_stride.abs() < self.col_stride.abs()
+        (GROUP / self.cols.max(1)).max(1)
     }
 
     /// Row `i` in the computing type, for sweeps that take one row after the other. `scratch` comes from
@@ -141,14 +131,6 @@ impl<E: Element> Kernel for Convert<'_, '_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let Self { rows, out } = self;
-        if rows.by_columns() {
-            for i in (0..rows.height).step_by(TILE) {
-                for j in (0..rows.cols).step_by(TILE) {
-                    transpose(&rows, (i, j), out);
-                }
-            }
-            return;
-        }
         if let Some(all) = rows.grouped(rows.height).filter(|all| all.height == 1) {
             all.ask_for(1, 1);
             all.copy_row(0, out);
@@ -161,27 +143,6 @@ impl<E: Element> Kernel for Convert<'_, '_, E> {
         {
             rows.copy_row(i, out);
         }
-    }
-}
-
-/// One square of the matrix, or what is left of it at the edge. It is read column by column and written
-/// row by row, so that neither side needs more than a cache line of each at once.
-#[inline(always)]
-fn transpose<E: Element>(rows: &Rows<'_, E>, (i, j): (usize, usize), out: &mut [E::Acc]) {
-    let mut tile = [[E::Acc::ZERO; TILE]; TILE];
-    let (height, width) = (TILE.min(rows.height - i), TILE.min(rows.cols - j));
-    for c in 0..width {
-        let column = rows
-            .start_of(i)
-            .wrapping_offset((j + c) as isize * rows.col_stride);
-        for (r, row) in tile[..height].iter_mut().enumerate() {
-            // SAFETY: `i + r` and `j + c` are within the matrix, which the constructor's contract covers.
-            row[c] = unsafe { *column.wrapping_offset(r as isize * rows.row_stride) }.load();
-        }
-    }
-    for (r, row) in tile[..height].iter().enumerate() {
-        let at = (i + r) * rows.cols + j;
-        out[at..at + width].copy_from_slice(&row[..width]);
     }
 }
 
