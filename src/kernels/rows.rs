@@ -6,8 +6,6 @@ mod in_turn;
 
 pub use in_turn::Scratch;
 
-const CACHE_LINE: usize = 64;
-
 /// A read-only matrix of `rows` x `cols` elements with arbitrary strides (in elements).
 #[derive(Clone, Copy)]
 pub struct Rows<'a, E> {

@@ -6,12 +6,13 @@
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::real::Real;
-use super::{CACHE_LINE, Rows, prefetch};
+use super::{Rows, prefetch};
 use std::ops::Range;
 
 /// Bytes of the next rows that a sweep asks for while it computes these. Rows that are longer keep the
 /// processor's own prefetcher busy, which stops at each page and starts slowly.
 const AHEAD: usize = 4096;
+const CACHE_LINE: usize = 64;
 /// Elements that are converted at a time where rows are narrow.
 const GROUP: usize = 4096;
 
@@ -34,12 +35,12 @@ impl<E: Element> Rows<'_, E> {
         (count, self.room(count))
     }
 
-    /// Empty where `count` rows at a time are never converted.
+    /// Room for what is converted together; none where `count` rows at a time never are.
     fn room(&self, count: usize) -> Scratch<E::Acc> {
         let converted = if self.in_place(count) {
             0
         } else {
-            self.at_a_time().max(count).min(self.height)
+            self.at_a_time().min(self.height)
         };
         Scratch {
             values: vec![E::Acc::ZERO; converted * self.cols],
@@ -94,10 +95,7 @@ impl<E: Element> Rows<'_, E> {
             }
         }
         if range.start < scratch.held.start || range.end > scratch.held.end {
-            let end = self
-                .height
-                .min(range.start + self.at_a_time())
-                .max(range.end);
+            let end = self.height.min(range.start + self.at_a_time());
             scratch.held = range.start..end;
             dispatch(Convert {
                 rows: self.slice(range.start..end),
@@ -119,7 +117,7 @@ impl<E: Element> Rows<'_, E> {
     }
 }
 
-/// Writes rows one behind the other.
+/// Writes rows, at least one, one behind the other.
 struct Convert<'a, 'b, E: Element> {
     rows: Rows<'a, E>,
     out: &'b mut [E::Acc],
@@ -131,17 +129,13 @@ impl<E: Element> Kernel for Convert<'_, '_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let Self { rows, out } = self;
-        if let Some(all) = rows.grouped(rows.height).filter(|all| all.height == 1) {
+        if let Some(all) = rows.grouped(rows.height) {
             all.ask_for(1, 1);
             all.copy_row(0, out);
             return;
         }
-        for (i, out) in out
-            .chunks_exact_mut(rows.cols.max(1))
-            .enumerate()
-            .take(rows.height)
-        {
-            rows.copy_row(i, out);
+        for i in 0..rows.height {
+            rows.copy_row(i, &mut out[i * rows.cols..]);
         }
     }
 }
@@ -189,10 +183,8 @@ mod tests {
             (1, 0),
         ];
         for (down, across) in strides {
-            if down * height + across * cols > data.len() + down + across {
-                continue;
-            }
-            // SAFETY: the last element, `(height - 1) down + (cols - 1) across`, is within the data.
+            assert!((height - 1) * down + (cols - 1) * across < data.len());
+            // SAFETY: the last element is within the data, as just asserted.
             let rows = unsafe {
                 Rows::strided(
                     data.as_ptr(),
