@@ -14,12 +14,15 @@
 
 use super::Loss;
 use super::element::{Element, stored_scale};
-use super::isa::{Isa, Kernel, dispatch};
+use super::isa::{Isa, Kernel};
+use super::lanes;
 use super::parallel::{cut, cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::Rows;
 use super::softmax::{self, Split};
+mod narrow;
+
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
@@ -73,7 +76,7 @@ pub fn dst<E: Element>(
                 weight: weight * scale,
                 out,
             };
-            move || dispatch(sweep)
+            move || lanes::dispatch(sweep, lanes::fit(logits.cols()))
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();
@@ -159,6 +162,7 @@ fn disagreement(split: &Split) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::super::element::{Bf16, F16};
+    use super::super::lanes::tests::widened;
     use super::*;
 
     fn call<E: Element>(
@@ -204,7 +208,12 @@ mod tests {
 
     #[test]
     fn values_and_finite_differences() {
-        let (rows, cols) = (7, 5);
+        for (rows, cols) in [(7, 5), (19, 3), (7, 35)] {
+            finite_differences(rows, cols);
+        }
+    }
+
+    fn finite_differences(rows: usize, cols: usize) {
         let z: Vec<f64> = (0..rows * cols)
             .map(|k| ((k * 37 + 5) % 23) as f64 / 5.0 - 2.0)
             .collect();
@@ -227,49 +236,67 @@ mod tests {
     #[test]
     fn a_saturated_row_keeps_its_gradient() {
         let z = [20.0f32, 0.0];
-        let (loss, _, grad) = call(Goal::Disagree, &z, &z, 2, 1);
         let others = 1.0 / (1.0 + 20f64.exp());
-        assert!((loss.value / 2.0 + (others + OFFSET).ln()).abs() < 1e-6);
         let exact = 2.0 * (1.0 - others) * others / (others + OFFSET);
-        assert!(
-            (f64::from(grad[0]) / exact - 1.0).abs() < 1e-5,
-            "{} {exact}",
-            grad[0]
-        );
-        assert!((f64::from(grad[1]) / exact + 1.0).abs() < 1e-5);
+        for z in [z.to_vec(), widened(&z, 2, -1e3)] {
+            let (loss, _, grad) = call(Goal::Disagree, &z, &z, z.len(), 1);
+            assert!((loss.value / 2.0 + (others + OFFSET).ln()).abs() < 1e-6);
+            assert!(
+                (f64::from(grad[0]) / exact - 1.0).abs() < 1e-5,
+                "{} {exact}",
+                grad[0]
+            );
+            assert!((f64::from(grad[1]) / exact + 1.0).abs() < 1e-5);
+        }
     }
 
     #[test]
     fn clamped_rows_ties_nan_and_no_rows() {
-        let z = [-20.0f64, 0.0];
-        let (loss, labels, grad) = call(Goal::Disagree, &z, &[1.0, 1.0], 2, 1);
-        assert_eq!((loss.value, labels, grad), (0.0, vec![0], vec![0.0, 0.0]));
-        let (loss, labels, grad) = call(Goal::Disagree, &[0.0, f64::NAN], &[1.0, f64::NAN], 2, 1);
-        assert!(loss.value.is_nan() && grad.iter().all(|g| g.is_nan()));
-        assert_eq!(labels, [1]);
+        for wide in [false, true] {
+            let call = |z: &[f64], y: &[f64]| {
+                let row = |x: &[f64]| {
+                    if wide {
+                        widened(x, 2, -1e3)
+                    } else {
+                        x.to_vec()
+                    }
+                };
+                let (z, y) = (row(z), row(y));
+                call(Goal::Disagree, &z, &y, z.len(), 1)
+            };
+            let (loss, labels, grad) = call(&[-20.0, 0.0], &[1.0, 1.0]);
+            assert_eq!((loss.value, labels), (0.0, vec![0]));
+            assert!(grad.iter().all(|&g| g == 0.0));
+            let (loss, labels, grad) = call(&[0.0, f64::NAN], &[1.0, f64::NAN]);
+            assert!(loss.value.is_nan() && grad.iter().all(|g| g.is_nan()));
+            assert_eq!(labels, [1]);
+        }
         let (loss, _, _) = call::<f32>(Goal::Agree, &[], &[], 3, 1);
         assert!(loss.value.is_nan());
     }
 
     #[test]
     fn half_types_agree_with_f64() {
-        fn check<E: Element>(goal: Goal, tolerance: f64) {
-            let stored: Vec<E> = (0..33 * 7)
-                .map(|k| E::store(E::Acc::of(f64::from((k * 7) % 31) / 8.0)))
+        fn check<E: Element>(goal: Goal, cols: usize, tolerance: f64) {
+            let stored: Vec<E> = (0..33 * cols)
+                .map(|k| E::store(E::Acc::of(((k * 7) % 31) as f64 / 8.0)))
                 .collect();
             let exact: Vec<f64> = stored.iter().map(|z| z.load().to_f64()).collect();
-            let (expected, _, gradient) = call(goal, &exact, &exact, 7, 1);
-            let (loss, _, grad) = call(goal, &stored, &stored, 7, 1);
+            let (expected, _, gradient) = call(goal, &exact, &exact, cols, 1);
+            let (loss, _, grad) = call(goal, &stored, &stored, cols, 1);
             assert!((loss.value - expected.value).abs() < 1e-6 * expected.value.abs());
             let largest = gradient.iter().fold(0.0f64, |a, g| a.max(g.abs()));
             for (g, e) in grad.iter().zip(gradient) {
                 assert!((g.load().to_f64() / loss.scale - e).abs() <= tolerance * largest);
             }
         }
-        for goal in [Goal::Agree, Goal::Disagree] {
-            check::<f32>(goal, 1e-6);
-            check::<F16>(goal, 1e-3);
-            check::<Bf16>(goal, 8e-3);
+        for (goal, cols) in [Goal::Agree, Goal::Disagree]
+            .into_iter()
+            .flat_map(|goal| [(goal, 7), (goal, 40)])
+        {
+            check::<f32>(goal, cols, 1e-6);
+            check::<F16>(goal, cols, 1e-3);
+            check::<Bf16>(goal, cols, 8e-3);
         }
     }
 }

@@ -2,12 +2,15 @@
 //! `dH_i/dp_ic = -ln(p_ic + 1e-5) - p_ic / (p_ic + 1e-5)`.
 
 use super::element::Element;
-use super::isa::{Isa, Kernel, dispatch};
+use super::isa::{Isa, Kernel};
+use super::lanes;
 use super::mcc::ENTROPY_EPSILON;
 use super::parallel::{cut, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::{Rows, store_row};
+mod narrow;
+
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
@@ -38,7 +41,7 @@ pub fn entropy<E: Element>(
                 grad: grads.next().flatten(),
                 weight,
             };
-            move || dispatch(sweep)
+            move || lanes::dispatch(sweep, lanes::fit(p.cols()))
         })
         .collect();
     run(jobs);
@@ -103,6 +106,24 @@ mod tests {
             for k in 0..4 {
                 let exact = -0.5 * ((p[k] + 1e-5).ln() + p[k] / (p[k] + 1e-5));
                 assert!((grad[k] - exact).abs() < 1e-14);
+            }
+        }
+    }
+
+    #[test]
+    fn every_width() {
+        for (rows, cols) in [(1, 1), (16, 3), (35, 32), (35, 33), (3, 700)] {
+            let p: Vec<f64> = (0..rows * cols).map(|k| (k % 17) as f64 / 16.0).collect();
+            let (mut out, mut grad) = (vec![9.0; rows], vec![9.0; p.len()]);
+            let view = Rows::contiguous(&p, rows, cols).unwrap();
+            entropy(view, &mut out, Some(&mut grad), 2.0, NonZeroUsize::MIN);
+            for (p, out) in p.chunks(cols).zip(out) {
+                let exact: f64 = p.iter().map(|p| -p * (p + 1e-5).ln()).sum();
+                assert!((out - exact).abs() < 1e-13 * cols as f64, "{out} {exact}");
+            }
+            for (p, grad) in p.iter().zip(grad) {
+                let exact = -2.0 * ((p + 1e-5).ln() + p / (p + 1e-5));
+                assert!((grad - exact).abs() < 1e-13);
             }
         }
     }

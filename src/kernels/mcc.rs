@@ -17,11 +17,13 @@
 
 use super::Loss;
 use super::element::{Element, stored_scale};
-use super::isa::{Isa, Kernel, dispatch};
+use super::isa::{Isa, Kernel};
+use super::lanes;
 use super::parallel::{cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::{Rows, store_row};
+mod narrow;
 mod sums;
 
 use std::f64::consts::LN_2;
@@ -34,6 +36,9 @@ use sums::Totals;
 pub const ENTROPY_EPSILON: f64 = 1e-5;
 /// Rows whose contributions are added in the computing type before they go to the f64 sums.
 const FLUSH: usize = 16;
+/// The widest rows that are taken side by side: those narrower than others are, as the second sweep has to
+/// transpose them once more.
+const NARROW: usize = 20;
 /// Elements of the rows that are swept together: the next one's begin while the sums of one are folded.
 const GROUP: usize = 4096;
 
@@ -84,7 +89,7 @@ pub fn sweep<E: Element>(
                 range: range.clone(),
                 out: out.as_deref_mut(),
             };
-            move || dispatch(sweep)
+            move || lanes::dispatch(sweep, cols <= NARROW)
         })
         .collect();
     let mut kept = Vec::with_capacity(ranges.len());
@@ -158,7 +163,7 @@ pub fn finish<E: Element>(
                     scale,
                     out,
                 };
-                Some(move || dispatch(job))
+                Some(move || lanes::dispatch(job, cols <= NARROW))
             })
             .collect();
         run(jobs);

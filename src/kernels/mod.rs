@@ -7,6 +7,7 @@
 
 pub mod element;
 pub mod isa;
+pub mod lanes;
 pub mod parallel;
 pub mod product;
 pub mod real;

@@ -14,12 +14,15 @@
 
 use super::Loss;
 use super::element::{Element, round_to, stored_scale};
-use super::isa::{Isa, Kernel, dispatch};
+use super::isa::{Isa, Kernel};
+use super::lanes;
 use super::parallel::{cut, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::Rows;
 use super::softmax::{Split, confidence, split_with_gradient};
+mod narrow;
+
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
@@ -66,7 +69,7 @@ pub fn pseudo_label<E: Element>(
                 weight: weight * scale,
                 out,
             };
-            move || dispatch(sweep)
+            move || lanes::dispatch(sweep, lanes::fit(cols))
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();
@@ -194,6 +197,7 @@ impl<F: Real> Target<F> {
 #[cfg(test)]
 mod tests {
     use super::super::element::{Bf16, F16};
+    use super::super::lanes::tests::widened;
     use super::*;
 
     struct Result_<E> {
@@ -232,12 +236,38 @@ mod tests {
         }
     }
 
+    /// [`call`], of the rows themselves or with classes that have no probability.
+    fn either<E: Element>(
+        z: &[E],
+        t: &[E],
+        (rows, cols): (usize, usize),
+        threshold: f64,
+        threads: usize,
+        wide: bool,
+    ) -> Result_<E> {
+        if !wide {
+            return call(z, t, (rows, cols), threshold, threads);
+        }
+        let (z, t) = (widened(z, cols, -1e3), widened(t, cols, -1e3));
+        let width = z.len() / rows;
+        let mut got = call(&z, &t, (rows, width), threshold, threads);
+        let grads = got.grad.chunks(width);
+        got.grad = grads.flat_map(|grad| grad[..cols].to_vec()).collect();
+        got
+    }
+
     #[test]
     fn a_worked_example() {
+        for wide in [false, true] {
+            worked_example(wide);
+        }
+    }
+
+    fn worked_example(wide: bool) {
         let z = [1.0f64, 2.0, 3.0, 0.0, 0.0, 1.0];
         let t = [5.0f64, 0.0, 0.0, 1.0, 1.0, 0.5];
         for threads in [1, 2] {
-            let got = call(&z, &t, (2, 3), 0.9, threads);
+            let got = either(&z, &t, (2, 3), 0.9, threads, wide);
             assert_eq!((got.mask, got.labels), (vec![1.0, 0.0], vec![0, 0]));
             let total = 1f64.exp() + 2f64.exp() + 3f64.exp();
             assert!((got.loss.value - (total.ln() - 1.0) / 2.0).abs() < 1e-15);
@@ -260,12 +290,18 @@ mod tests {
 
     #[test]
     fn ties_of_the_rounded_softmax_go_to_the_first_index() {
+        for wide in [false, true] {
+            ties(wide);
+        }
+    }
+
+    fn ties(to_wide: bool) {
         let (near, next) = (0.125f32, f32::from_bits(0.125f32.to_bits() + 1));
         // One ulp apart: equal probabilities in f32, different ones in f64.
         let t = [near, next, 0.0, 0.0];
-        assert_eq!(call(&t, &t, (1, 4), 0.0, 1).labels, [0]);
+        assert_eq!(either(&t, &t, (1, 4), 0.0, 1, to_wide).labels, [0]);
         let wide: Vec<f64> = t.iter().map(|&x| f64::from(x)).collect();
-        assert_eq!(call(&wide, &wide, (1, 4), 0.0, 1).labels, [1]);
+        assert_eq!(either(&wide, &wide, (1, 4), 0.0, 1, to_wide).labels, [1]);
         let half: Vec<Bf16> = [2.0, 2.015_625, 0.0]
             .iter()
             .map(|&x| Bf16::store(x))
@@ -275,7 +311,7 @@ mod tests {
         let equal =
             Bf16::store((p(2.0) / total) as f32) == Bf16::store((p(2.015_625) / total) as f32);
         assert_eq!(
-            call(&half, &half, (1, 3), 0.0, 1).labels[0],
+            either(&half, &half, (1, 3), 0.0, 1, to_wide).labels[0],
             i64::from(!equal)
         );
     }
@@ -294,15 +330,35 @@ mod tests {
 
     #[test]
     fn not_finite_values() {
+        for wide in [false, true] {
+            not_finite(wide);
+        }
+        assert!(call::<f32>(&[], &[], (0, 3), 0.5, 1).loss.value.is_nan());
+    }
+
+    fn not_finite(wide: bool) {
         let nan = f32::NAN;
-        let got = call(&[0.0, 1.0, 1.0, 0.0], &[nan, 0.0, 9.0, 0.0], (2, 2), 0.5, 1);
+        let got = either(
+            &[0.0, 1.0, 1.0, 0.0],
+            &[nan, 0.0, 9.0, 0.0],
+            (2, 2),
+            0.5,
+            1,
+            wide,
+        );
         assert_eq!(got.mask, [0.0, 1.0]);
         assert!(got.loss.value.is_finite());
-        let got = call(&[nan, 1.0, 1.0, 0.0], &[0.0, 0.0, 9.0, 0.0], (2, 2), 0.9, 1);
+        let got = either(
+            &[nan, 1.0, 1.0, 0.0],
+            &[0.0, 0.0, 9.0, 0.0],
+            (2, 2),
+            0.9,
+            1,
+            wide,
+        );
         assert!(got.loss.value.is_nan() && got.grad[0].is_nan() && got.grad[2].is_finite());
-        let got = call(&[f32::NEG_INFINITY, 1.0], &[0.0, 0.0], (1, 2), 0.9, 1);
+        let got = either(&[f32::NEG_INFINITY, 1.0], &[0.0, 0.0], (1, 2), 0.9, 1, wide);
         assert!(got.loss.value.is_nan() && got.grad == [0.0, 0.0]);
-        assert!(call::<f32>(&[], &[], (0, 3), 0.5, 1).loss.value.is_nan());
     }
 
     #[test]

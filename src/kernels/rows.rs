@@ -3,8 +3,10 @@
 use super::element::Element;
 use std::marker::PhantomData;
 mod in_turn;
+mod side_by_side;
 
 pub use in_turn::Scratch;
+pub use side_by_side::put_back;
 
 /// A read-only matrix of `rows` x `cols` elements with arbitrary strides (in elements).
 #[derive(Clone, Copy)]
@@ -200,35 +202,4 @@ pub fn store_row<E: Element>(values: &[E::Acc], scale: E::Acc, out: &mut [E]) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::element::Bf16;
-    use super::*;
-
-    #[test]
-    fn strides_and_conversion() {
-        let data: Vec<f32> = (0..24).map(|x| x as f32).collect();
-        let plain = Rows::contiguous(&data, 4, 6).unwrap();
-        assert_eq!(plain.row(2, &mut []), &data[12..18]);
-        // SAFETY: the transpose of a 4 x 6 matrix addresses the same 24 elements.
-        let transposed = unsafe { Rows::strided(data.as_ptr(), (6, 4), (1, 6)) };
-        assert_eq!(transposed.row(1, &mut [0.0; 4]), &[1.0, 7.0, 13.0, 19.0]);
-        // SAFETY: one column, of which row 1 is element 6.
-        let column = unsafe { Rows::strided(data.as_ptr(), (4, 1), (6, 9)) };
-        assert_eq!(column.row(1, &mut []), &[6.0]);
-        assert!(!plain.same(&transposed) && plain.same(&plain));
-        assert!(Rows::contiguous(&data, 5, 5).is_none());
-        assert_eq!(plain.slice(1..3).row(1, &mut []), &data[12..18]);
-        assert_eq!(plain.columns(2..4).row(1, &mut []), &data[8..10]);
-        assert_eq!(transposed.columns(1..2).row(5, &mut [0.0]), &[11.0]);
-        assert_eq!(plain.grouped(2).unwrap().row(1, &mut []), &data[12..24]);
-        assert_eq!(plain.grouped(3).unwrap().rows(), 1);
-        assert!(transposed.grouped(2).is_none());
-
-        let half: Vec<Bf16> = data.iter().map(|&x| Bf16::store(x)).collect();
-        let rows = Rows::contiguous(&half, 4, 6).unwrap();
-        assert_eq!(rows.row(3, &mut [0.0; 6]), &data[18..24]);
-        let mut out = [Bf16(0); 2];
-        store_row(&[1.0, 2.0], 4.0, &mut out);
-        assert_eq!(out.map(Element::load), [4.0, 8.0]);
-    }
-}
+mod tests;

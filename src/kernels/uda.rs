@@ -14,12 +14,15 @@
 
 use super::Loss;
 use super::element::{Element, round_to, stored_scale};
-use super::isa::{Isa, Kernel, dispatch};
+use super::isa::{Isa, Kernel};
+use super::lanes;
 use super::parallel::{cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::Rows;
 use super::softmax::confidence;
+mod narrow;
+
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
@@ -49,7 +52,7 @@ pub fn uda<E: Element>(
                 scale,
                 grad,
             };
-            move || dispatch(sweep)
+            move || lanes::dispatch(sweep, lanes::fit(strong.cols()))
         })
         .collect();
     let (mut total, mut selected) = (0.0, 0);
@@ -173,6 +176,7 @@ impl<F: Real> Buffers<F> {
 #[cfg(test)]
 mod tests {
     use super::super::element::{Bf16, F16};
+    use super::super::lanes::tests::widened;
     use super::*;
 
     fn call<E: Element>(
@@ -199,7 +203,12 @@ mod tests {
 
     #[test]
     fn values_and_gradients() {
-        let (rows, cols) = (9, 4);
+        for (rows, cols, threshold) in [(9, 4, 0.5), (35, 4, 0.5), (9, 41, 0.071)] {
+            value_and_gradient(rows, cols, threshold);
+        }
+    }
+
+    fn value_and_gradient(rows: usize, cols: usize, threshold: f64) {
         let z: Vec<f64> = (0..rows * cols)
             .map(|k| ((k * 37 + 5) % 23) as f64 / 5.0 - 2.0)
             .collect();
@@ -208,7 +217,7 @@ mod tests {
             .collect();
         let selected: Vec<bool> = y
             .chunks(cols)
-            .map(|y| softmax(y, 1.0).into_iter().any(|q| q > 0.5))
+            .map(|y| softmax(y, 1.0).into_iter().any(|q| q > threshold))
             .collect();
         let n = selected.iter().filter(|&&s| s).count();
         assert!(n > 0 && n < rows);
@@ -229,7 +238,7 @@ mod tests {
             }
         }
         for threads in [1, 4] {
-            let (loss, grad) = call(&z, &y, cols, 0.5, threads);
+            let (loss, grad) = call(&z, &y, cols, threshold, threads);
             assert!(
                 (loss.value - expected).abs() < 1e-13,
                 "{} {expected}",
@@ -251,35 +260,43 @@ mod tests {
 
     #[test]
     fn infinities_and_nan() {
+        not_finite(|z, y| call(z, y, z.len(), 0.5, 1));
+        not_finite(|z, y| {
+            let (z, y) = (widened(z, 2, 0.0), widened(y, 2, -1e3));
+            call(&z, &y, z.len(), 0.5, 1)
+        });
+    }
+
+    fn not_finite(call: impl Fn(&[f64], &[f64]) -> (Loss, Vec<f64>)) {
         let inf = f64::INFINITY;
         // Selected: infinite where q > 0, NaN where q = 0 too; the gradient is finite.
-        let (loss, grad) = call(&[0.0, -inf], &[2.0, 0.0], 2, 0.5, 1);
+        let (loss, grad) = call(&[0.0, -inf], &[2.0, 0.0]);
         assert!(loss.value == inf && grad.iter().all(|g| g.is_finite()));
-        let (loss, grad) = call(&[0.0, -inf], &[2.0, -inf], 2, 0.5, 1);
+        let (loss, grad) = call(&[0.0, -inf], &[2.0, -inf]);
         assert!(loss.value.is_nan() && grad.iter().all(|g| g.is_finite()));
-        let (loss, grad) = call(&[1.0, 0.0], &[2.0, -inf], 2, 0.5, 1);
+        let (loss, grad) = call(&[1.0, 0.0], &[2.0, -inf]);
         assert!(loss.value.is_finite() && grad.iter().all(|g| g.is_finite()));
         // Not selected: the mask multiplies.
-        let (loss, grad) = call(&[0.0, -inf], &[0.0, 0.0], 2, 0.5, 1);
-        assert!(loss.value.is_nan() && grad == [0.0, 0.0]);
+        let (loss, grad) = call(&[0.0, -inf], &[0.0, 0.0]);
+        assert!(loss.value.is_nan() && grad.iter().all(|&g| g == 0.0));
         for (z, y) in [([0.0, f64::NAN], [0.0, 0.0]), ([0.0, 1.0], [0.0, f64::NAN])] {
-            let (loss, grad) = call(&z, &y, 2, 0.5, 1);
+            let (loss, grad) = call(&z, &y);
             assert!(loss.value.is_nan() && grad.iter().all(|g| g.is_nan()));
         }
     }
 
     #[test]
     fn half_types_agree_with_f64() {
-        fn check<E: Element>(tolerance: f64) {
+        fn check<E: Element>(cols: usize, tolerance: f64) {
             let stored = |step: usize| -> Vec<E> {
-                (0..33 * 7)
+                (0..33 * cols)
                     .map(|k| E::store(E::Acc::of(((k * step) % 31) as f64 / 8.0)))
                     .collect()
             };
             let exact = |x: &[E]| x.iter().map(|z| z.load().to_f64()).collect::<Vec<_>>();
             let (z, y) = (stored(7), stored(11));
-            let (expected, gradient) = call(&exact(&z), &exact(&y), 7, 0.1, 1);
-            let (loss, grad) = call(&z, &y, 7, 0.1, 1);
+            let (expected, gradient) = call(&exact(&z), &exact(&y), cols, 0.1, 1);
+            let (loss, grad) = call(&z, &y, cols, 0.1, 1);
             assert!((loss.value - expected.value).abs() < 1e-6 * expected.value);
             let largest = gradient.iter().fold(0.0f64, |a, g| a.max(g.abs())) / expected.scale;
             for (g, e) in grad.iter().zip(gradient) {
@@ -287,8 +304,10 @@ mod tests {
                 assert!(difference.abs() <= tolerance * largest);
             }
         }
-        check::<f32>(1e-6);
-        check::<F16>(1e-3);
-        check::<Bf16>(8e-3);
+        for cols in [7, 40] {
+            check::<f32>(cols, 1e-6);
+            check::<F16>(cols, 1e-3);
+            check::<Bf16>(cols, 8e-3);
+        }
     }
 }

@@ -27,7 +27,7 @@ use std::num::NonZeroUsize;
 
 /// Elements of exponential and logarithm that one thread computes in the time that makes another
 /// thread worth starting.
-const GRAIN: usize = 1 << 15;
+const GRAIN: usize = 1 << 14;
 
 /// What computes a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

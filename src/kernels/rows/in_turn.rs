@@ -142,78 +142,8 @@ impl<E: Element> Kernel for Convert<'_, '_, E> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::element::{Bf16, F16};
+    use super::super::super::element::Bf16;
     use super::*;
-
-    /// Every row and every group of rows of the matrix, both ways of reading.
-    fn check<E: Element>(rows: Rows<'_, E>, value: impl Fn(usize, usize) -> f64) {
-        let expect = |range: Range<usize>, got: &[E::Acc]| {
-            let got: Vec<f64> = got.iter().map(|x| x.to_f64()).collect();
-            let expected: Vec<f64> = range
-                .flat_map(|i| (0..rows.cols).map(move |j| (i, j)))
-                .map(|(i, j)| value(i, j))
-                .collect();
-            assert_eq!(got, expected);
-        };
-        let mut scratch = rows.scratch();
-        for i in (0..rows.height).chain([0]) {
-            expect(i..i + 1, rows.in_turn(i, &mut scratch));
-        }
-        let (count, mut scratch) = rows.groups();
-        for start in (0..rows.height).step_by(count) {
-            let range = start..rows.height.min(start + count);
-            expect(range.clone(), rows.block(range, &mut scratch));
-        }
-    }
-
-    fn every_layout<E: Element>(height: usize, cols: usize) {
-        // Exact in every type.
-        let number = |k: usize| (k % 251) as f64;
-        let data: Vec<E> = (0..=2 * height * cols)
-            .map(|k| E::store(E::Acc::of(number(k))))
-            .collect();
-        let strides = [
-            (cols, 1),
-            (cols + 1, 1),
-            (1, height),
-            (1, height + 1),
-            (2 * cols, 2),
-            (2, 2 * height),
-            (0, 1),
-            (1, 0),
-        ];
-        for (down, across) in strides {
-            assert!((height - 1) * down + (cols - 1) * across < data.len());
-            // SAFETY: the last element is within the data, as just asserted.
-            let rows = unsafe {
-                Rows::strided(
-                    data.as_ptr(),
-                    (height, cols),
-                    (down as isize, across as isize),
-                )
-            };
-            let across = if cols > 1 { across } else { 1 };
-            check(rows, |i, j| number(i * down + j * across));
-        }
-    }
-
-    #[test]
-    fn every_layout_and_type() {
-        for (height, cols) in [
-            (1, 1),
-            (3, 5),
-            (16, 16),
-            (17, 33),
-            (70, 3),
-            (5, 900),
-            (700, 7),
-        ] {
-            every_layout::<f32>(height, cols);
-            every_layout::<f64>(height, cols);
-            every_layout::<F16>(height, cols);
-            every_layout::<Bf16>(height, cols);
-        }
-    }
 
     #[test]
     fn rows_in_place_need_no_room() {

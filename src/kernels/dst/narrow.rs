@@ -1,0 +1,73 @@
+//! The sweep over narrow rows, side by side.
+
+use super::super::element::Element;
+use super::super::isa::{Isa, Kernel};
+use super::super::lanes::{
+    LANES, Lanes, Narrow, Split, argmax, columns, exp_shifted, max, split, stored, tiles,
+};
+use super::super::real::Real;
+use super::super::rows::put_back;
+use super::{Goal, OFFSET, Sweep};
+
+impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> Self::Output {
+        let Self(mut all) = self;
+        let cols = all.logits.cols();
+        let mut z = columns(cols);
+        let mut e = z.clone();
+        let mut grad = stored(cols);
+        let mut total = 0.0;
+        for (rows, here) in tiles(all.range.clone()) {
+            all.main.side_by_side(rows.clone(), &mut z);
+            let (_, label) = argmax(&z);
+            for (out, label) in all.out.labels[here.clone()].iter_mut().zip(label) {
+                *out = label.to_f64() as i64;
+            }
+            all.logits.side_by_side(rows, &mut z);
+            let largest = max(&z);
+            exp_shifted::<I, _>(&z, &largest, E::Acc::ONE, &mut e);
+            let split = split(&z, &mut e, &label);
+            let (values, factor) = match all.goal {
+                Goal::Agree => agreement::<I, _>(&largest, &split),
+                Goal::Disagree => disagreement::<I, _>(&split),
+            };
+            total += values[..here.len()].iter().sum::<f64>();
+            if let Some(out) = all.out.grad.as_deref_mut() {
+                split.gradient::<E>(&e, &factor.map(|f| f * all.weight), &mut grad);
+                put_back(&grad, out, here);
+            }
+        }
+        total
+    }
+}
+
+/// The loss of each row, and [`Goal::slope`] over `sum_c e^{z_c - max}`.
+#[inline(always)]
+fn agreement<I: Isa, F: Real>(max: &Lanes<F>, split: &Split<F>) -> (Lanes<f64>, Lanes<f64>) {
+    let (mut values, mut factors) = ([0.0; LANES], [0.0; LANES]);
+    for k in 0..LANES {
+        let total = split.own[k] + split.others[k];
+        values[k] = Real::ln::<I>(total) + (max[k].to_f64() - split.logit[k].to_f64());
+        factors[k] = 1.0 / total;
+    }
+    (values, factors)
+}
+
+/// As [`agreement`].
+#[inline(always)]
+fn disagreement<I: Isa, F: Real>(split: &Split<F>) -> (Lanes<f64>, Lanes<f64>) {
+    let (mut values, mut factors) = ([0.0; LANES], [0.0; LANES]);
+    for k in 0..LANES {
+        let total = split.own[k] + split.others[k];
+        let (p, u) = (split.own[k] / total, split.others[k] / total + OFFSET);
+        let clamped = p < OFFSET;
+        // The form that does not cancel.
+        let accurate = if p < 0.5 { 1.0 + (OFFSET - p) } else { u };
+        values[k] = -Real::ln::<I>(if clamped { 1.0 } else { accurate });
+        factors[k] = if clamped { 0.0 } else { -p / u / total };
+    }
+    (values, factors)
+}

@@ -1,0 +1,311 @@
+//! Narrow rows, [`LANES`] of them side by side.
+//!
+//! A row of a few classes is too short for a sweep of its own: to fold its sums takes longer than to add them
+//! up. Column by column ([`Rows::side_by_side`](super::rows::Rows::side_by_side)) each row has a lane of its
+//! own, and its maximum, its sums and what follows from them are computed for all lanes at once.
+
+use super::element::Element;
+use super::isa::{self, Isa, Kernel};
+use super::real::Real;
+use std::ops::Range;
+
+/// Rows side by side.
+pub const LANES: usize = 16;
+/// The widest rows that are taken side by side. Sums of so few numbers need no f64.
+const NARROW: usize = 32;
+
+/// A number of each row.
+pub type Lanes<T> = [T; LANES];
+
+/// Whether rows of `cols` columns are taken side by side.
+#[inline(always)]
+pub fn fit(cols: usize) -> bool {
+    cols <= NARROW
+}
+
+/// The same kernel, for narrow rows.
+pub struct Narrow<K>(pub K);
+
+/// Runs `kernel`, or its form for narrow rows. Each is compiled apart: in one function they take registers
+/// and inlining from each other.
+#[inline]
+pub fn dispatch<K>(kernel: K, narrow: bool) -> K::Output
+where
+    K: Kernel,
+    Narrow<K>: Kernel<Output = K::Output>,
+{
+    if narrow {
+        isa::dispatch(Narrow(kernel))
+    } else {
+        isa::dispatch(kernel)
+    }
+}
+
+/// The ranges of at most [`LANES`] rows that `range` consists of, and where in it they are.
+#[inline(always)]
+pub fn tiles(range: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    let (first, count) = (range.start, range.len());
+    (0..count).step_by(LANES).map(move |start| {
+        let end = count.min(start + LANES);
+        (first + start..first + end, start..end)
+    })
+}
+
+/// Room for the columns of a tile.
+pub fn columns<F: Real>(cols: usize) -> Vec<Lanes<F>> {
+    vec![[F::ZERO; LANES]; cols]
+}
+
+/// Room for the columns of a tile, as they are stored.
+pub fn stored<E: Element>(cols: usize) -> Vec<Lanes<E>> {
+    vec![[E::store(E::Acc::ZERO); LANES]; cols]
+}
+
+/// The largest number of each lane; NaN if any is.
+#[inline(always)]
+pub fn max<F: Real>(columns: &[Lanes<F>]) -> Lanes<F> {
+    argmax(columns).0
+}
+
+/// The largest number of each lane and the first column that has it. NaN is larger than any.
+#[inline(always)]
+#[allow(
+    clippy::needless_bitwise_bool,
+    reason = "a branch would keep it from vectorising"
+)]
+pub fn argmax<F: Real>(columns: &[Lanes<F>]) -> (Lanes<F>, Lanes<F>) {
+    let (mut largest, mut at) = ([F::NEG_INFINITY; LANES], [F::ZERO; LANES]);
+    let mut index = F::ZERO;
+    for lanes in columns {
+        for k in 0..LANES {
+            let better = (lanes[k] > largest[k]) | (lanes[k].nan() & !largest[k].nan());
+            largest[k] = if better { lanes[k] } else { largest[k] };
+            at[k] = if better { index } else { at[k] };
+        }
+        index += F::ONE;
+    }
+    (largest, at)
+}
+
+/// Writes `e^(scale (z - shift))` and returns its sum. `shift` has the largest of each lane, `scale` is
+/// positive.
+#[inline(always)]
+pub fn exp_shifted<I: Isa, F: Real>(
+    columns: &[Lanes<F>],
+    shift: &Lanes<F>,
+    scale: F,
+    out: &mut [Lanes<F>],
+) -> Lanes<F> {
+    let mut total = [F::ZERO; LANES];
+    for (z, e) in columns.iter().zip(out) {
+        for k in 0..LANES {
+            e[k] = ((z[k] - shift[k]) * scale).exp_nonpositive::<I>();
+            total[k] += e[k];
+        }
+    }
+    total
+}
+
+/// As f64.
+#[inline(always)]
+pub fn wide<F: Real>(lanes: &Lanes<F>) -> Lanes<f64> {
+    let mut wide = [0.0; LANES];
+    for (wide, x) in wide.iter_mut().zip(lanes) {
+        *wide = x.to_f64();
+    }
+    wide
+}
+
+/// Softmax rows seen from one class each, as [`softmax::Split`](super::softmax::Split) is.
+pub struct Split<F> {
+    /// The class of each row.
+    label: Lanes<F>,
+    /// The logit of that class.
+    pub logit: Lanes<F>,
+    /// Its part of `sum_c e^{z_c - max}`.
+    pub own: Lanes<f64>,
+    /// The part of all others.
+    pub others: Lanes<f64>,
+}
+
+/// The rows with logits `z` and exponentials `e`, seen from the class `label`, in whose place `e` is 0
+/// afterwards.
+#[inline(always)]
+pub fn split<F: Real>(z: &[Lanes<F>], e: &mut [Lanes<F>], label: &Lanes<F>) -> Split<F> {
+    let (mut logit, mut own, mut others) = ([F::ZERO; LANES], [F::ZERO; LANES], [F::ZERO; LANES]);
+    let mut class = F::ZERO;
+    for (z, e) in z.iter().zip(e) {
+        for k in 0..LANES {
+            let hit = label[k] == class;
+            logit[k] = if hit { z[k] } else { logit[k] };
+            own[k] = if hit { e[k] } else { own[k] };
+            e[k] = if hit { F::ZERO } else { e[k] };
+            others[k] += e[k];
+        }
+        class += F::ONE;
+    }
+    Split {
+        label: *label,
+        logit,
+        own: wide(&own),
+        others: wide(&others),
+    }
+}
+
+impl<F: Real> Split<F> {
+    /// Writes `factor (e - total onehot)`, with the exponentials that [`split`] left.
+    #[inline(always)]
+    pub fn gradient<E: Element<Acc = F>>(
+        &self,
+        e: &[Lanes<F>],
+        factor: &Lanes<f64>,
+        grad: &mut [Lanes<E>],
+    ) {
+        let (mut of_own, mut of_others) = ([F::ZERO; LANES], [F::ZERO; LANES]);
+        for k in 0..LANES {
+            of_own[k] = F::of(-self.others[k] * factor[k]);
+            of_others[k] = F::of(factor[k]);
+        }
+        let mut class = F::ZERO;
+        for (e, grad) in e.iter().zip(grad) {
+            for k in 0..LANES {
+                let hit = self.label[k] == class;
+                grad[k] = E::store(if hit { of_own[k] } else { e[k] * of_others[k] });
+            }
+            class += F::ONE;
+        }
+    }
+}
+
+/// Writes `of_a a - of_b b`, with a factor of each lane.
+#[inline(always)]
+pub fn difference<E: Element>(
+    (a, of_a): (&[Lanes<E::Acc>], &Lanes<f64>),
+    (b, of_b): (&[Lanes<E::Acc>], &Lanes<f64>),
+    out: &mut [Lanes<E>],
+) {
+    let (of_a, of_b) = (narrow::<E::Acc>(of_a), narrow::<E::Acc>(of_b));
+    for ((a, b), out) in a.iter().zip(b).zip(out) {
+        for k in 0..LANES {
+            out[k] = E::store(a[k] * of_a[k] - b[k] * of_b[k]);
+        }
+    }
+}
+
+/// Rounded to the computing type.
+#[inline(always)]
+fn narrow<F: Real>(lanes: &Lanes<f64>) -> Lanes<F> {
+    let mut narrow = [F::ZERO; LANES];
+    for (narrow, &x) in narrow.iter_mut().zip(lanes) {
+        *narrow = F::of(x);
+    }
+    narrow
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::super::element::Bf16;
+    use super::super::isa::Baseline;
+    use super::super::rows::Rows;
+    use super::super::{reduce, softmax};
+    use super::*;
+
+    /// The rows with more columns of `filler`, so many that they are not narrow.
+    pub fn widened<E: Element>(data: &[E], cols: usize, filler: f64) -> Vec<E> {
+        let mut out = Vec::new();
+        for row in data.chunks(cols) {
+            out.extend_from_slice(row);
+            out.resize(out.len() + NARROW, E::store(E::Acc::of(filler)));
+        }
+        out
+    }
+
+    /// Rows with ties, and their columns.
+    fn rows(cols: usize) -> (Vec<f32>, Vec<Lanes<f32>>) {
+        let z: Vec<f32> = (0..LANES * cols)
+            .map(|k| ((k * 7) % 11) as f32 / 2.0)
+            .collect();
+        let mut tile = columns(cols);
+        let view = Rows::contiguous(&z, LANES, cols).unwrap();
+        view.side_by_side(0..LANES, &mut tile);
+        (z, tile)
+    }
+
+    #[test]
+    fn tiles_cover_a_range_once() {
+        let got: Vec<_> = tiles(7..7 + 2 * LANES + 3).collect();
+        assert_eq!(got.len(), 3);
+        assert_eq!(got[1], (7 + LANES..7 + 2 * LANES, LANES..2 * LANES));
+        assert_eq!(got[2].1, 2 * LANES..2 * LANES + 3);
+        assert_eq!(tiles(5..5).count(), 0);
+    }
+
+    #[test]
+    fn the_first_maximum_or_nan_of_each_row() {
+        for cols in [1, 2, 5, 32] {
+            let (z, mut tile) = rows(cols);
+            let (largest, at) = argmax(&tile);
+            for (k, z) in z.chunks(cols).enumerate() {
+                assert_eq!(
+                    (largest[k], at[k] as usize),
+                    (reduce::max(z), reduce::argmax(z))
+                );
+            }
+            for c in 0..cols {
+                tile[c][3] = f32::NAN;
+                tile[cols - 1][3] = f32::NAN;
+                let (largest, at) = argmax(&tile);
+                assert!(largest[3].is_nan() && at[3] as usize <= c, "{c}");
+                assert!(c > 0 || at[3] == 0.0);
+                tile[c][3] = f32::INFINITY;
+                assert!(c == cols - 1 || max(&tile)[3].is_nan());
+            }
+            let nothing = vec![[f32::NEG_INFINITY; LANES]; cols];
+            assert_eq!(argmax(&nothing), (nothing[0], [0.0; LANES]));
+        }
+    }
+
+    #[test]
+    fn each_lane_is_the_softmax_of_its_row() {
+        for cols in [1, 2, 5, 32] {
+            let (z, tile) = rows(cols);
+            let (largest, _) = argmax(&tile);
+            let (mut e, mut grad) = (columns(cols), stored::<f32>(cols));
+            let mut label = [0.0; LANES];
+            for (k, label) in label.iter_mut().enumerate() {
+                *label = (k % cols) as f32;
+            }
+            let total = exp_shifted::<Baseline, _>(&tile, &largest, 1.0, &mut e);
+            let split = split(&tile, &mut e, &label);
+            let factors = std::array::from_fn(|k| 0.5 / f64::from(total[k]));
+            split.gradient(&e, &factors, &mut grad);
+            for (k, z) in z.chunks(cols).enumerate() {
+                let (class, mut expected) = (k % cols, vec![0.0f32; cols]);
+                let max = reduce::max(z);
+                let row = softmax::split_with_gradient::<Baseline, f32>(
+                    z,
+                    max,
+                    class,
+                    |_| 0.5,
+                    &mut [],
+                    &mut expected,
+                );
+                assert!((split.own[k] - row.own).abs() < 1e-6 * row.own);
+                assert!((split.others[k] - row.others).abs() <= 1e-6 * row.others);
+                assert!((f64::from(total[k]) - row.total()).abs() < 1e-6 * row.total());
+                assert_eq!(split.logit[k], z[class]);
+                for (grad, expected) in grad.iter().zip(expected) {
+                    assert!((grad[k] - expected).abs() <= 1e-6 * expected.abs());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_weighted_difference_is_rounded_once() {
+        let (a, b) = ([[3.0f32; LANES]], [[1.0f32; LANES]]);
+        let mut out = stored::<Bf16>(1);
+        difference((&a, &[2.0; LANES]), (&b, &[0.5; LANES]), &mut out);
+        assert_eq!(out, [[Bf16::store(5.5); LANES]]);
+    }
+}

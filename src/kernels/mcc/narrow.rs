@@ -1,0 +1,133 @@
+//! Both sweeps over narrow rows, side by side. The second one takes the probabilities from the logits again.
+
+use super::super::element::Element;
+use super::super::isa::{Isa, Kernel};
+use super::super::lanes::{LANES, Lanes, Narrow, columns, exp_shifted, max, stored, tiles};
+use super::super::real::Real;
+use super::super::rows::put_back;
+use super::{ENTROPY_EPSILON, FLUSH, Gradient, LN_2, Row, Sums, Sweep};
+
+impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
+    type Output = (Vec<Row<E::Acc>>, Sums);
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> Self::Output {
+        let Self(all) = self;
+        let cols = all.logits.cols();
+        let inverse_t = E::Acc::of(1.0 / all.temperature);
+        let mut kept = Vec::with_capacity(all.range.len());
+        let mut z = columns(cols);
+        let (mut p, mut s, mut d) = (z.clone(), z.clone(), z.clone());
+        let mut sums = Sums {
+            s: vec![0.0; cols],
+            d: vec![0.0; cols],
+        };
+        for (tile, (rows, _)) in tiles(all.range).enumerate() {
+            all.logits.side_by_side(rows.clone(), &mut z);
+            let largest = max(&z);
+            let total = exp_shifted::<I, _>(&z, &largest, inverse_t, &mut p);
+            let mut reciprocal = [E::Acc::ZERO; LANES];
+            for k in 0..LANES {
+                reciprocal[k] = E::Acc::of(1.0 / total[k].to_f64());
+            }
+            let mut weight = weights::<I, _>(&mut p, &reciprocal);
+            for k in 0..rows.len() {
+                kept.push(Row {
+                    weight: weight[k],
+                    max: largest[k],
+                    reciprocal: reciprocal[k],
+                });
+            }
+            // The rest of the lanes repeat a row.
+            weight[rows.len()..].fill(E::Acc::ZERO);
+            for ((p, s), d) in p.iter().zip(&mut s).zip(&mut d) {
+                for k in 0..LANES {
+                    let weighted = weight[k] * p[k];
+                    s[k] += weighted;
+                    d[k] = weighted.mul_add::<I>(p[k], d[k]);
+                }
+            }
+            if tile % FLUSH == FLUSH - 1 {
+                flush(&mut s, &mut sums.s);
+                flush(&mut d, &mut sums.d);
+            }
+        }
+        flush(&mut s, &mut sums.s);
+        flush(&mut d, &mut sums.d);
+        (kept, sums)
+    }
+}
+
+/// Turns exponentials into probabilities, and returns the weights of the rows.
+#[inline(always)]
+fn weights<I: Isa, F: Real>(p: &mut [Lanes<F>], reciprocal: &Lanes<F>) -> Lanes<F> {
+    let mut log2 = [F::ZERO; LANES];
+    for p in p {
+        for k in 0..LANES {
+            p[k] *= reciprocal[k];
+            log2[k] += p[k] * (p[k] + F::of(ENTROPY_EPSILON)).log2_for_sums::<I>();
+        }
+    }
+    let mut weights = [F::ZERO; LANES];
+    for k in 0..LANES {
+        weights[k] = F::of(1.0 + Real::exp::<I>(LN_2 * log2[k].to_f64()));
+    }
+    weights
+}
+
+/// Moves the sums of the lanes to `sums`.
+#[inline(always)]
+fn flush<F: Real>(lanes: &mut [Lanes<F>], sums: &mut [f64]) {
+    for (lanes, sum) in lanes.iter_mut().zip(sums) {
+        for lane in lanes {
+            *sum += lane.to_f64();
+            *lane = F::ZERO;
+        }
+    }
+}
+
+impl<E: Element> Kernel for Narrow<Gradient<'_, E>> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Self(all) = self;
+        let cols = all.logits.cols();
+        let inverse_t = E::Acc::of(1.0 / all.temperature);
+        let factor = E::Acc::of(-all.scale / (cols as f64 * all.temperature));
+        let mut z = columns(cols);
+        let mut h = z.clone();
+        let mut grad = stored(cols);
+        for (rows, here) in tiles(all.range) {
+            let rest = [E::Acc::ZERO; LANES];
+            let (mut weight, mut largest, mut reciprocal) = (rest, rest, rest);
+            for (k, row) in all.kept[here.clone()].iter().enumerate() {
+                weight[k] = factor * row.weight;
+                largest[k] = row.max;
+                reciprocal[k] = row.reciprocal;
+            }
+            all.logits.side_by_side(rows, &mut z);
+            let mut total = [E::Acc::ZERO; LANES];
+            let classes = z
+                .iter_mut()
+                .zip(&mut h)
+                .zip(all.ratio.iter().zip(all.inverse));
+            for ((z, h), (&ratio, &inverse)) in classes {
+                for k in 0..LANES {
+                    let e = ((z[k] - largest[k]) * inverse_t).exp_nonpositive::<I>();
+                    let p = e * reciprocal[k];
+                    z[k] = p;
+                    h[k] = p * inverse * (p + p - ratio);
+                    total[k] += h[k];
+                }
+            }
+            for ((p, h), grad) in z.iter().zip(&h).zip(&mut grad) {
+                for k in 0..LANES {
+                    let slope = p[k].mul_add::<I>(-total[k], h[k]);
+                    grad[k] = E::store(weight[k] * slope);
+                }
+            }
+            put_back(&grad, all.out, here);
+        }
+    }
+}

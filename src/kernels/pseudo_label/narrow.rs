@@ -1,0 +1,82 @@
+//! The sweep over narrow rows, side by side.
+
+use super::super::element::{Element, round_to};
+use super::super::isa::{Isa, Kernel};
+use super::super::lanes::{LANES, Lanes, Narrow, columns, exp_shifted, max, split, stored, tiles};
+use super::super::real::Real;
+use super::super::rows::put_back;
+use super::Sweep;
+
+impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> Self::Output {
+        let Self(mut all) = self;
+        let cols = all.logits.cols();
+        let same = all.logits.same(&all.targets);
+        let threshold = round_to::<E>(E::Acc::of(all.threshold));
+        let mut z = columns(cols);
+        let mut e = z.clone();
+        let mut grad = stored(cols);
+        let mut total = 0.0;
+        for (rows, here) in tiles(all.range.clone()) {
+            all.targets.side_by_side(rows.clone(), &mut z);
+            let mut largest = max(&z);
+            let sum = exp_shifted::<I, _>(&z, &largest, E::Acc::ONE, &mut e);
+            let (confidence, label) = predictions::<E>(&e, &sum);
+            let mut mask = [0.0; LANES];
+            for k in 0..LANES {
+                mask[k] = if confidence[k] > threshold { 1.0 } else { 0.0 };
+            }
+            for (k, i) in here.clone().enumerate() {
+                all.out.labels[i] = label[k].to_f64() as i64;
+                all.out.mask[i] = mask[k];
+            }
+
+            if !same {
+                all.logits.side_by_side(rows, &mut z);
+                largest = max(&z);
+                exp_shifted::<I, _>(&z, &largest, E::Acc::ONE, &mut e);
+            }
+            let split = split(&z, &mut e, &label);
+            let (mut values, mut factor) = ([0.0; LANES], [0.0; LANES]);
+            for k in 0..LANES {
+                let sum = split.own[k] + split.others[k];
+                // The mask multiplies: 0 times what is not finite is NaN, also of the gradient.
+                let mask = f64::from(mask[k]);
+                let value = Real::ln::<I>(sum) + (largest[k].to_f64() - split.logit[k].to_f64());
+                values[k] = mask * value;
+                factor[k] = mask * (all.weight / sum);
+            }
+            total += values[..here.len()].iter().sum::<f64>();
+            if let Some(out) = all.out.grad.as_deref_mut() {
+                split.gradient::<E>(&e, &factor, &mut grad);
+                put_back(&grad, out, here);
+            }
+        }
+        total
+    }
+}
+
+/// The largest probability, as the storage type holds it, and the first class that has it; the first
+/// class where they are NaN. From exponentials and their sum.
+#[inline(always)]
+fn predictions<E: Element>(
+    e: &[Lanes<E::Acc>],
+    sum: &Lanes<E::Acc>,
+) -> (Lanes<E::Acc>, Lanes<E::Acc>) {
+    let (mut confidence, mut label) = ([E::Acc::ZERO; LANES], [E::Acc::ZERO; LANES]);
+    for k in 0..LANES {
+        confidence[k] = round_to::<E>(E::Acc::ONE / sum[k]);
+    }
+    let mut class = E::Acc::of(e.len() as f64);
+    for e in e.iter().rev() {
+        class = class - E::Acc::ONE;
+        for k in 0..LANES {
+            let tied = round_to::<E>(e[k] / sum[k]) == confidence[k];
+            label[k] = if tied { class } else { label[k] };
+        }
+    }
+    (confidence, label)
+}

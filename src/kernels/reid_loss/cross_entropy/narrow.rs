@@ -1,0 +1,143 @@
+//! The sweep over narrow rows, side by side.
+
+use super::super::super::element::Element;
+use super::super::super::isa::{Isa, Kernel};
+use super::super::super::lanes::{
+    LANES, Lanes, Narrow, columns, difference, exp_shifted, max, split, stored, tiles,
+};
+use super::super::super::real::Real;
+use super::super::super::rows::put_back;
+use super::{Sweep, Targets};
+
+/// The softmax of one tile: its logits, `e^{z_c - max}`, their sum and the maximum.
+struct Softmax<F> {
+    z: Vec<Lanes<F>>,
+    exp: Vec<Lanes<F>>,
+    max: Lanes<F>,
+    total: Lanes<F>,
+}
+
+impl<F: Real> Softmax<F> {
+    fn new(cols: usize) -> Self {
+        let columns = columns(cols);
+        Self {
+            z: columns.clone(),
+            exp: columns,
+            max: [F::ZERO; LANES],
+            total: [F::ZERO; LANES],
+        }
+    }
+
+    /// Of the logits in `z`.
+    #[inline(always)]
+    fn fill<I: Isa>(&mut self) {
+        self.max = max(&self.z);
+        self.total = exp_shifted::<I, _>(&self.z, &self.max, F::ONE, &mut self.exp);
+    }
+}
+
+impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
+    type Output = f64;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> Self::Output {
+        let Self(mut all) = self;
+        let cols = all.logits.cols();
+        let (mut p, mut q) = (Softmax::new(cols), Softmax::new(cols));
+        let mut grad = stored(cols);
+        let mut total = 0.0;
+        for (rows, here) in tiles(all.range.clone()) {
+            all.logits.side_by_side(rows.clone(), &mut p.z);
+            p.fill::<I>();
+            let values = match all.targets {
+                Targets::Logits(targets) => {
+                    targets.side_by_side(rows, &mut q.z);
+                    q.fill::<I>();
+                    soft::<I, E>(&p, &q, all.weight, &mut grad)
+                }
+                Targets::Smooth { labels, hit, rest } => {
+                    let mut label = [E::Acc::ZERO; LANES];
+                    for (label, &index) in label.iter_mut().zip(&labels[rows]) {
+                        *label = E::Acc::of(index as f64);
+                    }
+                    smooth::<I, E>(&mut p, (&label, hit, rest), all.weight, &mut grad)
+                }
+            };
+            total += values[..here.len()].iter().sum::<f64>();
+            if let Some(out) = all.grad.as_deref_mut() {
+                put_back(&grad, out, here);
+            }
+        }
+        total
+    }
+}
+
+/// As [`soft_row`](super::soft_row), for each lane.
+#[inline(always)]
+fn soft<I: Isa, E: Element>(
+    p: &Softmax<E::Acc>,
+    q: &Softmax<E::Acc>,
+    weight: f64,
+    grad: &mut [Lanes<E>],
+) -> Lanes<f64> {
+    let mut cross = [E::Acc::ZERO; LANES];
+    for (q, z) in q.exp.iter().zip(&p.z) {
+        for k in 0..LANES {
+            cross[k] += q[k] * (z[k] - p.max[k]);
+        }
+    }
+    let (mut values, mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    for k in 0..LANES {
+        let (p_total, q_total) = (p.total[k].to_f64(), q.total[k].to_f64());
+        values[k] = Real::ln::<I>(p_total) - cross[k].to_f64() / q_total;
+        of_p[k] = weight / p_total;
+        of_q[k] = weight / q_total;
+    }
+    difference((&p.exp, &of_p), (&q.exp, &of_q), grad);
+    values
+}
+
+/// As [`smooth_row`](super::smooth_row), for each lane.
+#[inline(always)]
+fn smooth<I: Isa, E: Element>(
+    p: &mut Softmax<E::Acc>,
+    (label, hit, rest): (&Lanes<E::Acc>, f64, f64),
+    weight: f64,
+    grad: &mut [Lanes<E>],
+) -> Lanes<f64> {
+    let cols = p.z.len() as f64;
+    let mass = hit + rest * cols;
+    let mut shifted = [E::Acc::ZERO; LANES];
+    for z in &p.z {
+        for k in 0..LANES {
+            shifted[k] += z[k] - p.max[k];
+        }
+    }
+    let split = split(&p.z, &mut p.exp, label);
+    let mut values = [0.0; LANES];
+    let (mut own, mut of_others) = ([E::Acc::ZERO; LANES], [E::Acc::ZERO; LANES]);
+    for k in 0..LANES {
+        let total = split.own[k] + split.others[k];
+        let logit = split.logit[k] - p.max[k];
+        // Without smoothing rest is 0, and 0 times an infinite logarithm is NaN, as in tllib.
+        let shifted = shifted[k].to_f64();
+        values[k] = mass * Real::ln::<I>(total) - hit * logit.to_f64() - rest * shifted;
+        let p_label = split.own[k] / total;
+        let direct = mass * p_label - hit - rest;
+        // S (p - 1) + (S - t): 1 - p is the sum of the others, which keeps its digits here.
+        let by_others = (cols - 1.0) * rest - mass * (split.others[k] / total);
+        let at_label = if p_label < 0.5 { direct } else { by_others };
+        own[k] = E::Acc::of(weight * at_label);
+        of_others[k] = E::Acc::of(weight * mass / total);
+    }
+    let constant = E::Acc::of(weight * rest);
+    let mut class = E::Acc::ZERO;
+    for (e, grad) in p.exp.iter().zip(grad) {
+        for k in 0..LANES {
+            let other = e[k] * of_others[k] - constant;
+            grad[k] = E::store(if label[k] == class { own[k] } else { other });
+        }
+        class += E::Acc::ONE;
+    }
+    values
+}

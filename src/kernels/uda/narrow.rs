@@ -1,0 +1,64 @@
+//! The sweep over narrow rows, side by side.
+
+use super::super::element::{Element, round_to};
+use super::super::isa::{Isa, Kernel};
+use super::super::lanes::{LANES, Narrow, columns, difference, exp_shifted, max, stored, tiles};
+use super::super::real::Real;
+use super::super::rows::put_back;
+use super::Sweep;
+
+impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
+    type Output = (f64, usize);
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> Self::Output {
+        let Self(mut all) = self;
+        let cols = all.strong.cols();
+        let threshold = round_to::<E>(E::Acc::of(all.threshold));
+        let inverse_t = E::Acc::of(1.0 / all.temperature);
+        let mut y = columns(cols);
+        let (mut z, mut q, mut p) = (y.clone(), y.clone(), y.clone());
+        let mut grad = stored(cols);
+        let (mut total, mut selected) = (0.0, 0);
+        for (rows, here) in tiles(all.range.clone()) {
+            all.weak.side_by_side(rows.clone(), &mut y);
+            let y_max = max(&y);
+            let q_sum = exp_shifted::<I, _>(&y, &y_max, E::Acc::ONE, &mut q);
+            let mut mask = [0.0; LANES];
+            for k in 0..LANES {
+                let confident = round_to::<E>(E::Acc::ONE / q_sum[k]) > threshold;
+                mask[k] = if confident { 1.0 } else { 0.0 };
+            }
+            selected += mask[..here.len()].iter().filter(|&&m| m > 0.0).count();
+
+            all.strong.side_by_side(rows, &mut z);
+            let z_max = max(&z);
+            let p_sum = exp_shifted::<I, _>(&z, &z_max, inverse_t, &mut p);
+            let mut cross = [E::Acc::ZERO; LANES];
+            for ((y, q), z) in y.iter().zip(&q).zip(&z) {
+                for k in 0..LANES {
+                    // q ln q is 0 at q = 0; q ln p is not replaced, and NaN where p = 0 too, as in tllib.
+                    let zero = q[k] == E::Acc::ZERO;
+                    let ln_q = if zero { E::Acc::ZERO } else { y[k] - y_max[k] };
+                    cross[k] += q[k] * (ln_q - (z[k] - z_max[k]) * inverse_t);
+                }
+            }
+            let (mut values, mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+            let factor = all.scale / all.temperature;
+            for k in 0..LANES {
+                let (p_sum, q_sum) = (p_sum[k].to_f64(), q_sum[k].to_f64());
+                let norms = Real::ln::<I>(p_sum) - Real::ln::<I>(q_sum);
+                // The mask multiplies: 0 times what is not finite is NaN, also of the gradient.
+                values[k] = mask[k] * (cross[k].to_f64() / q_sum + norms);
+                of_p[k] = mask[k] * (factor / p_sum);
+                of_q[k] = mask[k] * (factor / q_sum);
+            }
+            total += values[..here.len()].iter().sum::<f64>();
+            if let Some(out) = all.grad.as_deref_mut() {
+                difference::<E>((&p, &of_p), (&q, &of_q), &mut grad);
+                put_back(&grad, out, here);
+            }
+        }
+        (total, selected)
+    }
+}
