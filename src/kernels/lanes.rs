@@ -106,6 +106,20 @@ pub fn exp_shifted<I: Isa, F: Real>(
     total
 }
 
+/// Adds the values of the first `count` lanes to `total`.
+#[inline(always)]
+pub fn add(total: &mut Lanes<f64>, values: &Lanes<f64>, count: usize) {
+    if count == LANES {
+        for k in 0..LANES {
+            total[k] += values[k];
+        }
+    } else {
+        for (total, value) in total.iter_mut().zip(&values[..count]) {
+            *total += value;
+        }
+    }
+}
+
 /// As f64.
 #[inline(always)]
 pub fn wide<F: Real>(lanes: &Lanes<F>) -> Lanes<f64> {
@@ -136,11 +150,18 @@ pub fn split<F: Real>(z: &[Lanes<F>], e: &mut [Lanes<F>], label: &Lanes<F>) -> S
     let mut class = F::ZERO;
     for (z, e) in z.iter().zip(e) {
         for k in 0..LANES {
-            let hit = label[k] == class;
-            logit[k] = if hit { z[k] } else { logit[k] };
-            own[k] = if hit { e[k] } else { own[k] };
-            e[k] = if hit { F::ZERO } else { e[k] };
-            others[k] += e[k];
+            // Sums, of which all terms but one are 0, of numbers that are read before: assignments and loads
+            // under a condition would make branches of it.
+            let (logit_c, e_c) = (z[k], e[k]);
+            let (of_logit, of_own, other) = if label[k] == class {
+                (logit_c, e_c, F::ZERO)
+            } else {
+                (F::ZERO, F::ZERO, e_c)
+            };
+            logit[k] += of_logit;
+            own[k] += of_own;
+            others[k] += other;
+            e[k] = other;
         }
         class += F::ONE;
     }

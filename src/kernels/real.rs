@@ -178,16 +178,18 @@ macro_rules! real {
 
             #[inline(always)]
             fn ln<I: Isa>(self) -> Self {
-                const LIFT: $f = (1u64 << $mantissa) as $f;
-                let subnormal = self < $f::MIN_POSITIVE;
-                let x = if subnormal { self * LIFT } else { self };
-                let offset: $f = if subnormal { ($mantissa as i16).into() } else { 0.0 };
-                let value = x.ln_normal::<I>(offset);
-                // Ordered so that NaN falls through every test.
-                let value = if self == $f::INFINITY { self } else { value };
-                let value = if self == 0.0 { $f::NEG_INFINITY } else { value };
-                let value = if self < 0.0 { $f::NAN } else { value };
-                if self.is_nan() { self } else { value }
+                const BITS: $f = $mantissa as $f;
+                // Subnormal numbers are multiplied by a power of two. Branches, which LLVM would take for
+                // the whole logarithm, and then compute it twice for each vector, are avoided.
+                let subnormal = $bits::from(self < $f::MIN_POSITIVE);
+                let lift = (1.0 as $f).to_bits() + subnormal * ($mantissa << $mantissa);
+                let offset = $f::from_bits(subnormal.wrapping_neg() & BITS.to_bits());
+                let value = (self * $f::from_bits(lift)).ln_normal::<I>(offset);
+                // Positive and finite, in one comparison.
+                let ordinary = self.to_bits().wrapping_sub(1) < $f::INFINITY.to_bits() - 1;
+                let special = if self < 0.0 { $f::NAN } else { self };
+                let special = if self == 0.0 { $f::NEG_INFINITY } else { special };
+                if ordinary { value } else { special }
             }
 
             #[inline(always)]

@@ -3,7 +3,7 @@
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel};
 use super::super::lanes::{
-    LANES, Lanes, Narrow, Split, argmax, columns, exp_shifted, max, split, stored, tiles,
+    LANES, Lanes, Narrow, Split, add, argmax, columns, exp_shifted, max, split, stored, tiles,
 };
 use super::super::real::Real;
 use super::super::rows::put_back;
@@ -19,7 +19,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         let mut z = columns(cols);
         let mut e = z.clone();
         let mut grad = stored(cols);
-        let mut total = 0.0;
+        let mut total = [0.0; LANES];
         for (rows, here) in tiles(all.range.clone()) {
             all.main.side_by_side(rows.clone(), &mut z);
             let (_, label) = argmax(&z);
@@ -34,13 +34,13 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                 Goal::Agree => agreement::<I, _>(&largest, &split),
                 Goal::Disagree => disagreement::<I, _>(&split),
             };
-            total += values[..here.len()].iter().sum::<f64>();
+            add(&mut total, &values, here.len());
             if let Some(out) = all.out.grad.as_deref_mut() {
                 split.gradient::<E>(&e, &factor.map(|f| f * all.weight), &mut grad);
                 put_back(&grad, out, here);
             }
         }
-        total
+        total.iter().sum()
     }
 }
 

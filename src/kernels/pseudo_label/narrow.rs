@@ -2,7 +2,9 @@
 
 use super::super::element::{Element, round_to};
 use super::super::isa::{Isa, Kernel};
-use super::super::lanes::{LANES, Lanes, Narrow, columns, exp_shifted, max, split, stored, tiles};
+use super::super::lanes::{
+    LANES, Lanes, Narrow, add, columns, exp_shifted, max, split, stored, tiles,
+};
 use super::super::real::Real;
 use super::super::rows::put_back;
 use super::Sweep;
@@ -19,7 +21,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         let mut z = columns(cols);
         let mut e = z.clone();
         let mut grad = stored(cols);
-        let mut total = 0.0;
+        let mut total = [0.0; LANES];
         for (rows, here) in tiles(all.range.clone()) {
             all.targets.side_by_side(rows.clone(), &mut z);
             let mut largest = max(&z);
@@ -49,13 +51,13 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                 values[k] = mask * value;
                 factor[k] = mask * (all.weight / sum);
             }
-            total += values[..here.len()].iter().sum::<f64>();
+            add(&mut total, &values, here.len());
             if let Some(out) = all.out.grad.as_deref_mut() {
                 split.gradient::<E>(&e, &factor, &mut grad);
                 put_back(&grad, out, here);
             }
         }
-        total
+        total.iter().sum()
     }
 }
 

@@ -2,7 +2,9 @@
 
 use super::super::element::{Element, round_to};
 use super::super::isa::{Isa, Kernel};
-use super::super::lanes::{LANES, Narrow, columns, difference, exp_shifted, max, stored, tiles};
+use super::super::lanes::{
+    LANES, Narrow, add, columns, difference, exp_shifted, max, stored, tiles,
+};
 use super::super::real::Real;
 use super::super::rows::put_back;
 use super::Sweep;
@@ -19,7 +21,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         let mut y = columns(cols);
         let (mut z, mut q, mut p) = (y.clone(), y.clone(), y.clone());
         let mut grad = stored(cols);
-        let (mut total, mut selected) = (0.0, 0);
+        let (mut total, mut selected) = ([0.0; LANES], 0);
         for (rows, here) in tiles(all.range.clone()) {
             all.weak.side_by_side(rows.clone(), &mut y);
             let y_max = max(&y);
@@ -53,12 +55,12 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                 of_p[k] = mask[k] * (factor / p_sum);
                 of_q[k] = mask[k] * (factor / q_sum);
             }
-            total += values[..here.len()].iter().sum::<f64>();
+            add(&mut total, &values, here.len());
             if let Some(out) = all.grad.as_deref_mut() {
                 difference::<E>((&p, &of_p), (&q, &of_q), &mut grad);
                 put_back(&grad, out, here);
             }
         }
-        (total, selected)
+        (total.iter().sum(), selected)
     }
 }

@@ -3,7 +3,7 @@
 use super::super::super::element::Element;
 use super::super::super::isa::{Isa, Kernel};
 use super::super::super::lanes::{
-    LANES, Lanes, Narrow, columns, difference, exp_shifted, max, split, stored, tiles,
+    LANES, Lanes, Narrow, add, columns, difference, exp_shifted, max, split, stored, tiles,
 };
 use super::super::super::real::Real;
 use super::super::super::rows::put_back;
@@ -45,7 +45,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
         let cols = all.logits.cols();
         let (mut p, mut q) = (Softmax::new(cols), Softmax::new(cols));
         let mut grad = stored(cols);
-        let mut total = 0.0;
+        let mut total = [0.0; LANES];
         for (rows, here) in tiles(all.range.clone()) {
             all.logits.side_by_side(rows.clone(), &mut p.z);
             p.fill::<I>();
@@ -63,12 +63,12 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
                     smooth::<I, E>(&mut p, (&label, hit, rest), all.weight, &mut grad)
                 }
             };
-            total += values[..here.len()].iter().sum::<f64>();
+            add(&mut total, &values, here.len());
             if let Some(out) = all.grad.as_deref_mut() {
                 put_back(&grad, out, here);
             }
         }
-        total
+        total.iter().sum()
     }
 }
 
