@@ -4,13 +4,20 @@
 //! `dd_i/db_ic` the negative, and `d_i` for the mask.
 
 use super::element::Element;
-use super::isa::{Isa, Kernel, dispatch};
+use super::isa::{Isa, Kernel};
+use super::lanes;
 use super::parallel::{cut, cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::Rows;
+mod narrow;
+
 use std::num::NonZeroUsize;
 use std::ops::Range;
+
+/// The widest rows whose sums are taken side by side: there is little to do, and wider ones are added up
+/// sooner than transposed.
+const NARROW: usize = 16;
 
 /// Where the results go. Gradients are contiguous.
 pub struct Outputs<'a, E> {
@@ -53,7 +60,7 @@ pub fn pi_model<E: Element>(
                 range,
                 out,
             };
-            move || dispatch(sweep)
+            move || lanes::dispatch(sweep, a.cols() <= NARROW)
         })
         .collect();
     run(jobs);
@@ -124,6 +131,38 @@ mod tests {
             assert_eq!(grad_b[..5], [-1.0, 2.0, 0.0, 0.0, 0.0]);
             // A masked-out NaN stays, as in tllib.
             assert!(distances[2].is_nan() && grad_a[5].is_nan() && grad_b[5].is_nan());
+        }
+    }
+
+    #[test]
+    fn every_width() {
+        for (rows, cols) in [(1, 1), (16, 2), (19, 3), (700, 7), (5, 33), (3, 5000)] {
+            let number = |k: usize, step: usize| ((k * step) % 17) as f64 / 16.0;
+            let a: Vec<f64> = (0..rows * cols).map(|k| number(k, 5)).collect();
+            let b: Vec<f64> = (0..rows * cols).map(|k| number(k, 7)).collect();
+            let weights: Vec<f64> = (0..rows).map(|i| number(i, 3)).collect();
+            let view = |data| Rows::contiguous(data, rows, cols).unwrap();
+            for mask in [None, Some(&weights[..])] {
+                let (mut distances, mut grad_a) = (vec![9.0; rows], vec![9.0; a.len()]);
+                let mut grad_b = grad_a.clone();
+                let out = Outputs {
+                    distances: &mut distances,
+                    grad_a: Some(&mut grad_a),
+                    grad_b: Some(&mut grad_b),
+                };
+                let two = NonZeroUsize::new(2).unwrap();
+                pi_model(view(&a), view(&b), mask, 0.5, out, two);
+                for k in 0..a.len() {
+                    let expected = (a[k] - b[k]) * mask.map_or(1.0, |m| m[k / cols]);
+                    assert!((grad_a[k] - expected).abs() < 1e-15 && grad_b[k] == -grad_a[k]);
+                }
+                for (i, distance) in distances.iter().enumerate() {
+                    let row = i * cols..(i + 1) * cols;
+                    let pairs = a[row.clone()].iter().zip(&b[row]);
+                    let exact: f64 = pairs.map(|(a, b)| (a - b) * (a - b)).sum();
+                    assert!((distance - exact).abs() <= 1e-14 * exact, "{rows} {cols}");
+                }
+            }
         }
     }
 

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::kernels::element::stored_scale;
 use crate::kernels::entropy::entropy as kernel;
 use crate::kernels::mcc::ENTROPY_EPSILON;
+use crate::kernels::reduce::sum;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
@@ -70,7 +71,7 @@ fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<
         let slice = grad.as_mut().map(Owned::slice);
         kernel(rows, &mut each, slice, weight * scale, threads(input.numel()));
         let out = if mean {
-            scalar(each.iter().sum::<f64>() / batch as f64, dtype)?
+            scalar(sum(&each) / batch as f64, dtype)?
         } else {
             vector(&each, dtype)?
         };

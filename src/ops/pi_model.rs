@@ -6,6 +6,7 @@ use crate::cuda::pi_model::Weights;
 use crate::error::{Error, Result};
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::pi_model::{Outputs, pi_model as kernel};
+use crate::kernels::reduce::sum;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::{Facts, Input};
 use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
@@ -204,8 +205,8 @@ impl<'a> Call<'a> {
         }
         let loss = match self.reduction {
             Reduction::None => vector(&distances, self.out)?,
-            Reduction::Sum => scalar(distances.iter().sum(), self.out)?,
-            Reduction::Mean => scalar(distances.iter().sum::<f64>() / rows as f64, self.out)?,
+            Reduction::Sum => scalar(sum(&distances), self.out)?,
+            Reduction::Mean => scalar(sum(&distances) / rows as f64, self.out)?,
         };
         Ok((loss, grads))
     }
