@@ -22,6 +22,8 @@ def _losses(_):
 
 METHOD = Method(
     "dst",
-    loss_cases(_losses, logits(4), limit=2.0, differentiated=ADVERSARIAL),
+    # Plain takes 1 - p in float32, which leaves few digits where p is near 1, as it is in some of 4096 rows.
+    # Against float64 its gradient is off by 2e-4 of the largest number there, ours by 3e-7.
+    loss_cases(_losses, logits(4), limit=2.0, differentiated=ADVERSARIAL, tolerances={OURS: 1e-3}),
     footprints=[footprint(_losses, logits(4), differentiated=ADVERSARIAL)],
 )

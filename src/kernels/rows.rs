@@ -117,6 +117,23 @@ impl<'a, E: Element> Rows<'a, E> {
         })
     }
 
+    /// The columns as rows.
+    #[must_use]
+    pub fn transposed(&self) -> Self {
+        Self {
+            height: self.cols,
+            cols: self.height,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+            ..*self
+        }
+    }
+
+    /// Whether the elements of a column, and not those of a row, follow each other in memory.
+    pub fn column_major(&self) -> bool {
+        self.row_stride == 1 && self.col_stride != 1
+    }
+
     /// Whether both are the same memory, read the same way.
     pub fn same(&self, other: &Self) -> bool {
         std::ptr::eq(self.data, other.data)

@@ -24,6 +24,8 @@ pub const LOG_FLOOR: f64 = -100.0;
 pub const SLOPE_FLOOR: f64 = 9.999_999_960_041_972e-13;
 /// Narrow rows are taken several at a time, as one of about this width.
 const WIDTH: usize = 128;
+/// Sums of a column that lies in one piece.
+const SUMS: usize = 64;
 /// Columns whose sums stay in the nearest cache while the rows pass.
 const TILE: usize = 1024;
 /// Columns whose terms are computed before they are added up.
@@ -96,6 +98,14 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let Self { p, sums } = self;
+        if p.column_major() && p.rows() >= SUMS {
+            let columns = p.transposed();
+            let mut scratch = columns.scratch();
+            for (c, sum) in sums.iter_mut().enumerate() {
+                *sum += wide_sum(columns.in_turn(c, &mut scratch));
+            }
+            return;
+        }
         let cols = p.cols();
         let group = (WIDTH / cols.max(1)).max(1);
         let mut start = 0;
@@ -112,6 +122,18 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
             add_rows(p.columns(columns), start, sums);
         }
     }
+}
+
+/// The sum of adjacent numbers, in f64 throughout as in [`add_rows`].
+#[inline(always)]
+fn wide_sum<F: Real>(numbers: &[F]) -> f64 {
+    let mut lanes = [0.0; SUMS];
+    for chunk in numbers.chunks(SUMS) {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane += x.to_f64();
+        }
+    }
+    reduce::sum(&lanes)
 }
 
 /// Adds the rows from `start` on to `sums`, in f64 throughout: what a mean near 1 leaves of 1 is in
@@ -236,9 +258,16 @@ mod tests {
             for threads in [1, 3] {
                 let threads = NonZeroUsize::new(threads).unwrap();
                 let means = column_means(Rows::contiguous(&p, rows, cols).unwrap(), threads);
+                let by_columns: Vec<f64> = (0..cols)
+                    .flat_map(|c| p.iter().skip(c).step_by(cols).copied())
+                    .collect();
+                let columns = Rows::contiguous(&by_columns, cols, rows).unwrap();
+                let others = column_means(columns.transposed(), threads);
                 for c in 0..cols {
-                    let exact = (0..rows).map(|i| p[i * cols + c]).sum::<f64>() / rows as f64;
+                    let column = &by_columns[c * rows..(c + 1) * rows];
+                    let exact = column.iter().sum::<f64>() / rows as f64;
                     assert!((means[c] - exact).abs() < 1e-14, "{rows} {cols} {c}");
+                    assert!((others[c] - exact).abs() < 1e-14, "{rows} {cols} {c}");
                 }
                 let (value, slope) = class_balance(&means, rows, threads);
                 let u = 1.0 / cols as f64;
