@@ -285,7 +285,7 @@ impl<E: Element> Kernel for Gradient<'_, E> {
         if let Some(out) = E::exact_mut(self.out) {
             for (row, kept) in out.chunks_exact_mut(cols).zip(&self.kept) {
                 let factor = E::Acc::of(factor) * kept.weight;
-                gradient_row::<I, _>(row, self.ratio, self.inverse, factor, &mut h);
+                gradient_row::<I, _>(row, kept, (self.ratio, self.inverse), factor, &mut h);
             }
             return;
         }
@@ -301,24 +301,32 @@ impl<E: Element> Kernel for Gradient<'_, E> {
                 *p = ((z - kept.max) * inverse_t).exp_nonpositive::<I>() * kept.reciprocal;
             }
             let factor = E::Acc::of(factor) * kept.weight;
-            gradient_row::<I, _>(&mut p, self.ratio, self.inverse, factor, &mut h);
+            gradient_row::<I, _>(&mut p, kept, (self.ratio, self.inverse), factor, &mut h);
             store_row(&p, E::Acc::of(self.scale), out);
         }
     }
 }
 
-/// Turns the probabilities of a row into its gradient, in place: with
-/// `h_c = (p_c / s_c) (2 p_c - d_c / s_c)`, `dL/dz_c = factor (h_c - p_c sum_k h_k)`.
+/// Turns the probabilities of a row into its gradient, in place: with the slopes
+/// `g_c = (2 p_c - d_c / s_c) / s_c` and that of the largest class, `g_m`,
+/// `dL/dz_c = factor (h_c - p_c sum_k h_k)`, `h_c = p_c (g_c - g_m)`.
+///
+/// Any number in the place of `g_m` gives the same. This one leaves `h_m = 0`: where `p_m` is near 1, the
+/// gradient is a sum of small terms, and not the difference of two large ones.
 #[inline(always)]
 fn gradient_row<I: Isa, F: Real>(
     row: &mut [F],
-    ratio: &[F],
-    inverse: &[F],
+    kept: &Row<F>,
+    (ratio, inverse): (&[F], &[F]),
     factor: F,
     h: &mut [F],
 ) {
+    let slope = |p: F, ratio: F, inverse: F| inverse * (p + p - ratio);
+    // Its exponential is 1.
+    let m = reduce::first(row, |p| p == kept.reciprocal);
+    let largest = slope(row[m], ratio[m], inverse[m]);
     for (((h, &p), &r), &inverse) in h.iter_mut().zip(&*row).zip(ratio).zip(inverse) {
-        *h = p * inverse * (p + p - r);
+        *h = p * (slope(p, r, inverse) - largest);
     }
     let total = F::of(-reduce::sum(h));
     for (p, &h) in row.iter_mut().zip(&*h) {

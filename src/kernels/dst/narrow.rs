@@ -14,29 +14,29 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
 
     #[inline(always)]
     fn run<I: Isa>(self) -> Self::Output {
-        let Self(mut all) = self;
-        let cols = all.logits.cols();
+        let Self(mut sweep) = self;
+        let cols = sweep.logits.cols();
         let mut z = columns(cols);
         let mut e = z.clone();
         let mut grad = stored(cols);
         let mut total = [0.0; LANES];
-        for (rows, here) in tiles(all.range.clone()) {
-            all.main.side_by_side(rows.clone(), &mut z);
+        for (rows, here) in tiles(sweep.range.clone()) {
+            sweep.main.side_by_side(rows.clone(), &mut z);
             let (_, label) = argmax(&z);
-            for (out, label) in all.out.labels[here.clone()].iter_mut().zip(label) {
+            for (out, label) in sweep.out.labels[here.clone()].iter_mut().zip(label) {
                 *out = label.to_f64() as i64;
             }
-            all.logits.side_by_side(rows, &mut z);
+            sweep.logits.side_by_side(rows, &mut z);
             let largest = max(&z);
             exp_shifted::<I, _>(&z, &largest, E::Acc::ONE, &mut e);
             let split = split(&z, &mut e, &label);
-            let (values, factor) = match all.goal {
+            let (values, factor) = match sweep.goal {
                 Goal::Agree => agreement::<I, _>(&largest, &split),
                 Goal::Disagree => disagreement::<I, _>(&split),
             };
             add(&mut total, &values, here.len());
-            if let Some(out) = all.out.grad.as_deref_mut() {
-                split.gradient::<E>(&e, &factor.map(|f| f * all.weight), &mut grad);
+            if let Some(out) = sweep.out.grad.as_deref_mut() {
+                split.gradient::<E>(&e, &factor.map(|f| f * sweep.weight), &mut grad);
                 put_back(&grad, out, here);
             }
         }

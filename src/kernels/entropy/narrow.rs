@@ -13,13 +13,13 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let Self(mut all) = self;
-        let cols = all.p.cols();
-        let (epsilon, weight) = (E::Acc::of(ENTROPY_EPSILON), E::Acc::of(-all.weight));
+        let Self(mut sweep) = self;
+        let cols = sweep.p.cols();
+        let (epsilon, weight) = (E::Acc::of(ENTROPY_EPSILON), E::Acc::of(-sweep.weight));
         let mut p = columns(cols);
         let mut grad = stored(cols);
-        for (rows, here) in tiles(all.range.clone()) {
-            all.p.side_by_side(rows, &mut p);
+        for (rows, here) in tiles(sweep.range.clone()) {
+            sweep.p.side_by_side(rows, &mut p);
             let mut sum = [E::Acc::ZERO; LANES];
             for (p, grad) in p.iter().zip(&mut grad) {
                 for k in 0..LANES {
@@ -29,10 +29,10 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                     grad[k] = E::store((log + p[k] / shifted) * weight);
                 }
             }
-            for (out, sum) in all.out[here.clone()].iter_mut().zip(sum) {
+            for (out, sum) in sweep.out[here.clone()].iter_mut().zip(sum) {
                 *out = sum.to_f64();
             }
-            if let Some(out) = all.grad.as_deref_mut() {
+            if let Some(out) = sweep.grad.as_deref_mut() {
                 put_back(&grad, out, here);
             }
         }

@@ -12,18 +12,18 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
 
     #[inline(always)]
     fn run<I: Isa>(self) -> Self::Output {
-        let Self(all) = self;
-        let cols = all.logits.cols();
-        let inverse_t = E::Acc::of(1.0 / all.temperature);
-        let mut kept = Vec::with_capacity(all.range.len());
+        let Self(sweep) = self;
+        let cols = sweep.logits.cols();
+        let inverse_t = E::Acc::of(1.0 / sweep.temperature);
+        let mut kept = Vec::with_capacity(sweep.range.len());
         let mut z = columns(cols);
         let (mut p, mut s, mut d) = (z.clone(), z.clone(), z.clone());
         let mut sums = Sums {
             s: vec![0.0; cols],
             d: vec![0.0; cols],
         };
-        for (tile, (rows, _)) in tiles(all.range).enumerate() {
-            all.logits.side_by_side(rows.clone(), &mut z);
+        for (tile, (rows, _)) in tiles(sweep.range).enumerate() {
+            sweep.logits.side_by_side(rows.clone(), &mut z);
             let largest = max(&z);
             let total = exp_shifted::<I, _>(&z, &largest, inverse_t, &mut p);
             let mut reciprocal = [E::Acc::ZERO; LANES];
@@ -91,33 +91,43 @@ impl<E: Element> Kernel for Narrow<Gradient<'_, E>> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let Self(all) = self;
-        let cols = all.logits.cols();
-        let inverse_t = E::Acc::of(1.0 / all.temperature);
-        let factor = E::Acc::of(-all.scale / (cols as f64 * all.temperature));
+        let Self(sweep) = self;
+        let cols = sweep.logits.cols();
+        let inverse_t = E::Acc::of(1.0 / sweep.temperature);
+        let factor = E::Acc::of(-sweep.scale / (cols as f64 * sweep.temperature));
         let mut z = columns(cols);
         let mut h = z.clone();
         let mut grad = stored(cols);
-        for (rows, here) in tiles(all.range) {
+        for (rows, here) in tiles(sweep.range) {
             let rest = [E::Acc::ZERO; LANES];
             let (mut weight, mut largest, mut reciprocal) = (rest, rest, rest);
-            for (k, row) in all.kept[here.clone()].iter().enumerate() {
+            for (k, row) in sweep.kept[here.clone()].iter().enumerate() {
                 weight[k] = factor * row.weight;
                 largest[k] = row.max;
                 reciprocal[k] = row.reciprocal;
             }
-            all.logits.side_by_side(rows, &mut z);
-            let mut total = [E::Acc::ZERO; LANES];
-            let classes = z
-                .iter_mut()
-                .zip(&mut h)
-                .zip(all.ratio.iter().zip(all.inverse));
-            for ((z, h), (&ratio, &inverse)) in classes {
+            sweep.logits.side_by_side(rows, &mut z);
+            // The slopes, and that of the largest class: see `gradient_row`.
+            let mut at_largest = [E::Acc::ZERO; LANES];
+            let classes = z.iter_mut().zip(&mut h);
+            for ((z, h), (&ratio, &inverse)) in classes.zip(sweep.ratio.iter().zip(sweep.inverse)) {
                 for k in 0..LANES {
                     let e = ((z[k] - largest[k]) * inverse_t).exp_nonpositive::<I>();
                     let p = e * reciprocal[k];
+                    let slope = inverse * (p + p - ratio);
                     z[k] = p;
-                    h[k] = p * inverse * (p + p - ratio);
+                    h[k] = slope;
+                    at_largest[k] = if e == E::Acc::ONE {
+                        slope
+                    } else {
+                        at_largest[k]
+                    };
+                }
+            }
+            let mut total = [E::Acc::ZERO; LANES];
+            for (p, h) in z.iter().zip(&mut h) {
+                for k in 0..LANES {
+                    h[k] = p[k] * (h[k] - at_largest[k]);
                     total[k] += h[k];
                 }
             }
@@ -127,7 +137,7 @@ impl<E: Element> Kernel for Narrow<Gradient<'_, E>> {
                     grad[k] = E::store(weight[k] * slope);
                 }
             }
-            put_back(&grad, all.out, here);
+            put_back(&grad, sweep.out, here);
         }
     }
 }

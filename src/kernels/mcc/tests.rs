@@ -211,3 +211,32 @@ fn absent_classes_have_the_limit_and_nan_stays() {
     let empty = Rows::<f32>::contiguous(&[], 0, 3).unwrap();
     assert!(mcc(empty, 1.0, None, NonZeroUsize::MIN).value.is_nan());
 }
+
+#[test]
+fn a_certain_row_keeps_its_gradient() {
+    // Row 0 is certain of class 0, to 1e-7 or so; row 1 is certain of class 1, to 1e-9.
+    for cols in [3, 40] {
+        let mut z = vec![-60.0; 2 * cols];
+        (z[0], z[1]) = (16.0, 0.0);
+        (z[cols], z[cols + 1]) = (0.0, 21.0);
+        let w = loss_weights(&z, 2, cols, 1.0);
+        let p = softmax(&z, 2, cols, 1.0);
+        let s = |c: usize| w[0] * p[c] + w[1] * p[cols + c];
+        let d = |c: usize| w[0] * p[c].powi(2) + w[1] * p[cols + c].powi(2);
+        // By the two classes that matter: p_0 p_1 times the difference of the slopes.
+        let slope = |i: usize, c: usize| (2.0 * p[i * cols + c] - d(c) / s(c)) / s(c);
+        let narrow: Vec<f32> = z.iter().map(|&z| z as f32).collect();
+        let mut grad = vec![0.0f32; z.len()];
+        let view = Rows::contiguous(&narrow, 2, cols).unwrap();
+        mcc(view, 1.0, Some(&mut grad), NonZeroUsize::MIN);
+        for i in 0..2 {
+            let row = i * cols;
+            let exact = -w[i] / cols as f64 * p[row] * p[row + 1] * (slope(i, 0) - slope(i, 1));
+            let got = f64::from(grad[row]);
+            assert!(
+                (got / exact - 1.0).abs() < 1e-5,
+                "{cols} {i}: {got} {exact}"
+            );
+        }
+    }
+}

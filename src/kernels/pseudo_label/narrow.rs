@@ -14,16 +14,16 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
 
     #[inline(always)]
     fn run<I: Isa>(self) -> Self::Output {
-        let Self(mut all) = self;
-        let cols = all.logits.cols();
-        let same = all.logits.same(&all.targets);
-        let threshold = round_to::<E>(E::Acc::of(all.threshold));
+        let Self(mut sweep) = self;
+        let cols = sweep.logits.cols();
+        let same = sweep.logits.same(&sweep.targets);
+        let threshold = round_to::<E>(E::Acc::of(sweep.threshold));
         let mut z = columns(cols);
         let mut e = z.clone();
         let mut grad = stored(cols);
         let mut total = [0.0; LANES];
-        for (rows, here) in tiles(all.range.clone()) {
-            all.targets.side_by_side(rows.clone(), &mut z);
+        for (rows, here) in tiles(sweep.range.clone()) {
+            sweep.targets.side_by_side(rows.clone(), &mut z);
             let mut largest = max(&z);
             let sum = exp_shifted::<I, _>(&z, &largest, E::Acc::ONE, &mut e);
             let (confidence, label) = predictions::<E>(&e, &sum);
@@ -32,12 +32,12 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                 mask[k] = if confidence[k] > threshold { 1.0 } else { 0.0 };
             }
             for (k, i) in here.clone().enumerate() {
-                all.out.labels[i] = label[k].to_f64() as i64;
-                all.out.mask[i] = mask[k];
+                sweep.out.labels[i] = label[k].to_f64() as i64;
+                sweep.out.mask[i] = mask[k];
             }
 
             if !same {
-                all.logits.side_by_side(rows, &mut z);
+                sweep.logits.side_by_side(rows, &mut z);
                 largest = max(&z);
                 exp_shifted::<I, _>(&z, &largest, E::Acc::ONE, &mut e);
             }
@@ -49,10 +49,10 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                 let mask = f64::from(mask[k]);
                 let value = Real::ln::<I>(sum) + (largest[k].to_f64() - split.logit[k].to_f64());
                 values[k] = mask * value;
-                factor[k] = mask * (all.weight / sum);
+                factor[k] = mask * (sweep.weight / sum);
             }
             add(&mut total, &values, here.len());
-            if let Some(out) = all.out.grad.as_deref_mut() {
+            if let Some(out) = sweep.out.grad.as_deref_mut() {
                 split.gradient::<E>(&e, &factor, &mut grad);
                 put_back(&grad, out, here);
             }

@@ -14,16 +14,16 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
 
     #[inline(always)]
     fn run<I: Isa>(self) -> Self::Output {
-        let Self(mut all) = self;
-        let cols = all.strong.cols();
-        let threshold = round_to::<E>(E::Acc::of(all.threshold));
-        let inverse_t = E::Acc::of(1.0 / all.temperature);
+        let Self(mut sweep) = self;
+        let cols = sweep.strong.cols();
+        let threshold = round_to::<E>(E::Acc::of(sweep.threshold));
+        let inverse_t = E::Acc::of(1.0 / sweep.temperature);
         let mut y = columns(cols);
         let (mut z, mut q, mut p) = (y.clone(), y.clone(), y.clone());
         let mut grad = stored(cols);
         let (mut total, mut selected) = ([0.0; LANES], 0);
-        for (rows, here) in tiles(all.range.clone()) {
-            all.weak.side_by_side(rows.clone(), &mut y);
+        for (rows, here) in tiles(sweep.range.clone()) {
+            sweep.weak.side_by_side(rows.clone(), &mut y);
             let y_max = max(&y);
             let q_sum = exp_shifted::<I, _>(&y, &y_max, E::Acc::ONE, &mut q);
             let mut mask = [0.0; LANES];
@@ -33,7 +33,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             }
             selected += mask[..here.len()].iter().filter(|&&m| m > 0.0).count();
 
-            all.strong.side_by_side(rows, &mut z);
+            sweep.strong.side_by_side(rows, &mut z);
             let z_max = max(&z);
             let p_sum = exp_shifted::<I, _>(&z, &z_max, inverse_t, &mut p);
             let mut cross = [E::Acc::ZERO; LANES];
@@ -46,7 +46,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                 }
             }
             let (mut values, mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-            let factor = all.scale / all.temperature;
+            let factor = sweep.scale / sweep.temperature;
             for k in 0..LANES {
                 let (p_sum, q_sum) = (p_sum[k].to_f64(), q_sum[k].to_f64());
                 let norms = Real::ln::<I>(p_sum) - Real::ln::<I>(q_sum);
@@ -56,7 +56,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                 of_q[k] = mask[k] * (factor / q_sum);
             }
             add(&mut total, &values, here.len());
-            if let Some(out) = all.grad.as_deref_mut() {
+            if let Some(out) = sweep.grad.as_deref_mut() {
                 difference::<E>((&p, &of_p), (&q, &of_q), &mut grad);
                 put_back(&grad, out, here);
             }

@@ -41,30 +41,30 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
 
     #[inline(always)]
     fn run<I: Isa>(self) -> Self::Output {
-        let Self(mut all) = self;
-        let cols = all.logits.cols();
+        let Self(mut sweep) = self;
+        let cols = sweep.logits.cols();
         let (mut p, mut q) = (Softmax::new(cols), Softmax::new(cols));
         let mut grad = stored(cols);
         let mut total = [0.0; LANES];
-        for (rows, here) in tiles(all.range.clone()) {
-            all.logits.side_by_side(rows.clone(), &mut p.z);
+        for (rows, here) in tiles(sweep.range.clone()) {
+            sweep.logits.side_by_side(rows.clone(), &mut p.z);
             p.fill::<I>();
-            let values = match all.targets {
+            let values = match sweep.targets {
                 Targets::Logits(targets) => {
                     targets.side_by_side(rows, &mut q.z);
                     q.fill::<I>();
-                    soft::<I, E>(&p, &q, all.weight, &mut grad)
+                    soft::<I, E>(&p, &q, sweep.weight, &mut grad)
                 }
                 Targets::Smooth { labels, hit, rest } => {
                     let mut label = [E::Acc::ZERO; LANES];
                     for (label, &index) in label.iter_mut().zip(&labels[rows]) {
                         *label = E::Acc::of(index as f64);
                     }
-                    smooth::<I, E>(&mut p, (&label, hit, rest), all.weight, &mut grad)
+                    smooth::<I, E>(&mut p, (&label, hit, rest), sweep.weight, &mut grad)
                 }
             };
             add(&mut total, &values, here.len());
-            if let Some(out) = all.grad.as_deref_mut() {
+            if let Some(out) = sweep.grad.as_deref_mut() {
                 put_back(&grad, out, here);
             }
         }
