@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// Rows side by side.
 pub const LANES: usize = 16;
-/// The widest rows that are taken side by side. Sums of so few numbers need no f64.
+/// The widest rows that are taken side by side.
 const NARROW: usize = 32;
 
 /// A number of each row.
@@ -87,20 +87,22 @@ pub fn argmax<F: Real>(columns: &[Lanes<F>]) -> (Lanes<F>, Lanes<F>) {
     (largest, at)
 }
 
-/// Writes `e^(scale (z - shift))` and returns its sum. `shift` has the largest of each lane, `scale` is
-/// positive.
+/// Writes `e^(scale (z - shift))` and returns its sum, in f64: a difference of the logarithms of two may be
+/// small. `shift` has the largest of each lane, `scale` is positive.
 #[inline(always)]
 pub fn exp_shifted<I: Isa, F: Real>(
     columns: &[Lanes<F>],
     shift: &Lanes<F>,
     scale: F,
     out: &mut [Lanes<F>],
-) -> Lanes<F> {
-    let mut total = [F::ZERO; LANES];
+) -> Lanes<f64> {
+    let mut total = [0.0; LANES];
     for (z, e) in columns.iter().zip(out) {
         for k in 0..LANES {
             e[k] = ((z[k] - shift[k]) * scale).exp_nonpositive::<I>();
-            total[k] += e[k];
+        }
+        for k in 0..LANES {
+            total[k] += e[k].to_f64();
         }
     }
     total
@@ -325,7 +327,7 @@ pub(super) mod tests {
             }
             let total = exp_shifted::<Baseline, _>(&tile, &largest, 1.0, &mut e);
             let split = split(&tile, &mut e, &label);
-            let factors = std::array::from_fn(|k| 0.5 / f64::from(total[k]));
+            let factors = std::array::from_fn(|k| 0.5 / total[k]);
             split.gradient(&e, &factors, &mut grad);
             for (k, z) in z.chunks(cols).enumerate() {
                 let (class, mut expected) = (k % cols, vec![0.0f32; cols]);
@@ -340,7 +342,7 @@ pub(super) mod tests {
                 );
                 assert!((split.own[k] - row.own).abs() < 1e-6 * row.own);
                 assert!((split.others[k] - row.others).abs() <= 1e-6 * row.others);
-                assert!((f64::from(total[k]) - row.total()).abs() < 1e-6 * row.total());
+                assert!((total[k] - row.total()).abs() < 1e-6 * row.total());
                 assert_eq!(split.logit[k], z[class]);
                 for (grad, expected) in grad.iter().zip(expected) {
                     assert!((grad[k] - expected).abs() <= 1e-6 * expected.abs());

@@ -28,7 +28,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             let total = exp_shifted::<I, _>(&z, &largest, inverse_t, &mut p);
             let mut reciprocal = [E::Acc::ZERO; LANES];
             for k in 0..LANES {
-                reciprocal[k] = E::Acc::of(1.0 / total[k].to_f64());
+                reciprocal[k] = E::Acc::of(1.0 / total[k]);
             }
             let mut weight = weights::<I, _>(&mut p, &reciprocal);
             for k in 0..rows.len() {

@@ -7,6 +7,7 @@ use super::super::lanes::{
 };
 use super::super::real::Real;
 use super::super::rows::put_back;
+use super::super::softmax::confidence as confidence_of;
 use super::Sweep;
 
 impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
@@ -66,17 +67,17 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
 #[inline(always)]
 fn predictions<E: Element>(
     e: &[Lanes<E::Acc>],
-    sum: &Lanes<E::Acc>,
+    sum: &Lanes<f64>,
 ) -> (Lanes<E::Acc>, Lanes<E::Acc>) {
     let (mut confidence, mut label) = ([E::Acc::ZERO; LANES], [E::Acc::ZERO; LANES]);
     for k in 0..LANES {
-        confidence[k] = round_to::<E>(E::Acc::ONE / sum[k]);
+        confidence[k] = confidence_of::<E>(sum[k]);
     }
     let mut class = E::Acc::of(e.len() as f64);
     for e in e.iter().rev() {
         class = class - E::Acc::ONE;
         for k in 0..LANES {
-            let tied = round_to::<E>(e[k] / sum[k]) == confidence[k];
+            let tied = round_to::<E>(e[k] / E::Acc::of(sum[k])) == confidence[k];
             label[k] = if tied { class } else { label[k] };
         }
     }

@@ -7,6 +7,7 @@ use super::super::lanes::{
 };
 use super::super::real::Real;
 use super::super::rows::put_back;
+use super::super::softmax::confidence;
 use super::Sweep;
 
 impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
@@ -28,7 +29,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             let q_sum = exp_shifted::<I, _>(&y, &y_max, E::Acc::ONE, &mut q);
             let mut mask = [0.0; LANES];
             for k in 0..LANES {
-                let confident = round_to::<E>(E::Acc::ONE / q_sum[k]) > threshold;
+                let confident = confidence::<E>(q_sum[k]) > threshold;
                 mask[k] = if confident { 1.0 } else { 0.0 };
             }
             selected += mask[..here.len()].iter().filter(|&&m| m > 0.0).count();
@@ -36,24 +37,24 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             sweep.strong.side_by_side(rows, &mut z);
             let z_max = max(&z);
             let p_sum = exp_shifted::<I, _>(&z, &z_max, inverse_t, &mut p);
-            let mut cross = [E::Acc::ZERO; LANES];
+            let mut cross = [0.0; LANES];
             for ((y, q), z) in y.iter().zip(&q).zip(&z) {
                 for k in 0..LANES {
                     // q ln q is 0 at q = 0; q ln p is not replaced, and NaN where p = 0 too, as in tllib.
                     let zero = q[k] == E::Acc::ZERO;
                     let ln_q = if zero { E::Acc::ZERO } else { y[k] - y_max[k] };
-                    cross[k] += q[k] * (ln_q - (z[k] - z_max[k]) * inverse_t);
+                    let term = q[k] * (ln_q - (z[k] - z_max[k]) * inverse_t);
+                    cross[k] += term.to_f64();
                 }
             }
             let (mut values, mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
             let factor = sweep.scale / sweep.temperature;
             for k in 0..LANES {
-                let (p_sum, q_sum) = (p_sum[k].to_f64(), q_sum[k].to_f64());
-                let norms = Real::ln::<I>(p_sum) - Real::ln::<I>(q_sum);
+                let norms = Real::ln::<I>(p_sum[k]) - Real::ln::<I>(q_sum[k]);
                 // The mask multiplies: 0 times what is not finite is NaN, also of the gradient.
-                values[k] = mask[k] * (cross[k].to_f64() / q_sum + norms);
-                of_p[k] = mask[k] * (factor / p_sum);
-                of_q[k] = mask[k] * (factor / q_sum);
+                values[k] = mask[k] * (cross[k] / q_sum[k] + norms);
+                of_p[k] = mask[k] * (factor / p_sum[k]);
+                of_q[k] = mask[k] * (factor / q_sum[k]);
             }
             add(&mut total, &values, here.len());
             if let Some(out) = sweep.grad.as_deref_mut() {

@@ -14,7 +14,7 @@ struct Softmax<F> {
     z: Vec<Lanes<F>>,
     exp: Vec<Lanes<F>>,
     max: Lanes<F>,
-    total: Lanes<F>,
+    total: Lanes<f64>,
 }
 
 impl<F: Real> Softmax<F> {
@@ -24,7 +24,7 @@ impl<F: Real> Softmax<F> {
             z: columns.clone(),
             exp: columns,
             max: [F::ZERO; LANES],
-            total: [F::ZERO; LANES],
+            total: [0.0; LANES],
         }
     }
 
@@ -80,16 +80,17 @@ fn soft<I: Isa, E: Element>(
     weight: f64,
     grad: &mut [Lanes<E>],
 ) -> Lanes<f64> {
-    let mut cross = [E::Acc::ZERO; LANES];
+    let mut cross = [0.0; LANES];
     for (q, z) in q.exp.iter().zip(&p.z) {
         for k in 0..LANES {
-            cross[k] += q[k] * (z[k] - p.max[k]);
+            let term = q[k] * (z[k] - p.max[k]);
+            cross[k] += term.to_f64();
         }
     }
     let (mut values, mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
     for k in 0..LANES {
-        let (p_total, q_total) = (p.total[k].to_f64(), q.total[k].to_f64());
-        values[k] = Real::ln::<I>(p_total) - cross[k].to_f64() / q_total;
+        let (p_total, q_total) = (p.total[k], q.total[k]);
+        values[k] = Real::ln::<I>(p_total) - cross[k] / q_total;
         of_p[k] = weight / p_total;
         of_q[k] = weight / q_total;
     }
