@@ -2,8 +2,8 @@
 //!
 //! The foundation: [`isa`] picks an instruction set at run time, [`real`] has the arithmetic and
 //! the vectorisable `exp` and `ln`, [`element`] the storage types, [`rows`] strided matrices,
-//! [`reduce`] the sweeps over one row, [`softmax`] a row of probabilities, [`product`] products of
-//! matrices, [`parallel`] the threads. Every other module is a method.
+//! [`reduce`] the sweeps over one row, [`lanes`] those over narrow rows side by side, [`softmax`] a row of
+//! probabilities, [`product`] products of matrices, [`parallel`] the threads. Every other module is a method.
 
 pub mod element;
 pub mod isa;
