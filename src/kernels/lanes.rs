@@ -7,6 +7,7 @@
 use super::element::Element;
 use super::isa::{self, Isa, Kernel};
 use super::real::Real;
+use super::rows::Rows;
 use std::ops::Range;
 
 /// Rows side by side.
@@ -61,12 +62,6 @@ pub fn stored<E: Element>(cols: usize) -> Vec<Lanes<E>> {
     vec![[E::store(E::Acc::ZERO); LANES]; cols]
 }
 
-/// The largest number of each lane; NaN if any is.
-#[inline(always)]
-pub fn max<F: Real>(columns: &[Lanes<F>]) -> Lanes<F> {
-    argmax(columns).0
-}
-
 /// The largest number of each lane and the first column that has it. NaN is larger than any.
 #[inline(always)]
 #[allow(
@@ -87,8 +82,43 @@ pub fn argmax<F: Real>(columns: &[Lanes<F>]) -> (Lanes<F>, Lanes<F>) {
     (largest, at)
 }
 
-/// Writes `e^(scale (z - shift))` and returns its sum, in f64: a difference of the logarithms of two may be
-/// small. `shift` has the largest of each lane, `scale` is positive.
+/// Room for the softmax of a tile: its logits and their exponentials.
+pub type Room<F> = (Vec<Lanes<F>>, Vec<Lanes<F>>);
+
+/// The softmax of a tile of rows.
+pub struct Softmax<'a, F> {
+    /// The logits.
+    pub z: &'a [Lanes<F>],
+    /// `e^{scale (z_c - max)}`
+    pub exp: &'a mut [Lanes<F>],
+    /// The largest logit of each row.
+    pub max: Lanes<F>,
+    /// The sum of `exp`, in f64: a difference of the logarithms of two may be small.
+    pub total: Lanes<f64>,
+}
+
+impl<'a, F: Real> Softmax<'a, F> {
+    /// That of the rows of `range`, with a positive `scale`.
+    #[inline(always)]
+    pub fn of<I: Isa, E: Element<Acc = F>>(
+        rows: &Rows<'_, E>,
+        range: Range<usize>,
+        scale: F,
+        (z, exp): &'a mut Room<F>,
+    ) -> Self {
+        rows.side_by_side(range, z);
+        let (max, _) = argmax(z);
+        let total = exp_shifted::<I, _>(z, &max, scale, exp);
+        Self { z, exp, max, total }
+    }
+}
+
+/// Room for a softmax.
+pub fn room<F: Real>(cols: usize) -> Room<F> {
+    (columns(cols), columns(cols))
+}
+
+/// Writes `e^(scale (z - shift))` and returns its sum. `shift` has the largest of each lane.
 #[inline(always)]
 pub fn exp_shifted<I: Isa, F: Real>(
     columns: &[Lanes<F>],
@@ -106,6 +136,14 @@ pub fn exp_shifted<I: Isa, F: Real>(
         }
     }
     total
+}
+
+/// Writes the class of each row into `out`, which has a place for at most [`LANES`].
+#[inline(always)]
+pub fn write_labels<F: Real>(label: &Lanes<F>, out: &mut [i64]) {
+    for (out, label) in out.iter_mut().zip(label) {
+        *out = label.to_f64() as i64;
+    }
 }
 
 /// Adds the values of the first `count` lanes to `total`.
@@ -203,6 +241,17 @@ pub fn split<F: Real>(z: &[Lanes<F>], e: &mut [Lanes<F>], label: &Lanes<F>) -> S
 }
 
 impl<F: Real> Split<F> {
+    /// `-ln p` of the class of each row, with the maximum that was taken from its logits.
+    #[inline(always)]
+    pub fn cross_entropy<I: Isa>(&self, max: &Lanes<F>) -> Lanes<f64> {
+        let mut values = [0.0; LANES];
+        for k in 0..LANES {
+            let total = self.own[k] + self.others[k];
+            values[k] = Real::ln::<I>(total) + (max[k].to_f64() - self.logit[k].to_f64());
+        }
+        values
+    }
+
     /// Writes `factor (e - total onehot)`, with the exponentials that [`split`] left.
     #[inline(always)]
     pub fn gradient<E: Element<Acc = F>>(
@@ -256,7 +305,6 @@ fn narrow<F: Real>(lanes: &Lanes<f64>) -> Lanes<F> {
 pub(super) mod tests {
     use super::super::element::Bf16;
     use super::super::isa::Baseline;
-    use super::super::rows::Rows;
     use super::super::{reduce, softmax};
     use super::*;
 
@@ -308,7 +356,7 @@ pub(super) mod tests {
                 assert!(largest[3].is_nan() && at[3] as usize <= c, "{c}");
                 assert!(c > 0 || at[3] == 0.0);
                 tile[c][3] = f32::INFINITY;
-                assert!(c == cols - 1 || max(&tile)[3].is_nan());
+                assert!(c == cols - 1 || argmax(&tile).0[3].is_nan());
             }
             let nothing = vec![[f32::NEG_INFINITY; LANES]; cols];
             assert_eq!(argmax(&nothing), (nothing[0], [0.0; LANES]));
@@ -319,19 +367,23 @@ pub(super) mod tests {
     fn each_lane_is_the_softmax_of_its_row() {
         for cols in [1, 2, 5, 32] {
             let (z, tile) = rows(cols);
-            let (largest, _) = argmax(&tile);
-            let (mut e, mut grad) = (columns(cols), stored::<f32>(cols));
+            let mut grad = stored::<f32>(cols);
             let mut label = [0.0; LANES];
             for (k, label) in label.iter_mut().enumerate() {
                 *label = (k % cols) as f32;
             }
-            let total = exp_shifted::<Baseline, _>(&tile, &largest, 1.0, &mut e);
-            let split = split(&tile, &mut e, &label);
+            let mut room = room(cols);
+            let view = Rows::contiguous(&z, LANES, cols).unwrap();
+            let softmax = Softmax::of::<Baseline, _>(&view, 0..LANES, 1.0, &mut room);
+            assert_eq!(softmax.z, tile);
+            let (e, total) = (softmax.exp, softmax.total);
+            let split = split(&tile, e, &label);
             let factors = std::array::from_fn(|k| 0.5 / total[k]);
-            split.gradient(&e, &factors, &mut grad);
+            split.gradient(e, &factors, &mut grad);
             for (k, z) in z.chunks(cols).enumerate() {
                 let (class, mut expected) = (k % cols, vec![0.0f32; cols]);
                 let max = reduce::max(z);
+                assert_eq!(softmax.max[k], max);
                 let row = softmax::split_with_gradient::<Baseline, f32>(
                     z,
                     max,

@@ -3,7 +3,8 @@
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel};
 use super::super::lanes::{
-    LANES, Lanes, Narrow, Split, add, argmax, columns, exp_shifted, max, split, stored, tiles,
+    LANES, Lanes, Narrow, Softmax, Split, add, argmax, columns, room, split, stored, tiles,
+    write_labels,
 };
 use super::super::real::Real;
 use super::super::rows::put_back;
@@ -16,27 +17,22 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
     fn run<I: Isa>(self) -> Self::Output {
         let Self(mut sweep) = self;
         let cols = sweep.logits.cols();
-        let mut z = columns(cols);
-        let mut e = z.clone();
+        let (mut main, mut adversarial) = (columns(cols), room(cols));
         let mut grad = stored(cols);
         let mut total = [0.0; LANES];
         for (rows, here) in tiles(sweep.range.clone()) {
-            sweep.main.side_by_side(rows.clone(), &mut z);
-            let (_, label) = argmax(&z);
-            for (out, label) in sweep.out.labels[here.clone()].iter_mut().zip(label) {
-                *out = label.to_f64() as i64;
-            }
-            sweep.logits.side_by_side(rows, &mut z);
-            let largest = max(&z);
-            exp_shifted::<I, _>(&z, &largest, E::Acc::ONE, &mut e);
-            let split = split(&z, &mut e, &label);
+            sweep.main.side_by_side(rows.clone(), &mut main);
+            let (_, label) = argmax(&main);
+            write_labels(&label, &mut sweep.out.labels[here.clone()]);
+            let p = Softmax::of::<I, _>(&sweep.logits, rows, E::Acc::ONE, &mut adversarial);
+            let split = split(p.z, p.exp, &label);
             let (values, factor) = match sweep.goal {
-                Goal::Agree => agreement::<I, _>(&largest, &split),
+                Goal::Agree => agreement::<I, _>(&p.max, &split),
                 Goal::Disagree => disagreement::<I, _>(&split),
             };
             add(&mut total, &values, here.len());
             if let Some(out) = sweep.out.grad.as_deref_mut() {
-                split.gradient::<E>(&e, &factor.map(|f| f * sweep.weight), &mut grad);
+                split.gradient::<E>(p.exp, &factor.map(|f| f * sweep.weight), &mut grad);
                 put_back(&grad, out, here);
             }
         }
@@ -47,13 +43,11 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
 /// The loss of each row, and [`Goal::slope`] over `sum_c e^{z_c - max}`.
 #[inline(always)]
 fn agreement<I: Isa, F: Real>(max: &Lanes<F>, split: &Split<F>) -> (Lanes<f64>, Lanes<f64>) {
-    let (mut values, mut factors) = ([0.0; LANES], [0.0; LANES]);
+    let mut factors = [0.0; LANES];
     for k in 0..LANES {
-        let total = split.own[k] + split.others[k];
-        values[k] = Real::ln::<I>(total) + (max[k].to_f64() - split.logit[k].to_f64());
-        factors[k] = 1.0 / total;
+        factors[k] = 1.0 / (split.own[k] + split.others[k]);
     }
-    (values, factors)
+    (split.cross_entropy::<I>(max), factors)
 }
 
 /// As [`agreement`].

@@ -2,7 +2,7 @@
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel};
-use super::super::lanes::{LANES, Lanes, Narrow, columns, exp_shifted, max, stored, tiles};
+use super::super::lanes::{LANES, Lanes, Narrow, argmax, columns, exp_shifted, stored, tiles};
 use super::super::real::Real;
 use super::super::rows::put_back;
 use super::{ENTROPY_EPSILON, FLUSH, Gradient, LN_2, Row, Sums, Sweep};
@@ -24,7 +24,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         };
         for (tile, (rows, _)) in tiles(sweep.range).enumerate() {
             sweep.logits.side_by_side(rows.clone(), &mut z);
-            let largest = max(&z);
+            let (largest, _) = argmax(&z);
             let total = exp_shifted::<I, _>(&z, &largest, inverse_t, &mut p);
             let mut reciprocal = [E::Acc::ZERO; LANES];
             for k in 0..LANES {

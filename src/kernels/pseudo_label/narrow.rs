@@ -3,7 +3,7 @@
 use super::super::element::{Element, round_to};
 use super::super::isa::{Isa, Kernel};
 use super::super::lanes::{
-    LANES, Lanes, Narrow, add, columns, exp_shifted, max, split, stored, tiles,
+    LANES, Lanes, Narrow, Softmax, add, room, split, stored, tiles, write_labels,
 };
 use super::super::real::Real;
 use super::super::rows::put_back;
@@ -19,42 +19,37 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         let cols = sweep.logits.cols();
         let same = sweep.logits.same(&sweep.targets);
         let threshold = round_to::<E>(E::Acc::of(sweep.threshold));
-        let mut z = columns(cols);
-        let mut e = z.clone();
+        let mut room = room(cols);
         let mut grad = stored(cols);
         let mut total = [0.0; LANES];
         for (rows, here) in tiles(sweep.range.clone()) {
-            sweep.targets.side_by_side(rows.clone(), &mut z);
-            let mut largest = max(&z);
-            let sum = exp_shifted::<I, _>(&z, &largest, E::Acc::ONE, &mut e);
-            let (confidence, label) = predictions::<E>(&e, &sum);
+            let q = Softmax::of::<I, _>(&sweep.targets, rows.clone(), E::Acc::ONE, &mut room);
+            let (confidence, label) = predictions::<E>(q.exp, &q.total);
             let mut mask = [0.0; LANES];
             for k in 0..LANES {
                 mask[k] = if confidence[k] > threshold { 1.0 } else { 0.0 };
             }
-            for (k, i) in here.clone().enumerate() {
-                sweep.out.labels[i] = label[k].to_f64() as i64;
-                sweep.out.mask[i] = mask[k];
+            write_labels(&label, &mut sweep.out.labels[here.clone()]);
+            for (out, mask) in sweep.out.mask[here.clone()].iter_mut().zip(mask) {
+                *out = mask;
             }
 
-            if !same {
-                sweep.logits.side_by_side(rows, &mut z);
-                largest = max(&z);
-                exp_shifted::<I, _>(&z, &largest, E::Acc::ONE, &mut e);
-            }
-            let split = split(&z, &mut e, &label);
-            let (mut values, mut factor) = ([0.0; LANES], [0.0; LANES]);
+            let p = if same {
+                q
+            } else {
+                Softmax::of::<I, _>(&sweep.logits, rows, E::Acc::ONE, &mut room)
+            };
+            let split = split(p.z, p.exp, &label);
+            let (mut values, mut factor) = (split.cross_entropy::<I>(&p.max), [0.0; LANES]);
             for k in 0..LANES {
-                let sum = split.own[k] + split.others[k];
                 // The mask multiplies: 0 times what is not finite is NaN, also of the gradient.
                 let mask = f64::from(mask[k]);
-                let value = Real::ln::<I>(sum) + (largest[k].to_f64() - split.logit[k].to_f64());
-                values[k] = mask * value;
-                factor[k] = mask * (sweep.weight / sum);
+                values[k] *= mask;
+                factor[k] = mask * (sweep.weight / (split.own[k] + split.others[k]));
             }
             add(&mut total, &values, here.len());
             if let Some(out) = sweep.out.grad.as_deref_mut() {
-                split.gradient::<E>(&e, &factor, &mut grad);
+                split.gradient::<E>(p.exp, &factor, &mut grad);
                 put_back(&grad, out, here);
             }
         }

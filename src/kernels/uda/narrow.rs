@@ -2,9 +2,7 @@
 
 use super::super::element::{Element, round_to};
 use super::super::isa::{Isa, Kernel};
-use super::super::lanes::{
-    LANES, Narrow, add, columns, difference, exp_shifted, max, stored, tiles,
-};
+use super::super::lanes::{LANES, Narrow, Softmax, add, difference, room, stored, tiles};
 use super::super::real::Real;
 use super::super::rows::put_back;
 use super::super::softmax::confidence;
@@ -19,46 +17,41 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         let cols = sweep.strong.cols();
         let threshold = round_to::<E>(E::Acc::of(sweep.threshold));
         let inverse_t = E::Acc::of(1.0 / sweep.temperature);
-        let mut y = columns(cols);
-        let (mut z, mut q, mut p) = (y.clone(), y.clone(), y.clone());
+        let (mut strong, mut weak) = (room(cols), room(cols));
         let mut grad = stored(cols);
         let (mut total, mut selected) = ([0.0; LANES], 0);
         for (rows, here) in tiles(sweep.range.clone()) {
-            sweep.weak.side_by_side(rows.clone(), &mut y);
-            let y_max = max(&y);
-            let q_sum = exp_shifted::<I, _>(&y, &y_max, E::Acc::ONE, &mut q);
+            let q = Softmax::of::<I, _>(&sweep.weak, rows.clone(), E::Acc::ONE, &mut weak);
             let mut mask = [0.0; LANES];
             for k in 0..LANES {
-                let confident = confidence::<E>(q_sum[k]) > threshold;
+                let confident = confidence::<E>(q.total[k]) > threshold;
                 mask[k] = if confident { 1.0 } else { 0.0 };
             }
             selected += mask[..here.len()].iter().filter(|&&m| m > 0.0).count();
 
-            sweep.strong.side_by_side(rows, &mut z);
-            let z_max = max(&z);
-            let p_sum = exp_shifted::<I, _>(&z, &z_max, inverse_t, &mut p);
+            let p = Softmax::of::<I, _>(&sweep.strong, rows, inverse_t, &mut strong);
             let mut cross = [0.0; LANES];
-            for ((y, q), z) in y.iter().zip(&q).zip(&z) {
+            for ((y, e), z) in q.z.iter().zip(&*q.exp).zip(p.z) {
                 for k in 0..LANES {
                     // q ln q is 0 at q = 0; q ln p is not replaced, and NaN where p = 0 too, as in tllib.
-                    let zero = q[k] == E::Acc::ZERO;
-                    let ln_q = if zero { E::Acc::ZERO } else { y[k] - y_max[k] };
-                    let term = q[k] * (ln_q - (z[k] - z_max[k]) * inverse_t);
+                    let zero = e[k] == E::Acc::ZERO;
+                    let ln_q = if zero { E::Acc::ZERO } else { y[k] - q.max[k] };
+                    let term = e[k] * (ln_q - (z[k] - p.max[k]) * inverse_t);
                     cross[k] += term.to_f64();
                 }
             }
             let (mut values, mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
             let factor = sweep.scale / sweep.temperature;
             for k in 0..LANES {
-                let norms = Real::ln::<I>(p_sum[k]) - Real::ln::<I>(q_sum[k]);
+                let norms = Real::ln::<I>(p.total[k]) - Real::ln::<I>(q.total[k]);
                 // The mask multiplies: 0 times what is not finite is NaN, also of the gradient.
-                values[k] = mask[k] * (cross[k] / q_sum[k] + norms);
-                of_p[k] = mask[k] * (factor / p_sum[k]);
-                of_q[k] = mask[k] * (factor / q_sum[k]);
+                values[k] = mask[k] * (cross[k] / q.total[k] + norms);
+                of_p[k] = mask[k] * (factor / p.total[k]);
+                of_q[k] = mask[k] * (factor / q.total[k]);
             }
             add(&mut total, &values, here.len());
             if let Some(out) = sweep.grad.as_deref_mut() {
-                difference::<E>((&p, &of_p), (&q, &of_q), &mut grad);
+                difference::<E>((p.exp, &of_p), (q.exp, &of_q), &mut grad);
                 put_back(&grad, out, here);
             }
         }

@@ -3,38 +3,11 @@
 use super::super::super::element::Element;
 use super::super::super::isa::{Isa, Kernel};
 use super::super::super::lanes::{
-    LANES, Lanes, Narrow, add, columns, difference, exp_shifted, max, split, stored, tiles,
+    LANES, Lanes, Narrow, Softmax, add, difference, room, split, stored, tiles,
 };
 use super::super::super::real::Real;
 use super::super::super::rows::put_back;
 use super::{Sweep, Targets};
-
-/// The softmax of one tile: its logits, `e^{z_c - max}`, their sum and the maximum.
-struct Softmax<F> {
-    z: Vec<Lanes<F>>,
-    exp: Vec<Lanes<F>>,
-    max: Lanes<F>,
-    total: Lanes<f64>,
-}
-
-impl<F: Real> Softmax<F> {
-    fn new(cols: usize) -> Self {
-        let columns = columns(cols);
-        Self {
-            z: columns.clone(),
-            exp: columns,
-            max: [F::ZERO; LANES],
-            total: [0.0; LANES],
-        }
-    }
-
-    /// Of the logits in `z`.
-    #[inline(always)]
-    fn fill<I: Isa>(&mut self) {
-        self.max = max(&self.z);
-        self.total = exp_shifted::<I, _>(&self.z, &self.max, F::ONE, &mut self.exp);
-    }
-}
 
 impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
     type Output = f64;
@@ -43,24 +16,23 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
     fn run<I: Isa>(self) -> Self::Output {
         let Self(mut sweep) = self;
         let cols = sweep.logits.cols();
-        let (mut p, mut q) = (Softmax::new(cols), Softmax::new(cols));
+        let (mut own, mut other) = (room(cols), room(cols));
         let mut grad = stored(cols);
         let mut total = [0.0; LANES];
         for (rows, here) in tiles(sweep.range.clone()) {
-            sweep.logits.side_by_side(rows.clone(), &mut p.z);
-            p.fill::<I>();
+            let p = Softmax::of::<I, _>(&sweep.logits, rows.clone(), E::Acc::ONE, &mut own);
+            let wanted = sweep.grad.is_some().then_some(&mut grad[..]);
             let values = match sweep.targets {
                 Targets::Logits(targets) => {
-                    targets.side_by_side(rows, &mut q.z);
-                    q.fill::<I>();
-                    soft::<I, E>(&p, &q, sweep.weight, &mut grad)
+                    let q = Softmax::of::<I, _>(&targets, rows, E::Acc::ONE, &mut other);
+                    soft::<I, E>(&p, &q, sweep.weight, wanted)
                 }
                 Targets::Smooth { labels, hit, rest } => {
                     let mut label = [E::Acc::ZERO; LANES];
                     for (label, &index) in label.iter_mut().zip(&labels[rows]) {
                         *label = E::Acc::of(index as f64);
                     }
-                    smooth::<I, E>(&mut p, (&label, hit, rest), sweep.weight, &mut grad)
+                    smooth::<I, E>(p, (&label, hit, rest), sweep.weight, wanted)
                 }
             };
             add(&mut total, &values, here.len());
@@ -75,13 +47,13 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
 /// As [`soft_row`](super::soft_row), for each lane.
 #[inline(always)]
 fn soft<I: Isa, E: Element>(
-    p: &Softmax<E::Acc>,
-    q: &Softmax<E::Acc>,
+    p: &Softmax<'_, E::Acc>,
+    q: &Softmax<'_, E::Acc>,
     weight: f64,
-    grad: &mut [Lanes<E>],
+    grad: Option<&mut [Lanes<E>]>,
 ) -> Lanes<f64> {
     let mut cross = [0.0; LANES];
-    for (q, z) in q.exp.iter().zip(&p.z) {
+    for (q, z) in q.exp.iter().zip(p.z) {
         for k in 0..LANES {
             let term = q[k] * (z[k] - p.max[k]);
             cross[k] += term.to_f64();
@@ -94,27 +66,29 @@ fn soft<I: Isa, E: Element>(
         of_p[k] = weight / p_total;
         of_q[k] = weight / q_total;
     }
-    difference((&p.exp, &of_p), (&q.exp, &of_q), grad);
+    if let Some(grad) = grad {
+        difference((p.exp, &of_p), (q.exp, &of_q), grad);
+    }
     values
 }
 
 /// As [`smooth_row`](super::smooth_row), for each lane.
 #[inline(always)]
 fn smooth<I: Isa, E: Element>(
-    p: &mut Softmax<E::Acc>,
+    p: Softmax<'_, E::Acc>,
     (label, hit, rest): (&Lanes<E::Acc>, f64, f64),
     weight: f64,
-    grad: &mut [Lanes<E>],
+    grad: Option<&mut [Lanes<E>]>,
 ) -> Lanes<f64> {
     let cols = p.z.len() as f64;
     let mass = hit + rest * cols;
     let mut shifted = [E::Acc::ZERO; LANES];
-    for z in &p.z {
+    for z in p.z {
         for k in 0..LANES {
             shifted[k] += z[k] - p.max[k];
         }
     }
-    let split = split(&p.z, &mut p.exp, label);
+    let split = split(p.z, p.exp, label);
     let mut values = [0.0; LANES];
     let (mut own, mut of_others) = ([E::Acc::ZERO; LANES], [E::Acc::ZERO; LANES]);
     for k in 0..LANES {
@@ -131,6 +105,9 @@ fn smooth<I: Isa, E: Element>(
         own[k] = E::Acc::of(weight * at_label);
         of_others[k] = E::Acc::of(weight * mass / total);
     }
+    let Some(grad) = grad else {
+        return values;
+    };
     let constant = E::Acc::of(weight * rest);
     let mut class = E::Acc::ZERO;
     for (e, grad) in p.exp.iter().zip(grad) {
