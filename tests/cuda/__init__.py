@@ -18,10 +18,25 @@ def compiler() -> str:
     return os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "g++").split()[0]
 
 
+def bounds_watch() -> dict[str, str]:
+    """What a process needs in its environment for races.cpp to know where each allocation ends: the address
+    sanitizer's own ones. Empty where the compiler brings no such library."""
+
+    def library(name: str) -> str:
+        command = [compiler(), f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    # Its exceptions are looked up before torch loads this one.
+    preloaded = [library("libasan.so"), library("libstdc++.so")]
+    if not all(Path(path).is_absolute() for path in preloaded):
+        return {}
+    return {"LD_PRELOAD": " ".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
 def build_emulator(folder: Path, sources: Path = SOURCES) -> Path:
     """Compiles every source for every element type into one library in ``folder``; returns its path.
 
-    It ends the process at a race."""
+    It ends the process at a race, and with `bounds_watch` at an access out of bounds."""
     units = [(HERE / f"{name}.cpp", folder / f"{name}.o", []) for name in ("on_cpu", "races")]
     for source in sorted(sources.glob("*.cu")):
         for element in ELEMENTS:

@@ -5,6 +5,7 @@
 //                     __syncwarp
 //   of two blocks     one of them writing; the block that comes last is behind all others
 //   shared memory     read before anybody in the block wrote it
+//   global memory     that no allocation holds, or that was given back; only where the address sanitizer is loaded
 //
 // Two atomic accesses are none. Only accesses are seen, not fences.
 #define ELEMENT f32
@@ -14,6 +15,9 @@
 #include <link.h>
 
 #include <cstdint>
+
+// The address sanitizer's, where its library was loaded first: the first byte that no allocation holds, or null.
+extern "C" __attribute__((weak)) void* __asan_region_is_poisoned(void* begin, size_t size);
 
 namespace emulated {
 namespace {
@@ -142,6 +146,9 @@ void access(const void* at, size_t size, bool writes, bool atomic, void* caller)
   const auto stack = (uintptr_t)thread.stack.get();
   if (address - stack < (1 << 16) || built_in(address)) return;
   const Access now = {thread.block_turn, thread.warp_turn, block_index.x, thread_index.x, true, atomic};
+  if (__asan_region_is_poisoned && __asan_region_is_poisoned((void*)at, size)) {
+    report("access out of bounds", address, {}, now, caller);
+  }
   if (size < 4) return take(address, writes, now, caller);
   for (uintptr_t word = address & ~(uintptr_t)3; word < address + size; word += 4) take(word, writes, now, caller);
 }

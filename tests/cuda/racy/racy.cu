@@ -55,3 +55,13 @@ __device__ __forceinline__ void sum_of_blocks(const Racy& a) {
   for (int b = 0; b < gridDim.x; ++b) a.out[0] += a.out[1 + b];
 }
 KERNEL(32, sum_of_blocks, Racy, sum_of_blocks(args))
+
+__device__ __forceinline__ void behind_the_end(const Racy& a) {
+  if (blockIdx.x == 0) a.out[a.right ? threadIdx.x : 256 + threadIdx.x] = 1;
+}
+KERNEL(32, behind_the_end, Racy, behind_the_end(args))
+
+__device__ __forceinline__ void before_the_start(const Racy& a) {
+  if (blockIdx.x == 0) a.out[threadIdx.x] = a.out[(int)threadIdx.x - (a.right ? 0 : 1)];
+}
+KERNEL(32, before_the_start, Racy, before_the_start(args))
