@@ -141,6 +141,18 @@ impl<'a, E: Element> Rows<'a, E> {
             && (self.row_stride, self.col_stride) == (other.row_stride, other.col_stride)
     }
 
+    /// All elements, row after row, where they follow each other in memory.
+    pub fn whole(&self) -> Option<&'a [E]> {
+        let len = self.height * self.cols;
+        if len == 0 {
+            return Some(&[]);
+        }
+        // The stride of a single row says nothing.
+        let one_piece = self.adjacent() || (self.height == 1 && self.col_stride == 1);
+        // SAFETY: the constructor's contract covers every element, and they are adjacent.
+        one_piece.then(|| unsafe { std::slice::from_raw_parts(self.data, len) })
+    }
+
     /// Whether the rows follow each other in memory.
     #[inline(always)]
     fn adjacent(&self) -> bool {

@@ -7,6 +7,7 @@ pub mod device;
 pub mod input;
 pub mod pages;
 pub mod product;
+pub mod saved;
 pub mod team;
 
 use crate::error::{Error, Result};

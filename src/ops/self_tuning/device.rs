@@ -2,7 +2,7 @@
 //! for the queue. Nothing waits for the device. `None` or `false` where the kernels do not take the arguments.
 
 use super::check::Checked;
-use super::node::{Held, Output};
+use super::node::{Held, saved};
 use super::queue::Past;
 use super::{Batch, CLASS, History, Settings};
 use crate::cuda;
@@ -11,6 +11,7 @@ use crate::error::Result;
 use crate::torch::Dtype;
 use crate::torch::autograd::Backward;
 use crate::torch::input::Input;
+use crate::torch::saved::Saved;
 use tch::{Kind, Tensor};
 
 /// Sizes are 32-bit in the kernels.
@@ -90,7 +91,7 @@ pub fn step(
         let held = Held::kept(Past::Copied(queue), keys, labels, settings);
         let node = Node {
             held: held.clone(),
-            out: Output::of(&out)?,
+            out: saved(&out)?,
             settings,
             kind: batch.h_q.f_kind()?,
         };
@@ -102,7 +103,7 @@ pub fn step(
 /// The node's state.
 struct Node {
     held: Held,
-    out: Output,
+    out: Saved,
     settings: Settings,
     /// The dtype of the queries.
     kind: Kind,

@@ -2,7 +2,7 @@
 
 use super::queue::{Past, Snapshot};
 use super::{CLASS, Settings, formula, order};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::kernels::rows::Rows;
@@ -10,7 +10,8 @@ use crate::kernels::self_tuning::log_probabilities_backward;
 use crate::ops::threads;
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
-use crate::torch::{Owned, Stored, version};
+use crate::torch::saved::Saved;
+use crate::torch::{Owned, Stored};
 use std::marker::PhantomData;
 use std::sync::Arc;
 use tch::{Kind, Tensor};
@@ -86,36 +87,15 @@ impl Held {
     }
 }
 
-/// The log-probabilities, kept as torch's own log-softmax keeps its result.
-pub struct Output {
-    out: Tensor,
-    version: i64,
-}
-
-impl Output {
-    /// Detached, it shares memory and version with what the user gets, but not the graph.
-    pub fn of(out: &Tensor) -> Result<Self> {
-        let (out, version) = (out.f_detach()?, version(out));
-        Ok(Self { out, version })
-    }
-
-    /// As it was, or an error.
-    pub fn get(&self) -> Result<&Tensor> {
-        if version(&self.out) == self.version {
-            return Ok(&self.out);
-        }
-        Err(Error::Bridge(
-            "one of the variables needed for gradient computation has been modified by an inplace \
-             operation: SelfTuning's pgc_logits"
-                .to_owned(),
-        ))
-    }
+/// The log-probabilities that the user gets, as torch's own log-softmax keeps its result.
+pub fn saved(out: &Tensor) -> Result<Saved> {
+    Saved::of(out, "SelfTuning's pgc_logits")
 }
 
 /// The node's state.
 pub struct Node<E> {
     held: Held,
-    out: Output,
+    out: Saved,
     labels: Vec<usize>,
     /// The dtype of the queries.
     kind: Kind,
@@ -127,7 +107,7 @@ impl<E> Node<E> {
     pub fn new(held: &Held, out: &Tensor, labels: Vec<usize>, kind: Kind) -> Result<Self> {
         Ok(Self {
             held: held.clone(),
-            out: Output::of(out)?,
+            out: saved(out)?,
             labels,
             kind,
             element: PhantomData,
@@ -173,20 +153,15 @@ pub fn scores_gradient<E: Element<Acc = E> + Real + Stored>(
 ) -> Result<Tensor> {
     let mut scores = Owned::<E>::new(&[incoming.rows() as i64, incoming.cols() as i64])?;
     let out = Input::new(CLASS, "pgc_logits", out)?;
-    let len = out.numel();
-    let values: &[E] = if len == 0 {
-        &[]
-    } else {
-        // SAFETY: `out` is contiguous with `len` elements of `E`, and only read.
-        unsafe { std::slice::from_raw_parts(out.data().cast::<E>().cast_const(), len) }
-    };
+    let values = out.rows::<E>().and_then(|rows| rows.whole());
+    let values = values.ok_or_else(|| out.wrong("be contiguous"))?;
     log_probabilities_backward(
         incoming,
         values,
         labels,
         settings.shape(),
         scores.slice(),
-        threads(len),
+        threads(values.len()),
     );
     Ok(scores.into_tensor())
 }

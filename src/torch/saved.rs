@@ -1,0 +1,36 @@
+//! A tensor that a backward pass needs as forward saw it, which others may reach and write.
+
+use super::version;
+use crate::error::{Error, Result};
+use tch::Tensor;
+
+/// Kept as torch's own operations keep theirs: not copied, and an error where it was written since.
+pub struct Saved {
+    tensor: Tensor,
+    version: i64,
+    /// For the message.
+    name: &'static str,
+}
+
+impl Saved {
+    /// Detached, it shares memory and version with what the user has, but not the graph.
+    pub fn of(tensor: &Tensor, name: &'static str) -> Result<Self> {
+        Ok(Self {
+            tensor: tensor.f_detach()?,
+            version: version(tensor),
+            name,
+        })
+    }
+
+    /// As it was, or an error.
+    pub fn get(&self) -> Result<&Tensor> {
+        if version(&self.tensor) == self.version {
+            return Ok(&self.tensor);
+        }
+        Err(Error::Bridge(format!(
+            "one of the variables needed for gradient computation has been modified by an inplace \
+             operation: {}",
+            self.name
+        )))
+    }
+}
