@@ -24,11 +24,12 @@ from tests.plain import reid_loss as plain
 from tllib_rs.vision.models.reid import loss as ours
 
 MODULE = "vision.models.reid.loss"
-SOFT_CROSS, SMOOTH, SOFT_TRIPLET, TRIPLET = (
+SOFT_CROSS, SMOOTH, SOFT_TRIPLET, TRIPLET, DISTANCES = (
     "soft cross entropy",
     "label smooth",
     "soft triplet",
     "triplet",
+    "pairwise distance",
 )
 EPSILON, MARGIN = 0.1, 0.3
 #: Two softmaxes.
@@ -87,7 +88,17 @@ def _metric_learning() -> Callable | None:
     return lambda f, labels: loss(f, labels, miner(f, labels))
 
 
-def _triplet_case(loss: str, losses: Mapping[str, Callable | None], rows: int, features: int) -> Case:
+def _distances() -> Mapping[str, Callable | None]:
+    name = "pairwise_euclidean_distance"
+    functions = {OURS: getattr(ours, name), PLAIN: plain.distances, TLLIB: original(MODULE, name)}
+    return {key: f and _summed(f) for key, f in functions.items()}
+
+
+def _summed(distances: Callable) -> Callable:
+    return lambda x, y: distances(x, y).sum()
+
+
+def _feature_case(loss: str, losses: Mapping[str, Callable | None], rows: int, features: int) -> Case:
     """Features of ``rows / SAME`` persons; the limit is the product of the features with themselves."""
 
     shape = (rows, features)
@@ -96,7 +107,7 @@ def _triplet_case(loss: str, losses: Mapping[str, Callable | None], rows: int, f
         generator = seeded()
         labels = torch.arange(rows) // SAME
         f, teacher = torch.randn(2, rows, features, generator=generator)
-        inputs = [f, teacher, labels] if loss == SOFT_TRIPLET else [f, labels]
+        inputs = {SOFT_TRIPLET: [f, teacher, labels], TRIPLET: [f, labels], DISTANCES: [f, teacher]}[loss]
         there = {name: function for name, function in losses.items() if function is not None}
         if shape == COMPILED_SHAPE:
             there[COMPILED] = compiled(there[PLAIN])
@@ -104,7 +115,7 @@ def _triplet_case(loss: str, losses: Mapping[str, Callable | None], rows: int, f
         other = f.clone()
         return providers | {LIMIT: Provider(lambda: other @ other.T, None)}
 
-    bars = []
+    bars = [faster(PLAIN, 1.0)] if loss == DISTANCES else []
     if loss == SOFT_TRIPLET:
         bars = [faster(PLAIN, PLAIN_BAR)]
         bars += [within(LIMIT, PRODUCT_BAR)] if shape in PRODUCT_SHAPES else []
@@ -119,9 +130,9 @@ def _triplet_case(loss: str, losses: Mapping[str, Callable | None], rows: int, f
     )
 
 
-def _triplet_footprint(loss: str, losses: Mapping[str, Callable | None]) -> Footprint:
+def _feature_footprint(loss: str, losses: Mapping[str, Callable | None]) -> Footprint:
     rows, features = LARGE
-    case = _triplet_case(loss, losses, rows, features)
+    case = _feature_case(loss, losses, rows, features)
     return Footprint(case, 4 * rows * (features + rows), "one gradient and the product")
 
 
@@ -130,13 +141,14 @@ METHOD = Method(
     [
         *loss_cases(_soft_cross_entropy, logits(2), loss=SOFT_CROSS, limit=SOFT_BAR),
         *loss_cases(_label_smooth, _labelled, loss=SMOOTH, limit=1.0),
-        *(_triplet_case(SOFT_TRIPLET, _soft_triplet(), *shape) for shape in BATCHES),
-        *(_triplet_case(TRIPLET, _triplet(), *shape) for shape in BATCHES),
+        *(_feature_case(SOFT_TRIPLET, _soft_triplet(), *shape) for shape in BATCHES),
+        *(_feature_case(TRIPLET, _triplet(), *shape) for shape in BATCHES),
+        *(_feature_case(DISTANCES, _distances(), *shape) for shape in BATCHES[:3]),
     ],
     footprints=[
         footprint(_soft_cross_entropy, logits(2), loss=SOFT_CROSS),
         footprint(_label_smooth, _labelled, loss=SMOOTH),
-        _triplet_footprint(SOFT_TRIPLET, _soft_triplet()),
-        _triplet_footprint(TRIPLET, _triplet()),
+        _feature_footprint(SOFT_TRIPLET, _soft_triplet()),
+        _feature_footprint(TRIPLET, _triplet()),
     ],
 )

@@ -206,6 +206,12 @@ LOSSES = [
         empty=ValueError,
     ),
     Loss(
+        "pairwise_distances",
+        reid_loss.pairwise_euclidean_distance,
+        plain_reid_loss.distances,
+        logits(2),
+    ),
+    Loss(
         "reid_cross_entropy",
         reid_loss.CrossEntropyLoss(),
         plain_reid_loss.cross_entropy,

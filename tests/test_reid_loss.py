@@ -19,7 +19,11 @@ from tllib_rs.vision.models.reid.loss import (
     pairwise_euclidean_distance,
 )
 
-OURS = [loss for loss in LOSSES if any(part in loss.name for part in ("triplet", "reid", "label_smooth"))]
+OURS = [
+    loss
+    for loss in LOSSES
+    if any(part in loss.name for part in ("triplet", "pairwise", "reid", "label_smooth"))
+]
 
 
 def call(case, inputs):
@@ -82,7 +86,7 @@ def _check_first_of_ties(inputs, outputs):
 def grads_of(function, inputs, constant=()):
     inputs = [x.detach().requires_grad_(k not in constant) for k, x in enumerate(inputs)]
     loss = function(*inputs)
-    loss.backward(torch.tensor(0.37, dtype=loss.dtype))
+    loss.backward(torch.full_like(loss, 0.37))
     return [loss, *(x.grad for k, x in enumerate(inputs) if k not in constant)]
 
 
@@ -107,7 +111,7 @@ def test_derivatives(loss, generator):
 def test_function_transforms(loss, generator):
     inputs = loss.inputs(generator)
     expected = grads_of(loss.plain, inputs, loss.constant)[1] / 0.37
-    torch.testing.assert_close(torch.func.grad(loss.ours)(*inputs), expected)
+    torch.testing.assert_close(torch.func.grad(lambda *x: loss.ours(*x).sum())(*inputs), expected)
     batch = [torch.stack((x, 2 * x)) for x in inputs]
     together = torch.func.vmap(loss.ours)(*batch)
     torch.testing.assert_close(together, torch.stack([loss.ours(*x) for x in zip(*batch, strict=True)]))
@@ -158,6 +162,69 @@ def test_functions_compile_without_a_graph_break(generator):
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(grads_of(compiled, [x]), grads_of(both, [x]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 3, 0), (0, 3, 2), (3, 0, 2), (40, 700, 33)], ids=str)
+def test_distances_of_two_matrices(shape, dtype, generator):
+    n, m, features = shape
+    x, y = (torch.randn(rows, features, generator=generator).to(dtype) for rows in (n, m))
+    got = grads_of(pairwise_euclidean_distance, [x, y])
+    exact = grads_of(plain.distances, [x.double(), y.double()])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    for g, e in zip(got, exact, strict=True):
+        assert g.dtype == (dtype if g.dim() else got[0].dtype)
+        torch.testing.assert_close(g.double(), e.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_distances_of_a_matrix_with_itself(generator):
+    x = torch.randn(9, 6, generator=generator, dtype=torch.float64)
+    x[4] = x[2]
+    d = pairwise_euclidean_distance(x, x)
+    # Integers have exact squares: what is equal has the smallest distance.
+    whole = (8 * x).round()
+    assert (pairwise_euclidean_distance(whole, whole).diagonal() == 1e-6).all()
+    off = ~torch.eye(9, dtype=torch.bool) & (d > 1e-3)
+
+    def chosen(distances):
+        return lambda x: distances(x, x)[off]
+
+    torch.testing.assert_close(
+        grads_of(chosen(pairwise_euclidean_distance), [x]), grads_of(chosen(plain.distances), [x])
+    )
+
+
+def test_no_gradient_where_a_distance_was_raised():
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    y = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    of_x, of_y = torch.autograd.grad(pairwise_euclidean_distance(x, y).sum(), (x, y))
+    assert (of_x[0] == 0).all()
+    torch.testing.assert_close(of_x[1], torch.full((2,), 0.5**0.5))
+    torch.testing.assert_close(of_y[0], -of_x[1])
+
+
+@pytest.mark.parametrize("which", ["x", "y", "the output"])
+def test_distances_notice_what_was_written_before_backward(which):
+    x, y = torch.randn(3, 2), torch.randn(4, 2)
+    leaves = (x.requires_grad_(), y.requires_grad_())
+    d = pairwise_euclidean_distance(x, y)
+    with torch.no_grad():
+        {"x": x, "y": y, "the output": d}[which].zero_()
+    with pytest.raises(RuntimeError, match=f"modified by an inplace operation: .*{which}"):
+        torch.autograd.grad(d.sum(), leaves)
+
+
+def test_distances_and_many_incoming_gradients(generator):
+    x, y = (torch.randn(n, 3, generator=generator, requires_grad=True) for n in (4, 5))
+    d = pairwise_euclidean_distance(x, y)
+    incoming = torch.randn(6, 4, 5, generator=generator)
+    together = torch.autograd.grad(d, (x, y), incoming, is_grads_batched=True, retain_graph=True)
+    for k, one in enumerate(incoming):
+        for whole, part in zip(together, torch.autograd.grad(d, (x, y), one, retain_graph=True), strict=True):
+            torch.testing.assert_close(whole[k], part)
+    # One side alone, and an incoming gradient in another layout.
+    (of_y,) = torch.autograd.grad(d, (y,), incoming[0].T.contiguous().T)
+    torch.testing.assert_close(of_y, together[1][0])
 
 
 def test_near_duplicates_are_not_rounding_noise():
@@ -289,9 +356,14 @@ F, N = torch.zeros(4, 3), torch.arange(4)
         (lambda: hard_examples_mining(F[:, :0], F[:, :0]), ValueError, r"\(N, M\) with M > 0"),
         (lambda: hard_examples_mining(N, N), TypeError, "dist_mat must be float32"),
         (lambda: pairwise_euclidean_distance(F, 1), TypeError, "y must be a torch.Tensor, got int"),
-        (lambda: pairwise_euclidean_distance(F, N), TypeError, "y must be a floating-point tensor"),
-        (lambda: pairwise_euclidean_distance(F, F.double()), TypeError, "y must have the dtype of x"),
+        (lambda: pairwise_euclidean_distance(F, N), TypeError, "y must be float32, .* got int64"),
+        (
+            lambda: pairwise_euclidean_distance(F, F.double()),
+            TypeError,
+            "y must have the dtype of x, float32",
+        ),
         (lambda: pairwise_euclidean_distance(F, F[:, :1]), ValueError, r"\(N, F\) and \(M, F\)"),
+        (lambda: pairwise_euclidean_distance(F, F.to("meta")), RuntimeError, "y must be on the device of x"),
         (lambda: TripletLoss(0.3)(F, N.to("meta")), RuntimeError, "labels must be on the device of f"),
     ],
 )

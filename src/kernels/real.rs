@@ -57,6 +57,9 @@ pub trait Real:
     /// The larger one of two numbers, either one where the other is NaN.
     #[must_use]
     fn larger(self, other: Self) -> Self;
+    /// The square root, correctly rounded.
+    #[must_use]
+    fn sqrt(self) -> Self;
     /// `self * b + c`, fused where the instruction set has it.
     #[must_use]
     fn mul_add<I: Isa>(self, b: Self, c: Self) -> Self;
@@ -134,6 +137,11 @@ macro_rules! real {
             #[inline(always)]
             fn larger(self, other: Self) -> Self {
                 self.max(other)
+            }
+
+            #[inline(always)]
+            fn sqrt(self) -> Self {
+                self.sqrt()
             }
 
             #[inline(always)]

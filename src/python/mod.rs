@@ -147,6 +147,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(reid_loss::check_margin, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::check_smoothing, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::check_soft_triplet, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::distances, m)?)?;
+    m.add_function(wrap_pyfunction!(reid_loss::distances_backward, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::hardest, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::label_smooth, m)?)?;
     m.add_function(wrap_pyfunction!(reid_loss::soft_cross_entropy, m)?)?;

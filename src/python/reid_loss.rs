@@ -151,6 +151,35 @@ pub fn check_soft_triplet(
     Ok(ops::check_triplet(&call.arguments(false))?)
 }
 
+const DISTANCES: &str = "pairwise_euclidean_distance";
+
+/// The distances between all rows of `x` (N, F) and `y` (M, F), (N, M), in float64 or float32.
+#[pyfunction]
+pub fn distances(py: Python<'_>, x: &Bound<'_, PyAny>, y: &Bound<'_, PyAny>) -> PyResult<PyTensor> {
+    let (x, y) = (tensor(DISTANCES, "x", x)?, tensor(DISTANCES, "y", y)?);
+    without_gil(py, triplet_work(&x), move || ops::distances(&x, &y)).map(PyTensor)
+}
+
+/// The gradients of `x` and `y` from `incoming`, that of their distances `out`.
+#[pyfunction]
+pub fn distances_backward(
+    py: Python<'_>,
+    incoming: &Bound<'_, PyAny>,
+    x: &Bound<'_, PyAny>,
+    y: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+) -> PyResult<(PyTensor, PyTensor)> {
+    let (x, y) = (tensor(DISTANCES, "x", x)?, tensor(DISTANCES, "y", y)?);
+    let (incoming, out) = (
+        tensor(DISTANCES, "grad_output", incoming)?,
+        tensor(DISTANCES, "distances", out)?,
+    );
+    let (of_x, of_y) = without_gil(py, triplet_work(&x), move || {
+        ops::distances_backward(&incoming, &x, &y, &out)
+    })?;
+    Ok((PyTensor(of_x), PyTensor(of_y)))
+}
+
 /// Indices of the hardest positive and negative of each row of a matrix of distances.
 #[pyfunction]
 pub fn hardest(

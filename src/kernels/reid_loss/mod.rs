@@ -1,10 +1,11 @@
 //! The losses of person re-identification.
 //!
 //! [`mining`] finds the hardest positive and negative of every row of features ([`matrix`]: of a
-//! given matrix of distances), [`triplet`] turns these pairs into a loss and a gradient,
-//! [`cross_entropy`] has the two classification losses.
+//! given matrix of distances, which [`distances`] computes), [`triplet`] turns these pairs into a loss
+//! and a gradient, [`cross_entropy`] has the two classification losses.
 
 pub mod cross_entropy;
+pub mod distances;
 pub mod matrix;
 pub mod mining;
 pub mod triplet;
@@ -14,6 +15,8 @@ use super::reduce;
 
 /// Squared distances below this are raised to it, and get no gradient.
 pub const CLAMP: f64 = 1e-12;
+/// A distance up to here was raised: the root of [`CLAMP`] in any type, however it is rounded.
+pub const RAISED: f64 = 1.000_001e-6;
 /// What tllib adds to a distance to exclude it from mining, and what remains where all are excluded.
 pub const OFFSET: f64 = 1e7;
 /// Norms below this are raised to it before a division by them.

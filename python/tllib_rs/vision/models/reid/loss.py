@@ -2,15 +2,13 @@
 <https://arxiv.org/abs/2001.01526>`_, `In Defense of the Triplet Loss (2017)
 <https://arxiv.org/abs/1703.07737>`_."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks, dtype_number
-from tllib_rs._library import at_least_float32, register
+from tllib_rs._library import at_least_float32, define, differentiate, register
 
 __all__ = [
     "CrossEntropyLoss",
@@ -27,6 +25,25 @@ def _scalar_like(features, *_):
     return (features.new_empty((), dtype=at_least_float32(features.dtype)),)
 
 
+_compiled_distances = define(
+    "distances",
+    "(Tensor x, Tensor y) -> Tensor",
+    lambda x, y: _core.distances(x.detach(), y.detach()),
+    lambda x, y: x.new_empty((x.shape[0], y.shape[0]), dtype=at_least_float32(x.dtype)),
+)
+_compiled_distances_backward = define(
+    "distances_backward",
+    "(Tensor incoming, Tensor x, Tensor y, Tensor out) -> (Tensor, Tensor)",
+    _core.distances_backward,
+    lambda _, x, y, __: tuple(
+        torch.empty_like(side, memory_format=torch.contiguous_format) for side in (x, y)
+    ),
+)
+differentiate(
+    "distances",
+    lambda ctx, incoming: _compiled_distances_backward(incoming, *ctx.saved_tensors),
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+)
 _compiled_hardest = register(
     "hardest",
     "(Tensor dist_mat, Tensor identity_mat)",
@@ -88,31 +105,10 @@ def pairwise_euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     Raises:
         TypeError: an argument is not a floating-point tensor, or the dtypes differ.
         ValueError: the shapes are not (N, F) and (M, F).
+        RuntimeError: the devices differ.
     """
-    _check_pair(x, y)
-    # Two dense matrices: torch's product is all the work, and torch's operations differentiate it.
-    device = x.device.type
-    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-        dtype = at_least_float32(x.dtype)
-        u, v = x.to(dtype), y.to(dtype)
-        squares = u.square().sum(dim=1, keepdim=True) + v.square().sum(dim=1)
-        squares = torch.addmm(squares, u, v.t(), alpha=-2)
-        return squares.clamp(min=1e-12).sqrt().to(x.dtype)
-
-
-def _check_pair(x, y):
-    name = "pairwise_euclidean_distance"
-    for which, value in (("x", x), ("y", y)):
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name}: {which} must be a torch.Tensor, got {type(value).__name__}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: {which} must be a floating-point tensor, got {value.dtype}")
-    if x.dtype != y.dtype:
-        raise TypeError(f"{name}: y must have the dtype of x, {x.dtype}, got {y.dtype}")
-    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(
-            f"{name}: x and y must have shapes (N, F) and (M, F), got {list(x.shape)} and {list(y.shape)}"
-        )
+    distances = _compiled_distances if torch.compiler.is_compiling() else _core.distances
+    return distances(x, y).to(x.dtype)
 
 
 def hard_examples_mining(dist_mat: torch.Tensor, identity_mat: torch.Tensor, return_idxes: bool = False):

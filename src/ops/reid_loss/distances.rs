@@ -1,0 +1,234 @@
+//! All distances between the rows of two matrices, on tensors.
+
+use crate::error::{Error, Result};
+use crate::kernels::element::Element;
+use crate::kernels::real::Real;
+use crate::kernels::reid_loss::distances::{distances as finish, factors, multiples};
+use crate::kernels::reid_loss::mining::squares;
+use crate::kernels::reid_loss::{CLAMP, RAISED};
+use crate::kernels::rows::Rows;
+use crate::ops::{Place, place, threads};
+use crate::torch::autograd::{Backward, attach_with};
+use crate::torch::input::Input;
+use crate::torch::saved::Saved;
+use crate::torch::{Dtype, FullPrecision, Owned, Stored};
+use std::marker::PhantomData;
+use tch::{Kind, Tensor};
+
+const CLASS: &str = "pairwise_euclidean_distance";
+/// Elements of a distance, a root or a division each, that take the time of one with an exponential.
+const CHEAP: usize = 2;
+
+/// The arguments, checked.
+struct Pair<'a> {
+    x: Input<'a>,
+    y: Input<'a>,
+    /// Of both.
+    dtype: Dtype,
+}
+
+impl<'a> Pair<'a> {
+    fn check(x: &'a Tensor, y: &'a Tensor) -> Result<Self> {
+        let (x, y) = (Input::new(CLASS, "x", x)?, Input::new(CLASS, "y", y)?);
+        let (dtype, other) = (x.floating()?, y.floating()?);
+        if dtype != other {
+            return Err(Error::Type(format!(
+                "{CLASS}: y must have the dtype of x, {}, got {}",
+                x.dtype_name(),
+                y.dtype_name()
+            )));
+        }
+        y.same_device(&x)?;
+        match (x.shape(), y.shape()) {
+            (&[_, f], &[_, g]) if f == g => Ok(Self { x, y, dtype }),
+            (of_x, of_y) => Err(Error::Value(format!(
+                "{CLASS}: x and y must have shapes (N, F) and (M, F), got {of_x:?} and {of_y:?}"
+            ))),
+        }
+    }
+
+    /// Of distances and gradients on the way.
+    fn kind(&self) -> Kind {
+        self.dtype.at_least_f32().kind()
+    }
+
+    fn wanted(&self) -> [bool; 2] {
+        [self.x.wants_grad(), self.y.wants_grad()]
+    }
+}
+
+/// The distances between all rows of `x` (N, F) and `y` (M, F), (N, M), in float64 for float64 and else in
+/// float32; differentiable with respect to both.
+pub fn distances(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    let pair = Pair::check(x, y)?;
+    if place(&[&pair.x, &pair.y]) != Place::Cpu {
+        return formula(x, y, pair.kind());
+    }
+    match pair.dtype {
+        Dtype::F64 => fused::<f64>(&pair),
+        _ => fused::<f32>(&pair),
+    }
+}
+
+/// The gradients of `x` and `y` from that of the distances `out`.
+pub fn distances_backward(
+    incoming: &Tensor,
+    x: &Tensor,
+    y: &Tensor,
+    out: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let pair = Pair::check(x, y)?;
+    let kind = pair.kind();
+    let (u, v) = (dense(&pair.x, kind)?, dense(&pair.y, kind)?);
+    let of = [&u, &v, &out.f_contiguous()?];
+    let [of_x, of_y] = match pair.dtype {
+        Dtype::F64 => gradients::<f64>(incoming, of, [true; 2])?,
+        _ => gradients::<f32>(incoming, of, [true; 2])?,
+    };
+    let stored = |grad: Option<Tensor>| match grad {
+        Some(grad) => Ok(grad.f_to_kind(pair.dtype.kind())?),
+        None => Err(Error::Bridge(format!("{CLASS}: a gradient is missing"))),
+    };
+    Ok((stored(of_x)?, stored(of_y)?))
+}
+
+/// The same in libtorch operations.
+fn formula(x: &Tensor, y: &Tensor, kind: Kind) -> Result<Tensor> {
+    let _guard = FullPrecision::enter();
+    let (u, v) = (x.f_to_kind(kind)?, y.f_to_kind(kind)?);
+    let squares = |x: &Tensor| x.f_square()?.f_sum_dim_intlist(1, true, kind);
+    let sums = squares(&u)?.f_add(&squares(&v)?.f_transpose(0, 1)?)?;
+    let squares = sums.f_addmm(&u.f_mul_scalar(-2.0)?, &v.f_transpose(0, 1)?)?;
+    Ok(squares.f_clamp_min(CLAMP)?.f_sqrt()?)
+}
+
+/// Contiguous, in the computing type and outside any graph; the tensor itself where it is so.
+fn dense(input: &Input<'_>, kind: Kind) -> Result<Tensor> {
+    Ok(input.tensor.f_detach()?.f_to_kind(kind)?.f_contiguous()?)
+}
+
+/// The view of a tensor that [`dense`] made of one on the CPU.
+fn rows<'a, F: Element + Stored>(view: &'a Input<'_>) -> Result<Rows<'a, F>> {
+    view.rows::<F>()
+        .ok_or_else(|| view.wrong("be a dense matrix"))
+}
+
+fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor> {
+    let (u, v) = (dense(&pair.x, F::KIND)?, dense(&pair.y, F::KIND)?);
+    let (of_u, of_v) = (Input::new(CLASS, "x", &u)?, Input::new(CLASS, "y", &v)?);
+    let (x, y) = (rows::<F>(&of_u)?, rows::<F>(&of_v)?);
+    let shape = [x.rows() as i64, y.rows() as i64];
+    // With an output given, autocast leaves the product alone.
+    let mut out = Owned::<F>::written_by(&shape, |out| {
+        let _ = u.f_mm_out(out, &v.f_transpose(0, 1)?)?;
+        Ok(())
+    })?;
+    let of = |x: Rows<'_, F>| squares(x, threads(x.rows() * x.cols()));
+    let of_y = of(y);
+    let other = (!x.same(&y)).then(|| of(x));
+    let work = threads(x.rows() * y.rows() / CHEAP);
+    finish(out.slice(), other.as_ref().unwrap_or(&of_y), &of_y, work);
+    let out = out.into_tensor();
+    let wanted = pair.wanted();
+    if wanted.contains(&true) {
+        let kind = F::KIND;
+        attach_with(
+            c"PairwiseEuclideanDistanceBackward",
+            &out,
+            &[pair.x.tensor, pair.y.tensor],
+            Box::new(Node::<F> {
+                x: Saved::of(&u, "pairwise_euclidean_distance's x")?,
+                y: Saved::of(&v, "pairwise_euclidean_distance's y")?,
+                out: Saved::of(&out, "the output of pairwise_euclidean_distance")?,
+                wanted,
+                kind: pair.dtype.kind(),
+                element: PhantomData,
+            }),
+            Box::new(move |t| formula(&t[0], &t[1], kind)),
+        )?;
+    }
+    Ok(out)
+}
+
+/// The node's state.
+struct Node<F> {
+    x: Saved,
+    y: Saved,
+    out: Saved,
+    wanted: [bool; 2],
+    /// The dtype of the inputs.
+    kind: Kind,
+    element: PhantomData<F>,
+}
+
+impl<F: Element<Acc = F> + Real + Stored> Backward for Node<F> {
+    fn grads(&mut self, incoming: &Tensor, _last: bool) -> Result<Vec<Option<Tensor>>> {
+        let of = [self.x.get()?, self.y.get()?, self.out.get()?];
+        let stored = |grad: Option<Tensor>| grad.map(|g| g.f_to_kind(self.kind)).transpose();
+        gradients::<F>(incoming, of, self.wanted)?
+            .into_iter()
+            .map(|grad| Ok(stored(grad)?))
+            .collect()
+    }
+}
+
+/// The gradients of `x` and `y` as far as they are wanted, all in the computing type and, but for the
+/// incoming one, contiguous.
+fn gradients<F: Element<Acc = F> + Real + Stored>(
+    incoming: &Tensor,
+    [x, y, out]: [&Tensor; 3],
+    wanted: [bool; 2],
+) -> Result<[Option<Tensor>; 2]> {
+    let grad = Input::new(CLASS, "grad_output", incoming)?;
+    let inputs = [("x", x), ("y", y), ("distances", out)];
+    let mut views = Vec::with_capacity(inputs.len());
+    for (name, tensor) in inputs {
+        views.push(Input::new(CLASS, name, tensor)?);
+    }
+    let whole = |k: usize| views[k].rows::<F>().and_then(|rows| rows.whole());
+    let (Some(g), Some(u), Some(v), Some(d)) = (grad.rows::<F>(), whole(0), whole(1), whole(2))
+    else {
+        return by_operations(incoming, [x, y, out], wanted);
+    };
+    let work = threads(g.rows() * g.cols() / CHEAP);
+    let mut negative = Owned::<F>::new(&incoming.size())?;
+    let (of_rows, of_columns) = factors(d, g, negative.slice(), wanted[1], work);
+    let negative = negative.into_tensor();
+    // A side times its own factors, and the other side times all of them.
+    let of = |(side, values): (&Tensor, &[F]), own: &[F], factors: &Tensor, other: &Tensor| {
+        let mut grad = Owned::<F>::new(&side.size())?;
+        multiples(values, own, grad.slice(), threads(values.len() / CHEAP));
+        let mut grad = grad.into_tensor();
+        let _ = grad.f_addmm_(factors, other)?;
+        Ok::<_, Error>(grad)
+    };
+    Ok([
+        wanted[0]
+            .then(|| of((x, u), &of_rows, &negative, y))
+            .transpose()?,
+        wanted[1]
+            .then(|| of((y, v), &of_columns, &negative.f_transpose(0, 1)?, x))
+            .transpose()?,
+    ])
+}
+
+/// [`gradients`] of tensors that no kernel may read: on other devices, or under `torch.func`.
+fn by_operations(
+    incoming: &Tensor,
+    [x, y, out]: [&Tensor; 3],
+    wanted: [bool; 2],
+) -> Result<[Option<Tensor>; 2]> {
+    let _guard = FullPrecision::enter();
+    let raised = out.f_gt(RAISED)?.f_logical_not()?;
+    let factors = incoming.f_div(out)?.f_masked_fill(&raised, 0.0)?;
+    let of = |side: &Tensor, factors: &Tensor, other: &Tensor| -> Result<Tensor> {
+        let own = factors.f_sum_dim_intlist(1, true, None::<Kind>)?;
+        Ok(side.f_mul(&own)?.f_sub(&factors.f_mm(other)?)?)
+    };
+    Ok([
+        wanted[0].then(|| of(x, &factors, y)).transpose()?,
+        wanted[1]
+            .then(|| of(y, &factors.f_transpose(0, 1)?, x))
+            .transpose()?,
+    ])
+}
