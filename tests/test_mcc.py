@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import golden
+from tests.plain.mcc import mcc as plain
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 
 
@@ -88,3 +89,17 @@ def test_confusion_matrix_dtypes_and_bad_logits():
     torch.testing.assert_close(matrix, torch.full((3, 3), 1 / 3), rtol=1e-6, atol=0)
     with pytest.raises(ValueError, match=r"logits must have shape \(minibatch, C\)"):
         loss.confusion_matrix(torch.zeros(3))
+
+
+@pytest.mark.parametrize("classes", [5, 40, 160])
+def test_certain_rows_keep_their_digits(classes, generator):
+    # Each row is certain of a class of its own, to 1e-6 or so: a loss of 1 less something has no digits left.
+    logits = torch.randn(classes, classes, generator=generator) + 18 * torch.eye(classes)
+    exact = logits.double().requires_grad_()
+    logits.requires_grad_()
+    expected, loss = plain(exact, 1.0), MinimumClassConfusionLoss(1.0)(logits)
+    assert expected < 2e-5
+    torch.testing.assert_close(loss.double(), expected, rtol=3e-6, atol=0)
+    expected.backward()
+    loss.backward()
+    assert (logits.grad - exact.grad).abs().max() <= 3e-6 * exact.grad.abs().max()

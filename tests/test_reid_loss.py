@@ -210,7 +210,7 @@ def test_distances_notice_what_was_written_before_backward(which):
     d = pairwise_euclidean_distance(x, y)
     with torch.no_grad():
         {"x": x, "y": y, "the output": d}[which].zero_()
-    with pytest.raises(RuntimeError, match=f"modified by an inplace operation: .*{which}"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(d.sum(), leaves)
 
 

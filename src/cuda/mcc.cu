@@ -13,9 +13,9 @@ struct Mcc {  // mirrored by `Args` in src/cuda/mcc.rs
   float inverse_t;
   float epsilon;
   float factor;         // of the stored gradient
-  float* of_rows;       // [3][rows]: maximum, 1 / sum of the exponentials, weight; or null
-  float* partials;      // [parts][2][cols]: s_c and d_c over the rows of a block
-  float* coefficients;  // [2][cols]: d_c / s_c and 1 / s_c
+  float* of_rows;       // [4][rows]: maximum, 1 / sum of the exponentials, weight, 1 less the largest; or null
+  float* partials;      // [parts][2][cols]: s_c and e_c over the rows of a block
+  float* coefficients;  // [2][cols]: 1 - e_c / s_c and 1 / s_c
   E* grad;              // or null
   Scalar loss;
   Gathering gathering;
@@ -34,24 +34,33 @@ struct Compensated {
 
 struct Softmax {
   float max, reciprocal, inverse_t;
+  float others;  // 1 less the largest probability, from the sum of all others
   __device__ __forceinline__ float of(float z) const { return expf((z - max) * inverse_t) * reciprocal; }
+  // 1 less a probability, which keeps its digits where that is near 1.
+  __device__ __forceinline__ float not_(float p) const { return p == reciprocal ? others : 1 - p; }
 };
 
-// Takes the group's rows. With KEEP > 0 calls each(c, s_c, d_c) with the sums over the rows of the block, in
+__device__ __forceinline__ Softmax softmax_of(const Mcc& a, i64 i) {
+  return {a.of_rows[i], a.of_rows[a.rows + i], a.inverse_t, a.of_rows[3 * a.rows + i]};
+}
+
+// Takes the group's rows. With KEEP > 0 calls each(c, s_c, e_c) with the sums over the rows of the block, in
 // one thread for each column; such groups are whole blocks, or at most WARPS warps.
 template <int SIZE, int KEEP, int WARPS, typename F>
 __device__ __forceinline__ void sweep(const Mcc& a, F each) {
-  Compensated s[KEEP > 0 ? KEEP : 1], d[KEEP > 0 ? KEEP : 1];
+  Compensated s[KEEP > 0 ? KEEP : 1], e[KEEP > 0 ? KEEP : 1];
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
     Row<E, SIZE, KEEP> z(a.logits, i, a.cols);
     const float max = row_max<SIZE, KEEP>(z, a.cols);
-    float total = 0;
+    // Apart from each other, and then in f64: of a certain row, the rest is far below the precision of 1.
+    float ones = 0, rest = 0;
     columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
-      const float e = expf((z.at(k, c) - max) * a.inverse_t);
-      if constexpr (KEEP > 0) z.kept[k] = e;
-      total += e;
+      const float x = expf((z.at(k, c) - max) * a.inverse_t);
+      if constexpr (KEEP > 0) z.kept[k] = x;
+      (x == 1 ? ones : rest) += x;
     });
-    const Softmax p = {max, 1 / Group<SIZE>::sum(total), a.inverse_t};
+    const double total = Group<SIZE>::sum((double)ones + rest);
+    const Softmax p = {max, (float)(1 / total), a.inverse_t, (float)((total - 1) / total)};
     float p_ln_p = 0;
     columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
       float own;
@@ -64,24 +73,25 @@ __device__ __forceinline__ void sweep(const Mcc& a, F each) {
       a.of_rows[i] = p.max;
       a.of_rows[a.rows + i] = p.reciprocal;
       a.of_rows[2 * a.rows + i] = weight;
+      a.of_rows[3 * a.rows + i] = p.others;
     }
     if constexpr (KEEP > 0) {
       columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
         const float of_s = weight * z.kept[k];
         s[k].add(of_s);
-        d[k].add(of_s * z.kept[k]);
+        e[k].add(of_s * p.not_(z.kept[k]));
       });
     }
   }
   if constexpr (KEEP > 0 && SIZE > WARP) {
-    columns<SIZE, KEEP>(a.cols, [&](int k, int c) { each(c, s[k].value(), d[k].value()); });
+    columns<SIZE, KEEP>(a.cols, [&](int k, int c) { each(c, s[k].value(), e[k].value()); });
   } else if constexpr (KEEP > 0) {
     // Written once in a launch: the one barrier orders it all.
     __shared__ float of_warp[WARPS][2][KEEP * WARP];
     float(&own)[2][KEEP * WARP] = of_warp[threadIdx.x / WARP];
     columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
       own[0][c] = s[k].value();
-      own[1][c] = d[k].value();
+      own[1][c] = e[k].value();
     });
     __syncthreads();
     for (int c = threadIdx.x; c < a.cols; c += blockDim.x) {
@@ -95,22 +105,22 @@ __device__ __forceinline__ void sweep(const Mcc& a, F each) {
   }
 }
 
-// Takes the sums of a column over all rows. Adds to `found` what is of the trace, and 1 for a class that is
+// Takes the sums of a column over all rows. Adds to `found` what is off the diagonal, and 1 for a class that is
 // present.
-__device__ __forceinline__ void settle(const Mcc& a, int c, double s, double d, double (&found)[2]) {
+__device__ __forceinline__ void settle(const Mcc& a, int c, double s, double e, double (&found)[2]) {
   // NaN is not below the least normal number: it stays in the loss.
   const bool present = !(s < 1.1754943508222875e-38);
-  const double ratio = present ? d / s : 0;
-  found[0] += ratio;
+  const double off = present ? e / s : 1;
+  found[0] += off;
   found[1] += present;
   if (!a.grad) return;
-  a.coefficients[c] = ratio;
+  a.coefficients[c] = 1 - off;
   a.coefficients[a.cols + c] = present ? 1 / s : 0;
 }
 
 // Of a row, some class is present.
 __device__ __forceinline__ void store_loss(const Mcc& a, const double (&found)[2]) {
-  store(a.loss, found[1] > 0 ? (float)(1 - found[0] / a.cols) : nan32());
+  store(a.loss, found[1] > 0 ? (float)(found[0] / a.cols) : nan32());
 }
 
 template <int SIZE, int KEEP>
@@ -119,9 +129,19 @@ __device__ __forceinline__ void mcc_grad(const Mcc& a) {
   const float* inverse = a.coefficients + a.cols;
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
     Row<E, SIZE, KEEP> z(a.logits, i, a.cols);
-    const Softmax softmax = {a.of_rows[i], a.of_rows[a.rows + i], a.inverse_t};
+    const Softmax softmax = softmax_of(a, i);
     const float times = a.factor * a.of_rows[2 * a.rows + i];
-    const auto share = [&](float p, int c) { return p * inverse[c] * (p + p - ratio[c]); };
+    const auto slope = [&](float p, int c) { return inverse[c] * (p + p - ratio[c]); };
+    // Any number in the place of `lead` gives the same gradient: with the slope of the class that has most of the
+    // row it is a sum of small terms (src/kernels/mcc.rs).
+    float lead = 0;
+    if (softmax.reciprocal > 0.5f) {
+      columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
+        if (z.at(k, c) == softmax.max) lead += slope(softmax.reciprocal, c);
+      });
+      lead = Group<SIZE>::sum(lead);
+    }
+    const auto share = [&](float p, int c) { return p * (slope(p, c) - lead); };
     float shares[KEEP > 0 ? KEEP : 1], total = 0;
     columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
       const float p = softmax.of(z.at(k, c)), own = share(p, c);
@@ -148,10 +168,10 @@ ROW_KERNEL(mcc_grad, Mcc)
 template <int SIZE, int KEEP>
 __device__ __forceinline__ void mcc_rows(const Mcc& a) {
   // Warps share blocks of 256 threads.
-  sweep<SIZE, KEEP, 256 / WARP>(a, [&](int c, double s, double d) {
+  sweep<SIZE, KEEP, 256 / WARP>(a, [&](int c, double s, double e) {
     float* own = a.partials + (i64)blockIdx.x * 2 * a.cols;
     own[c] = s;
-    own[a.cols + c] = d;
+    own[a.cols + c] = e;
   });
 }
 ROW_KERNEL(mcc_rows, Mcc)
@@ -169,16 +189,16 @@ __device__ __forceinline__ void columns_of_all(const Mcc& a) {
       sums[1] += of_part[a.cols + c];
     }
   } else if (c < a.cols) {
-    Compensated s, d;
+    Compensated s, e;
 #pragma unroll 4
     for (i64 i = warp; i < a.rows; i += warps) {
-      const Softmax softmax = {a.of_rows[i], a.of_rows[a.rows + i], a.inverse_t};
+      const Softmax softmax = softmax_of(a, i);
       const float p = softmax.of(a.logits.at(i, c)), of_s = a.of_rows[2 * a.rows + i] * p;
       s.add(of_s);
-      d.add(of_s * p);
+      e.add(of_s * softmax.not_(p));
     }
     sums[0] = s.value();
-    sums[1] = d.value();
+    sums[1] = e.value();
   }
   across_warps(sums);
   if (warp == 0 && c < a.cols) settle(a, c, sums[0], sums[1], found);
@@ -188,7 +208,7 @@ KERNEL(1024, mcc_columns, Mcc, columns_of_all(args))
 
 __device__ __forceinline__ void all_in_one(const Mcc& a) {
   double found[2] = {0, 0};
-  sweep<WARP, 4, 1024 / WARP>(a, [&](int c, double s, double d) { settle(a, c, s, d, found); });
+  sweep<WARP, 4, 1024 / WARP>(a, [&](int c, double s, double e) { settle(a, c, s, e, found); });
   for (int n = 0; n < 2; ++n) found[n] = across_block<Add>(found[n]);
   if (threadIdx.x == 0) store_loss(a, found);
   if (!a.grad) return;

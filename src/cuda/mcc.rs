@@ -83,10 +83,10 @@ fn in_one_block(
     (rows, cols): (usize, usize),
 ) -> Result<()> {
     let wanted = usize::from(!args.grad.is_null());
-    let work = stream.empty(&[(wanted * (3 * rows + 2 * cols)) as i64], Kind::Float)?;
+    let work = stream.empty(&[(wanted * (4 * rows + 2 * cols)) as i64], Kind::Float)?;
     if wanted > 0 {
         args.of_rows = work.data_ptr();
-        args.coefficients = at(&work, 3 * rows);
+        args.coefficients = at(&work, 4 * rows);
     }
     let launch = Launch {
         stem: STEM,
@@ -113,7 +113,7 @@ fn in_turns(
         sweep.grid = sweep.grid.min(MOST_PARTS);
         parts = sweep.grid as usize;
     }
-    let work = stream.empty(&[(3 * rows + 2 * cols * (parts + 1)) as i64], Kind::Float)?;
+    let work = stream.empty(&[(4 * rows + 2 * cols * (parts + 1)) as i64], Kind::Float)?;
     let columns = plan_columns(cols, if plan.holds { parts } else { rows });
     let partials = Partials::new(stream, columns.grid, 2)?;
     args.parts = parts as i32;
@@ -121,8 +121,8 @@ fn in_turns(
     if !plan.holds || !args.grad.is_null() {
         args.of_rows = work.data_ptr();
     }
-    args.coefficients = at(&work, 3 * rows);
-    args.partials = at(&work, 3 * rows + 2 * cols);
+    args.coefficients = at(&work, 4 * rows);
+    args.partials = at(&work, 4 * rows + 2 * cols);
     args.gathering = partials.args();
     // SAFETY: as above, and the work has a place for the sums of each block of the first launch.
     unsafe {

@@ -2,18 +2,19 @@
 //!
 //! With `p = softmax(z / T)` (`B` rows, `C` classes), row entropy
 //! `H_i = -sum_c p_ic ln(p_ic + 1e-5)` and weight `w_i ~ 1 + e^{-H_i}` (a constant to the gradient),
-//! the confusion matrix is `P^T diag(w) P` with its columns scaled to sum 1. Its trace is then all
-//! that is left to know:
+//! the confusion matrix is `P^T diag(w) P` with its columns scaled to sum 1. What is off its diagonal
+//! needs two sums of each column only:
 //!
 //! ```text
-//! loss    = 1 - 1/C sum_c d_c / s_c        s_c = sum_i w_i p_ic    d_c = sum_i w_i p_ic^2
-//! dL/dp_ic = -(w_i / C) (2 p_ic s_c - d_c) / s_c^2
+//! loss    = 1/C sum_c e_c / s_c        s_c = sum_i w_i p_ic    e_c = sum_i w_i p_ic (1 - p_ic)
+//! dL/dp_ic = -(w_i / C) (2 p_ic - (1 - e_c / s_c)) / s_c
 //! dL/dz_ic = p_ic (dL/dp_ic - sum_k p_ik dL/dp_ik) / T
 //! ```
 //!
 //! Both are unchanged when all weights are scaled together, so the weights stay unnormalised and
 //! one sweep finds them and the sums. A class whose probability is 0 in every row (tllib: 0/0 = NaN)
-//! has the limits 0 in the trace and 0 in the gradient.
+//! has the limits 1 in the loss and 0 in the gradient. Where one class has most of a row, its `1 - p`
+//! is the sum of all others: the loss of certain rows keeps its digits.
 
 use super::Loss;
 use super::element::{Element, stored_scale};
@@ -48,6 +49,16 @@ struct Row<F> {
     weight: F,
     max: F,
     reciprocal: F,
+    /// Not found in narrow rows, which take every class for it that has the largest logit.
+    lead: Option<Lead<F>>,
+}
+
+/// The class that has more than half of a row.
+#[derive(Clone, Copy)]
+struct Lead<F> {
+    class: usize,
+    /// 1 less its probability.
+    others: F,
 }
 
 /// What the first sweep over a batch leaves for the second.
@@ -92,17 +103,11 @@ pub fn sweep<E: Element>(
             move || lanes::dispatch(sweep, cols <= NARROW)
         })
         .collect();
-    let mut kept = Vec::with_capacity(ranges.len());
-    let mut sums = Sums {
-        s: vec![0.0; cols],
-        d: vec![0.0; cols],
-    };
-    for (rows, part) in run(sweeps) {
-        kept.push(rows);
-        for c in 0..cols {
-            sums.s[c] += part.s[c];
-            sums.d[c] += part.d[c];
-        }
+    let (kept, mut parts): (Vec<_>, Vec<_>) = run(sweeps).into_iter().unzip();
+    // There is one range at least.
+    let mut sums = parts.swap_remove(0);
+    for part in parts {
+        sums.add(&part);
     }
     Swept { sums, kept, ranges }
 }
@@ -121,27 +126,17 @@ pub fn finish<E: Element>(
     let tiny = E::Acc::TINY.to_f64();
     // NaN is not below TINY: it stays in the loss.
     let present = |c: usize| !(sums.s[c] < tiny);
-    let trace: f64 = (0..cols)
-        .filter(|&c| present(c))
-        .map(|c| sums.d[c] / sums.s[c])
-        .sum();
+    let of_class = |(&s, &e): (&f64, &f64)| if s < tiny { 1.0 } else { e / s };
+    let of_classes: Vec<f64> = sums.s.iter().zip(&sums.e).map(of_class).collect();
     // Of a row, some class is present.
     let value = if (0..cols).any(present) {
-        1.0 - trace / cols as f64
+        reduce::sum(&of_classes) / cols as f64
     } else {
         f64::NAN
     };
 
     if grad.is_some() {
-        let ratio: Vec<E::Acc> = (0..cols)
-            .map(|c| {
-                E::Acc::of(if present(c) {
-                    sums.d[c] / sums.s[c]
-                } else {
-                    0.0
-                })
-            })
-            .collect();
+        let ratio: Vec<_> = of_classes.iter().map(|x| E::Acc::of(1.0 - x)).collect();
         let inverse: Vec<E::Acc> = (0..cols)
             .map(|c| E::Acc::of(if present(c) { 1.0 / sums.s[c] } else { 0.0 }))
             .collect();
@@ -217,11 +212,23 @@ impl<E: Element> Kernel for Sweep<'_, E> {
 fn exponentials<I: Isa, F: Real>(z: &[F], inverse_t: F, out: &mut [F]) -> Row<F> {
     let max = reduce::max(z);
     let total = reduce::exp_shifted::<I, _>(z, max, inverse_t, out);
+    let lead = (total < 2.0).then(|| lead(out, total));
     Row {
         weight: F::ZERO,
         max,
         reciprocal: F::of(1.0 / total),
+        lead,
     }
+}
+
+/// The class whose exponential is 1, where that is more than half of the `total`.
+#[inline(always)]
+fn lead<F: Real>(exps: &mut [F], total: f64) -> Lead<F> {
+    let class = reduce::first(exps, |e| e == F::ONE);
+    exps[class] = F::ZERO;
+    let others = F::of(reduce::sum(exps) / total);
+    exps[class] = F::ONE;
+    Lead { class, others }
 }
 
 /// Writes the probabilities of at most [`FLUSH`] rows and finds their weights.
@@ -265,7 +272,7 @@ struct Gradient<'a, E: Element> {
     temperature: f64,
     range: Range<usize>,
     kept: Vec<Row<E::Acc>>,
-    /// `d_c / s_c`
+    /// `1 - e_c / s_c`
     ratio: &'a [E::Acc],
     /// `1 / s_c`
     inverse: &'a [E::Acc],
@@ -308,7 +315,7 @@ impl<E: Element> Kernel for Gradient<'_, E> {
 }
 
 /// Turns the probabilities of a row into its gradient, in place: with the slopes
-/// `g_c = (2 p_c - d_c / s_c) / s_c` and that of the largest class, `g_m`,
+/// `g_c = (2 p_c - ratio_c) / s_c` and that of the leading class, `g_m`,
 /// `dL/dz_c = factor (h_c - p_c sum_k h_k)`, `h_c = p_c (g_c - g_m)`.
 ///
 /// Any number in the place of `g_m` gives the same. This one leaves `h_m = 0`: where `p_m` is near 1, the
@@ -322,11 +329,11 @@ fn gradient_row<I: Isa, F: Real>(
     h: &mut [F],
 ) {
     let slope = |p: F, ratio: F, inverse: F| inverse * (p + p - ratio);
-    // Its exponential is 1.
-    let m = reduce::first(row, |p| p == kept.reciprocal);
-    let largest = slope(row[m], ratio[m], inverse[m]);
+    let leading = kept.lead.map_or(F::ZERO, |Lead { class, .. }| {
+        slope(row[class], ratio[class], inverse[class])
+    });
     for (((h, &p), &r), &inverse) in h.iter_mut().zip(&*row).zip(ratio).zip(inverse) {
-        *h = p * (slope(p, r, inverse) - largest);
+        *h = p * (slope(p, r, inverse) - leading);
     }
     let total = F::of(-reduce::sum(h));
     for (p, &h) in row.iter_mut().zip(&*h) {

@@ -56,7 +56,7 @@ fn fused(
 
 /// A rank's part of a batch, between its two sweeps.
 pub struct Part {
-    /// `s_c`, then `d_c` of these rows: (2 C,), float64.
+    /// `s_c`, then `e_c` of these rows: (2 C,), float64.
     pub sums: Tensor,
     second: Second,
 }
@@ -80,13 +80,13 @@ impl Part {
             let mut grad = wants_grad.then(|| Owned::<E>::new(input.shape())).transpose()?;
             let slice = grad.as_mut().map(Owned::slice);
             let mut swept = sweep(rows, temperature, slice, threads(input.numel()));
-            let sums = vector(&[&swept.sums.s[..], &swept.sums.d].concat(), Dtype::F64)?;
+            let sums = vector(&[&swept.sums.s[..], &swept.sums.e].concat(), Dtype::F64)?;
             let logits = logits.shallow_clone();
             let second: Second = Box::new(move |all: &Exchanged<'_>| {
                 let values = all.values()?;
-                let (s, d) = values.split_at(cols);
+                let (s, e) = values.split_at(cols);
                 swept.sums.s.copy_from_slice(s);
-                swept.sums.d.copy_from_slice(d);
+                swept.sums.e.copy_from_slice(e);
                 let input = Input::new(CLASS, "logits", &logits)?;
                 let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
                 let loss = finish(swept, rows, temperature, grad.as_mut().map(Owned::slice));
@@ -105,13 +105,13 @@ impl Part {
         Ok(Self {
             sums: own.f_detach()?.f_to_kind(Kind::Double)?,
             second: Box::new(move |all: &Exchanged<'_>| {
-                let [s, d] = &all.through(&own)?.f_chunk(2, 0)?[..] else {
+                let [s, e] = &all.through(&own)?.f_chunk(2, 0)?[..] else {
                     return Err(Error::Bridge("chunk: two halves expected".to_owned()));
                 };
                 // No class is present in no row.
                 let rows = s.f_detach()?.f_sum(s.f_kind()?)?;
                 let nothing = rows.f_eq(0.0)?;
-                let loss = of_sums(s, d)?.f_masked_fill(&nothing, f64::NAN)?;
+                let loss = of_sums(s, e)?.f_masked_fill(&nothing, f64::NAN)?;
                 let grad = gradient(&loss, &leaf)?;
                 let loss = loss.f_detach()?.f_to_kind(kind)?;
                 all.attach(LABEL, CLASS, &loss, &logits, grad)?;
@@ -129,8 +129,8 @@ impl Part {
 
 /// The same loss in libtorch operations, `O(B C)` too.
 fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
-    let [s, d] = sums(logits, temperature, kind)?;
-    let loss = of_sums(&s, &d)?;
+    let [s, e] = sums(logits, temperature, kind)?;
+    let loss = of_sums(&s, &e)?;
     let empty = logits.size().first() == Some(&0);
     let loss = if empty {
         loss.f_mul_scalar(f64::NAN)?
@@ -140,7 +140,7 @@ fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
     Ok(loss.f_to_kind(kind)?)
 }
 
-/// `s_c` and `d_c`.
+/// `s_c` and `e_c`.
 fn sums(logits: &Tensor, temperature: f64, kind: Kind) -> Result<[Tensor; 2]> {
     let inside = if kind == Kind::Double {
         Kind::Double
@@ -149,18 +149,19 @@ fn sums(logits: &Tensor, temperature: f64, kind: Kind) -> Result<[Tensor; 2]> {
     };
     let (p, wp) = weighted(logits, temperature, inside)?;
     let s = wp.f_sum_dim_intlist(0, false, inside)?;
-    let d = wp.f_mul(&p)?.f_sum_dim_intlist(0, false, inside)?;
-    Ok([s, d])
+    let not = p.f_neg()?.f_add_scalar(1.0)?;
+    let e = wp.f_mul(&not)?.f_sum_dim_intlist(0, false, inside)?;
+    Ok([s, e])
 }
 
-fn of_sums(s: &Tensor, d: &Tensor) -> Result<Tensor> {
-    // A class that no row predicts: 0/0, whose limit is 0. A divisor of 1 keeps NaN out of the
+fn of_sums(s: &Tensor, e: &Tensor) -> Result<Tensor> {
+    // A class that no row predicts: 0/0, whose limit is 1. A divisor of 1 keeps NaN out of the
     // gradient as well.
     let absent = s.f_eq(0.0)?;
-    let trace = d
-        .f_div(&s.f_masked_fill(&absent, 1.0)?)?
-        .f_mean(s.f_kind()?)?;
-    Ok(trace.f_neg()?.f_add_scalar(1.0)?)
+    let of_classes = e.f_div(&s.f_masked_fill(&absent, 1.0)?)?;
+    Ok(of_classes
+        .f_masked_fill(&absent, 1.0)?
+        .f_mean(s.f_kind()?)?)
 }
 
 /// The probabilities of `logits`, and the same times their row's entropy weight, which is not

@@ -7,6 +7,9 @@ use super::super::real::Real;
 use super::super::rows::put_back;
 use super::{ENTROPY_EPSILON, FLUSH, Gradient, LN_2, Row, Sums, Sweep};
 
+/// Above this probability `1 - p` is taken from the others.
+const CERTAIN: f64 = 0.5;
+
 impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
     type Output = (Vec<Row<E::Acc>>, Sums);
 
@@ -17,18 +20,20 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         let inverse_t = E::Acc::of(1.0 / sweep.temperature);
         let mut kept = Vec::with_capacity(sweep.range.len());
         let mut z = columns(cols);
-        let (mut p, mut s, mut d) = (z.clone(), z.clone(), z.clone());
+        let (mut p, mut s, mut e) = (z.clone(), z.clone(), z.clone());
         let mut sums = Sums {
             s: vec![0.0; cols],
-            d: vec![0.0; cols],
+            e: vec![0.0; cols],
         };
         for (tile, (rows, _)) in tiles(sweep.range).enumerate() {
             sweep.logits.side_by_side(rows.clone(), &mut z);
             let (largest, _) = argmax(&z);
             let total = exp_shifted::<I, _>(&z, &largest, inverse_t, &mut p);
-            let mut reciprocal = [E::Acc::ZERO; LANES];
+            let (mut reciprocal, mut others) = ([E::Acc::ZERO; LANES], [E::Acc::ZERO; LANES]);
             for k in 0..LANES {
                 reciprocal[k] = E::Acc::of(1.0 / total[k]);
+                // The largest exponential is 1.
+                others[k] = E::Acc::of((total[k] - 1.0) / total[k]);
             }
             let mut weight = weights::<I, _>(&mut p, &reciprocal);
             for k in 0..rows.len() {
@@ -36,24 +41,42 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                     weight: weight[k],
                     max: largest[k],
                     reciprocal: reciprocal[k],
+                    lead: None,
                 });
             }
             // The rest of the lanes repeat a row.
             weight[rows.len()..].fill(E::Acc::ZERO);
-            for ((p, s), d) in p.iter().zip(&mut s).zip(&mut d) {
-                for k in 0..LANES {
-                    let weighted = weight[k] * p[k];
-                    s[k] += weighted;
-                    d[k] = weighted.mul_add::<I>(p[k], d[k]);
+            let most = reciprocal.iter().fold(E::Acc::ZERO, |a, &r| a.larger(r));
+            let classes = p.iter().zip(&mut s).zip(&mut e);
+            if most < E::Acc::of(CERTAIN) {
+                for ((p, s), e) in classes {
+                    let mut not = [E::Acc::ZERO; LANES];
+                    for k in 0..LANES {
+                        not[k] = E::Acc::ONE - p[k];
+                    }
+                    add::<I, _>(&weight, p, &not, s, e);
+                }
+            } else {
+                for ((p, s), e) in classes {
+                    let mut not = others;
+                    for k in 0..LANES {
+                        let exact = others[k];
+                        not[k] = if p[k] == reciprocal[k] {
+                            exact
+                        } else {
+                            E::Acc::ONE - p[k]
+                        };
+                    }
+                    add::<I, _>(&weight, p, &not, s, e);
                 }
             }
             if tile % FLUSH == FLUSH - 1 {
                 flush(&mut s, &mut sums.s);
-                flush(&mut d, &mut sums.d);
+                flush(&mut e, &mut sums.e);
             }
         }
         flush(&mut s, &mut sums.s);
-        flush(&mut d, &mut sums.d);
+        flush(&mut e, &mut sums.e);
         (kept, sums)
     }
 }
@@ -73,6 +96,22 @@ fn weights<I: Isa, F: Real>(p: &mut [Lanes<F>], reciprocal: &Lanes<F>) -> Lanes<
         weights[k] = F::of(1.0 + Real::exp::<I>(LN_2 * log2[k].to_f64()));
     }
     weights
+}
+
+/// Adds `w p` to `s` and `w p (1 - p)` to `e`.
+#[inline(always)]
+fn add<I: Isa, F: Real>(
+    w: &Lanes<F>,
+    p: &Lanes<F>,
+    not: &Lanes<F>,
+    s: &mut Lanes<F>,
+    e: &mut Lanes<F>,
+) {
+    for k in 0..LANES {
+        let weighted = w[k] * p[k];
+        s[k] += weighted;
+        e[k] = weighted.mul_add::<I>(not[k], e[k]);
+    }
 }
 
 /// Moves the sums of the lanes to `sums`.

@@ -2,21 +2,31 @@
 
 use super::super::isa::Isa;
 use super::super::real::Real;
-use super::{FLUSH, Row};
+use super::{FLUSH, Lead, Row};
 
-/// Per class: `s_c` and `d_c`. Those of several batches add up to those of all their rows.
+/// Per class: `s_c` and `e_c`. Those of several batches add up to those of all their rows.
 pub struct Sums {
     /// `s_c`
     pub s: Vec<f64>,
-    /// `d_c`
-    pub d: Vec<f64>,
+    /// `e_c`
+    pub e: Vec<f64>,
+}
+
+impl Sums {
+    /// Those of more rows.
+    pub(super) fn add(&mut self, other: &Self) {
+        let s = self.s.iter_mut().zip(&other.s);
+        for (sum, part) in s.chain(self.e.iter_mut().zip(&other.e)) {
+            *sum += part;
+        }
+    }
 }
 
 /// The sums over rows, some rows at a time.
 pub(super) struct Totals<F> {
     /// What has not gone to `sums` yet.
     s: Vec<F>,
-    d: Vec<F>,
+    e: Vec<F>,
     /// Rows in it.
     rows: usize,
     sums: Sums,
@@ -27,11 +37,11 @@ impl<F: Real> Totals<F> {
     pub(super) fn new(cols: usize) -> Self {
         Self {
             s: vec![F::ZERO; cols],
-            d: vec![F::ZERO; cols],
+            e: vec![F::ZERO; cols],
             rows: 0,
             sums: Sums {
                 s: vec![0.0; cols],
-                d: vec![0.0; cols],
+                e: vec![0.0; cols],
             },
         }
     }
@@ -45,6 +55,7 @@ impl<F: Real> Totals<F> {
         self.rows += rows.len();
         let cols = self.s.len();
         let (fours, rest) = rows.as_chunks::<4>();
+        let p_rows = p.chunks_exact(cols);
         let (p_fours, p_rest) = p.split_at(4 * fours.len() * cols);
         for (rows, p) in fours.iter().zip(p_fours.chunks_exact(4 * cols)) {
             let weights = [
@@ -55,17 +66,25 @@ impl<F: Real> Totals<F> {
             ];
             let row = |k: usize| &p[k * cols..(k + 1) * cols];
             let p = [row(0), row(1), row(2), row(3)];
-            add_four::<I, _>(weights, p, &mut self.s, &mut self.d);
+            add_four::<I, _>(weights, p, &mut self.s, &mut self.e);
         }
         for (row, p) in rest.iter().zip(p_rest.chunks_exact(cols)) {
-            add_one::<I, _>(row.weight, p, &mut self.s, &mut self.d);
+            add_one::<I, _>(row.weight, p, &mut self.s, &mut self.e);
+        }
+        for (row, p) in rows.iter().zip(p_rows) {
+            let Some(Lead { class, others }) = row.lead else {
+                continue;
+            };
+            // What 1 - p has lost.
+            let p = p[class];
+            self.e[class] += row.weight * p * (others - (F::ONE - p));
         }
     }
 
     #[inline(always)]
     fn flush(&mut self) {
         let s = self.sums.s.iter_mut().zip(&mut self.s);
-        for (sum, part) in s.chain(self.sums.d.iter_mut().zip(&mut self.d)) {
+        for (sum, part) in s.chain(self.sums.e.iter_mut().zip(&mut self.e)) {
             *sum += part.to_f64();
             *part = F::ZERO;
         }
@@ -79,23 +98,24 @@ impl<F: Real> Totals<F> {
     }
 }
 
-/// Adds `w p_c` to `s_c` and `w p_c^2` to `d_c`.
+/// Adds `w p_c` to `s_c` and `w p_c (1 - p_c)` to `e_c`.
 #[inline(always)]
-fn add_one<I: Isa, F: Real>(weight: F, p: &[F], s: &mut [F], d: &mut [F]) {
-    for ((&p, s), d) in p.iter().zip(s).zip(d) {
+fn add_one<I: Isa, F: Real>(weight: F, p: &[F], s: &mut [F], e: &mut [F]) {
+    for ((&p, s), e) in p.iter().zip(s).zip(e) {
         let wp = weight * p;
         *s += wp;
-        *d = wp.mul_add::<I>(p, *d);
+        *e = wp.mul_add::<I>(F::ONE - p, *e);
     }
 }
 
 /// [`add_one`] for four rows, whose sums are read and written once.
 #[inline(always)]
-fn add_four<I: Isa, F: Real>(w: [F; 4], p: [&[F]; 4], s: &mut [F], d: &mut [F]) {
+fn add_four<I: Isa, F: Real>(w: [F; 4], p: [&[F]; 4], s: &mut [F], e: &mut [F]) {
     let rows = p[0].iter().zip(p[1]).zip(p[2]).zip(p[3]);
-    for ((s, d), (((&a, &b), &c), &e)) in s.iter_mut().zip(d).zip(rows) {
-        let (wa, wb, wc, we) = (w[0] * a, w[1] * b, w[2] * c, w[3] * e);
-        *s += (wa + wb) + (wc + we);
-        *d += wa.mul_add::<I>(a, wb * b) + wc.mul_add::<I>(c, we * e);
+    let not = |p: F| F::ONE - p;
+    for ((s, e), (((&p, &q), &r), &t)) in s.iter_mut().zip(e).zip(rows) {
+        let (wp, wq, wr, wt) = (w[0] * p, w[1] * q, w[2] * r, w[3] * t);
+        *s += (wp + wq) + (wr + wt);
+        *e += wp.mul_add::<I>(not(p), wq * not(q)) + wr.mul_add::<I>(not(r), wt * not(t));
     }
 }

@@ -112,7 +112,7 @@ fn parts(cols: usize) {
         let swept = sweep(view, t, Some(&mut grad[range.clone()]), threads);
         for (total, sum) in total
             .iter_mut()
-            .zip(swept.sums.s.iter().chain(&swept.sums.d))
+            .zip(swept.sums.s.iter().chain(&swept.sums.e))
         {
             *total += sum;
         }
@@ -120,7 +120,7 @@ fn parts(cols: usize) {
     }
     for (view, range, mut swept) in parts {
         swept.sums.s.copy_from_slice(&total[..cols]);
-        swept.sums.d.copy_from_slice(&total[cols..]);
+        swept.sums.e.copy_from_slice(&total[cols..]);
         let loss = finish(swept, view, t, Some(&mut grad[range]));
         assert!((loss.value - expected.value).abs() < 1e-14);
     }
@@ -238,5 +238,37 @@ fn a_certain_row_keeps_its_gradient() {
                 "{cols} {i}: {got} {exact}"
             );
         }
+    }
+}
+
+#[test]
+fn certain_rows_keep_their_loss() {
+    // Each row is certain of a class of its own: the loss is the sum of what is left for the others.
+    for n in [5, 40] {
+        let z: Vec<f64> = (0..n * n)
+            .map(|k| {
+                if k / n == k % n {
+                    18.0
+                } else {
+                    (k * 7 % 5) as f64 / 4.0
+                }
+            })
+            .collect();
+        let (w, p) = (loss_weights(&z, n, n, 1.0), softmax(&z, n, n, 1.0));
+        let rest =
+            |i: usize, c: usize| -> f64 { (0..n).filter(|&k| k != c).map(|k| p[i * n + k]).sum() };
+        let of_class = |c: usize| {
+            let s: f64 = (0..n).map(|i| w[i] * p[i * n + c]).sum();
+            (0..n)
+                .map(|i| w[i] * p[i * n + c] * rest(i, c))
+                .sum::<f64>()
+                / s
+        };
+        let exact = (0..n).map(of_class).sum::<f64>() / n as f64;
+        assert!(exact < 3e-6);
+        let narrow: Vec<f32> = z.iter().map(|&z| z as f32).collect();
+        let view = Rows::contiguous(&narrow, n, n).unwrap();
+        let loss = mcc(view, 1.0, None, NonZeroUsize::MIN).value;
+        assert!((loss / exact - 1.0).abs() < 1e-6, "{n}: {loss} {exact}");
     }
 }
