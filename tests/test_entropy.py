@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import golden
+from tests.plain.entropy import entropy as plain
 from tllib_rs.modules.entropy import entropy
 
 
@@ -39,3 +40,20 @@ def test_default_is_one_entropy_a_row():
     assert entropy(torch.ones(2, 3, 4, 5)).shape == (2, 4, 5)
     assert entropy(torch.ones(0, 3)).shape == (0,)
     assert entropy(torch.ones(0, 3), "mean").isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("keep", [True, False])
+def test_incoming_gradients_of_rows(dtype, keep, generator):
+    p = torch.rand(6, 300, generator=generator, dtype=torch.float64).softmax(1).to(dtype).requires_grad_()
+    # Every other number of a larger tensor, one number for all rows, and ones.
+    for incoming in (
+        torch.randn(12, generator=generator).to(dtype)[::2],
+        torch.tensor(0.37, dtype=dtype).expand(6),
+        torch.ones(6, dtype=dtype),
+    ):
+        (got,) = torch.autograd.grad(entropy(p), p, incoming, retain_graph=keep)
+        exact = p.detach().double().requires_grad_()
+        (expected,) = torch.autograd.grad(plain(exact), exact, incoming.double())
+        tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+        assert (got.double() - expected).abs().max() <= tolerance * expected.abs().max()

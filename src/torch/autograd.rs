@@ -224,25 +224,30 @@ fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> 
         divisor,
     } = stored;
     let on_cpu = Input::new("backward", "gradient", &grad)?;
-    if let (Some(dtype), Some(value), true) = (on_cpu.dtype(), number(incoming), on_cpu.on_cpu()) {
+    let rows = on_cpu.shape().first().copied().unwrap_or(1);
+    if let (Some(dtype), Some(mut factors), true) =
+        (on_cpu.dtype(), numbers(incoming, rows), on_cpu.on_cpu())
+    {
         let (data, len, shape) = (on_cpu.data(), on_cpu.numel(), on_cpu.shape().to_vec());
-        let factor = value / scale;
+        for factor in &mut factors {
+            *factor /= scale;
+        }
         return by_dtype!(dtype, E => {
             let threads = threads_for(len, GRAIN, max_threads());
             if own {
                 #[allow(clippy::float_cmp, reason = "exactly one changes nothing")]
-                if factor != 1.0 && len > 0 {
+                if factors.iter().any(|&factor| factor != 1.0) && len > 0 {
                     // SAFETY: a stored gradient is contiguous with `len` elements of `E`, and
                     // `own` says that the node, which gave it up, was its only holder.
                     let slice = unsafe { std::slice::from_raw_parts_mut(data.cast::<E>(), len) };
-                    crate::kernels::scale::scale(None, factor, slice, threads);
+                    crate::kernels::scale::scale(None, &factors, slice, threads);
                 }
                 Ok(grad)
             } else {
                 let mut out = Owned::<E>::new(&shape)?;
                 // SAFETY: as above, and only read.
                 let values = unsafe { if len == 0 { &[][..] } else { std::slice::from_raw_parts(data.cast::<E>(), len) } };
-                crate::kernels::scale::scale(Some(values), factor, out.slice(), threads);
+                crate::kernels::scale::scale(Some(values), &factors, out.slice(), threads);
                 Ok(out.into_tensor())
             }
         });
@@ -270,15 +275,19 @@ fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> 
     Ok(out.f_to_kind(kind)?)
 }
 
-/// The value of an ordinary CPU tensor of no dimensions.
-fn number(input: &Input<'_>) -> Option<f64> {
-    if !input.on_cpu() || !input.shape().is_empty() {
-        return None;
-    }
-    let dtype = input.dtype()?;
+/// The values of an ordinary CPU tensor of no dimensions, or of one that has `rows` elements.
+fn numbers(input: &Input<'_>, rows: i64) -> Option<Vec<f64>> {
+    let (count, stride) = match (input.shape(), input.strides()) {
+        ([], _) => (1, 0),
+        (&[n], &[stride]) if n == rows => (n as isize, stride as isize),
+        _ => return None,
+    };
+    let dtype = input.dtype().filter(|_| input.on_cpu())?;
     by_dtype!(dtype, E => {
-        // SAFETY: an ordinary tensor of one element of type `E`.
-        Some(unsafe { *input.data().cast::<E>() }.load().to_f64())
+        let data = input.data().cast::<E>();
+        // SAFETY: an ordinary tensor of `count` elements of type `E`, `stride` apart.
+        let value = |k| unsafe { *data.offset(k * stride) }.load().to_f64();
+        Some((0..count).map(value).collect())
     })
 }
 
