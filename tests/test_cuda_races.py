@@ -1,5 +1,5 @@
-"""Races and accesses out of bounds are found: where the CUDA kernels run on the CPU (test_cuda_sources.py), each access is looked at, and
-here are some kernels that are wrong."""
+"""Races and accesses out of bounds are found: where the CUDA kernels run on the CPU (test_cuda_sources.py), each
+access is looked at, and here are some kernels that are wrong."""
 
 import os
 import re
@@ -19,6 +19,7 @@ FOUND = {
     "no_barrier": "read of what nobody wrote",
     "behind_the_end": "access out of bounds",
     "before_the_start": "access out of bounds",
+    "past_an_array": "index out of bounds",
 }
 LAUNCH = """
 import ctypes, sys

@@ -36,7 +36,8 @@ def bounds_watch() -> dict[str, str]:
 def build_emulator(folder: Path, sources: Path = SOURCES) -> Path:
     """Compiles every source for every element type into one library in ``folder``; returns its path.
 
-    It ends the process at a race, and with `bounds_watch` at an access out of bounds."""
+    It ends the process at a race or an index out of bounds, and with `bounds_watch` at an access to memory that
+    nobody allocated."""
     units = [(HERE / f"{name}.cpp", folder / f"{name}.o", []) for name in ("on_cpu", "races")]
     for source in sorted(sources.glob("*.cu")):
         for element in ELEMENTS:
@@ -44,9 +45,9 @@ def build_emulator(folder: Path, sources: Path = SOURCES) -> Path:
             # Each in a namespace of its own: the same names mean other element types.
             unit.write_text(f'#include "on_cpu.h"\nnamespace {{\n#include "{source}"\n}}\n')
             defines = [f"-DELEMENT={element}", f"-DSTEM={source.stem}"]
-            # Has races.cpp told of each access.
-            watch = "-fsanitize=thread"
-            units.append((unit, unit.with_suffix(".o"), [*defines, watch]))
+            # Has races.cpp told of each access, and of each index that its array has no place for.
+            watch = ["-fsanitize=thread", "-fsanitize=bounds-strict", "-fno-sanitize-recover=bounds-strict"]
+            units.append((unit, unit.with_suffix(".o"), [*defines, *watch]))
     # -O1 and no contraction: what is tested is the source, not the host compiler.
     flags = [
         "-std=c++17",

@@ -1,5 +1,6 @@
 // Looks for races in kernels that were compiled with -fsanitize=thread: the compiler then calls these functions
-// at each access. They stand in the place of the sanitizer's own, which knows nothing of blocks and warps.
+// at each access. They stand in the place of the sanitizer's own, which knows nothing of blocks and warps. With
+// -fsanitize=bounds it calls one at an index that an array, shared or a thread's own, has no place for.
 //
 //   of one block      two threads, one of them writing, with no __syncthreads between, nor, in one warp,
 //                     __syncwarp
@@ -174,6 +175,12 @@ void atomic_access(const void* at, unsigned size) { access(at, size, true, true,
 
 }  // namespace emulated
 
+// What the compiler says of where it compiled an index.
+struct SourceLocation {
+  const char* file;
+  unsigned line, column;
+};
+
 #define SIZED(size)                                                                               \
   void __tsan_read##size(void* at) { emulated::access(at, size, false, false, CALLER); }         \
   void __tsan_write##size(void* at) { emulated::access(at, size, true, false, CALLER); }         \
@@ -196,4 +203,9 @@ void __tsan_vptr_read(void**) {}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
+void __ubsan_handle_out_of_bounds_abort(const SourceLocation* at, size_t index) {
+  std::fprintf(stderr, "index out of bounds in %s: %zu, block %u thread %u (at %s:%u)\n", emulated::kernel_name, index,
+               blockIdx.x, threadIdx.x, at->file, at->line);
+  std::abort();
+}
 }

@@ -65,3 +65,11 @@ __device__ __forceinline__ void before_the_start(const Racy& a) {
   if (blockIdx.x == 0) a.out[threadIdx.x] = a.out[(int)threadIdx.x - (a.right ? 0 : 1)];
 }
 KERNEL(32, before_the_start, Racy, before_the_start(args))
+
+__device__ __forceinline__ void past_an_array(const Racy& a) {
+  __shared__ int x[32], y[32];
+  x[threadIdx.x + (a.right ? 0 : 1)] = 1;
+  y[threadIdx.x] = 2;
+  a.out[blockIdx.x * blockDim.x + threadIdx.x] = y[threadIdx.x];
+}
+KERNEL(32, past_an_array, Racy, past_an_array(args))
