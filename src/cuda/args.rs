@@ -125,6 +125,12 @@ pub fn pointer(tensor: Option<&Tensor>) -> *mut c_void {
     tensor.map_or(std::ptr::null_mut(), Tensor::data_ptr)
 }
 
+/// The place of an element of memory that holds several things.
+pub fn place<T>(work: &Tensor, element: usize) -> *mut c_void {
+    let first = work.data_ptr().cast::<T>();
+    first.wrapping_add(element).cast::<c_void>()
+}
+
 /// `Gathering`: where the blocks of a grid leave their sums.
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -139,6 +145,14 @@ impl Gathering {
         partials: std::ptr::null_mut(),
         done: std::ptr::null_mut(),
     };
+
+    /// Sums at `partials`, a place for each block and sum, float64.
+    pub fn of(partials: *mut c_void, done: &Tensor) -> Self {
+        Self {
+            partials,
+            done: done.data_ptr(),
+        }
+    }
 }
 
 /// The memory of a [`Gathering`], to be kept until the launch.
@@ -158,10 +172,7 @@ impl Partials {
 
     /// As the kernel takes it.
     pub fn args(&self) -> Gathering {
-        Gathering {
-            partials: self.sums.data_ptr(),
-            done: self.done.data_ptr(),
-        }
+        Gathering::of(self.sums.data_ptr(), &self.done)
     }
 }
 

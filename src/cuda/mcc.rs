@@ -86,7 +86,7 @@ fn in_one_block(
     let work = stream.empty(&[(wanted * (4 * rows + 2 * cols)) as i64], Kind::Float)?;
     if wanted > 0 {
         args.of_rows = work.data_ptr();
-        args.coefficients = at(&work, 4 * rows);
+        args.coefficients = args::place::<f32>(&work, 4 * rows);
     }
     let launch = Launch {
         stem: STEM,
@@ -121,8 +121,8 @@ fn in_turns(
     if !plan.holds || !args.grad.is_null() {
         args.of_rows = work.data_ptr();
     }
-    args.coefficients = at(&work, 4 * rows);
-    args.partials = at(&work, 4 * rows + 2 * cols);
+    args.coefficients = args::place::<f32>(&work, 4 * rows);
+    args.partials = args::place::<f32>(&work, 4 * rows + 2 * cols);
     args.gathering = partials.args();
     // SAFETY: as above, and the work has a place for the sums of each block of the first launch.
     unsafe {
@@ -133,12 +133,4 @@ fn in_turns(
         }
     }
     Ok(())
-}
-
-/// The place of an element of float32 memory.
-fn at(work: &Tensor, element: usize) -> *mut c_void {
-    work.data_ptr()
-        .cast::<f32>()
-        .wrapping_add(element)
-        .cast::<c_void>()
 }

@@ -1,12 +1,13 @@
 //! Launches of `triplet.cu`: features, mining, loss.
 
-use super::args::{self, Gathering, Labels, Matrix, Partials, Scalar};
+use super::args::{self, Gathering, Labels, Matrix, Scalar};
 use super::device::{Launch, Stream};
 use super::plan::plan;
 use crate::error::Result;
 use crate::kernels::reid_loss::mining::ERROR;
 use crate::kernels::reid_loss::triplet::Objective;
 use crate::torch::Dtype;
+use crate::torch::autograd::Constant;
 use crate::torch::device::allows_tf32;
 use crate::torch::input::Input;
 use std::ffi::c_void;
@@ -41,15 +42,20 @@ unsafe impl args::Args for Prepare {}
 pub struct Features {
     /// (N, F), float32, contiguous, outside any graph.
     pub tensor: Tensor,
-    /// The squares of its rows, float32.
-    squares: Tensor,
+    /// The squares of its rows, float32; none of a teacher's.
+    squares: Option<Tensor>,
     /// What the rows were divided by, float64; negative where the norm was raised.
     pub norms: Option<Tensor>,
 }
 
 impl Features {
-    /// Of float32, float16 or bfloat16 features. One launch.
-    pub fn of(stream: &Stream, input: &Input<'_>, dtype: Dtype, normalize: bool) -> Result<Self> {
+    /// Of float32, float16 or bfloat16 features, with `squares` where they are mined. One launch at most.
+    pub fn of(
+        stream: &Stream,
+        (input, dtype): (&Input<'_>, Dtype),
+        normalize: bool,
+        squares: bool,
+    ) -> Result<Self> {
         let (rows, cols) = input.matrix()?;
         let itself = dtype == Dtype::F32 && input.contiguous() && !normalize;
         let tensor = if itself {
@@ -57,27 +63,30 @@ impl Features {
         } else {
             stream.empty(input.shape(), Kind::Float)?
         };
-        let squares = stream.empty(&[rows as i64], Kind::Float)?;
-        let norms = normalize
-            .then(|| stream.empty(&[rows as i64], Kind::Double))
-            .transpose()?;
+        let each = |kind| stream.empty(&[rows as i64], kind);
+        let squares = squares.then(|| each(Kind::Float)).transpose()?;
+        let norms = normalize.then(|| each(Kind::Double)).transpose()?;
+        let features = Self {
+            tensor,
+            squares,
+            norms,
+        };
+        if itself && features.squares.is_none() {
+            return Ok(features);
+        }
         let args = Prepare {
             x: Matrix::of(input)?,
             rows: rows as i64,
             cols: cols as i32,
-            out: args::pointer((!itself).then_some(&tensor)),
-            squares: squares.data_ptr(),
-            norms: args::pointer(norms.as_ref()),
+            out: args::pointer((!itself).then_some(&features.tensor)),
+            squares: args::pointer(features.squares.as_ref()),
+            norms: args::pointer(features.norms.as_ref()),
         };
         let launch = plan(stream, rows, cols).launch("triplet", "prepare", dtype);
         // SAFETY: a matrix of this shape and dtype on this device, the results have as many rows, and all
         // tensors are alive.
         unsafe { stream.launch(launch, &args)? };
-        Ok(Self {
-            tensor,
-            squares,
-            norms,
-        })
+        Ok(features)
     }
 }
 
@@ -126,18 +135,80 @@ pub struct Mining<'a> {
     pub objective: Objective,
 }
 
-/// The pairs and their loss. Tensors of two rows: the positives, the negatives.
+/// The pairs and their loss.
 pub struct Mined {
     /// float32, no dimensions.
     pub loss: Tensor,
-    /// Indices of candidates, int32.
-    pub found: Tensor,
-    /// What tllib adds to the distances, float32.
-    pub offsets: Tensor,
+    /// What else the launches leave.
+    pub pairs: Pairs,
+}
+
+/// A positive and a negative of each anchor. In one piece of memory, so that the host asks for it once.
+pub struct Pairs {
+    /// In float64 a total, the weights of the pairs (of the positives, then of the negatives) and the sums of
+    /// blocks. Behind them 32-bit numbers: the candidates of the pairs, what tllib adds to their distances, the
+    /// teacher's references.
+    work: Constant,
+    anchors: usize,
+    /// Where the 32-bit numbers begin, in float64.
+    narrow: usize,
+}
+
+impl Pairs {
+    fn new(stream: &Stream, anchors: usize, blocks: usize) -> Result<Self> {
+        let narrow = 1 + 2 * anchors + blocks;
+        let len = narrow + (5 * anchors).div_ceil(2);
+        Ok(Self {
+            work: Constant(stream.empty(&[len as i64], Kind::Double)?),
+            anchors,
+            narrow,
+        })
+    }
+
+    fn total(&self) -> *mut c_void {
+        self.work.get().data_ptr()
+    }
+
     /// Of the pairs in the gradient, float64.
-    pub weights: Tensor,
-    /// The teacher's references, float32.
-    pub references: Option<Tensor>,
+    pub fn weights(&self) -> *mut c_void {
+        args::place::<f64>(self.work.get(), 1)
+    }
+
+    /// Indices of candidates, int32.
+    pub fn found(&self) -> *mut c_void {
+        args::place::<f64>(self.work.get(), self.narrow)
+    }
+
+    /// How many pairs there are.
+    pub fn count(&self) -> usize {
+        2 * self.anchors
+    }
+
+    fn sums_of_blocks(&self) -> *mut c_void {
+        args::place::<f64>(self.work.get(), 1 + 2 * self.anchors)
+    }
+
+    fn offsets(&self) -> *mut c_void {
+        args::place::<f32>(self.work.get(), 2 * self.narrow + 2 * self.anchors)
+    }
+
+    fn references(&self) -> *mut c_void {
+        args::place::<f32>(self.work.get(), 2 * self.narrow + 4 * self.anchors)
+    }
+
+    /// Of the positives, then of the negatives: candidates (int64) and what tllib adds to their distances. Then
+    /// the teacher's references, which are arbitrary numbers where there is none.
+    pub fn parts(&self) -> Result<([(Tensor, Tensor); 2], Tensor)> {
+        let n = self.anchors as i64;
+        let behind = self.work.get().size1()? - self.narrow as i64;
+        let numbers = self.work.get().f_narrow(0, self.narrow as i64, behind)?;
+        let part = |k: i64, kind| numbers.f_view_dtype(kind)?.f_narrow(0, k * n, n);
+        let end = |k: i64| -> Result<_> {
+            let index = part(k, Kind::Int)?.f_to_kind(Kind::Int64)?;
+            Ok((index, part(2 + k, Kind::Float)?))
+        };
+        Ok(([end(0)?, end(1)?], part(4, Kind::Float)?))
+    }
 }
 
 /// Products, mining and loss, so many anchors at a time; `dtype` is that of the call's features.
@@ -147,19 +218,10 @@ pub fn mine(stream: &Stream, mining: &Mining<'_>, dtype: Dtype) -> Result<Mined>
     let block = (KEPT * stream.threads_at_once() as usize / candidates).clamp(1, rows.max(1));
     let products = stream.empty(&[block as i64, m], Kind::Float)?;
     let transposed = mining.v.tensor.f_tr()?;
-    let mined = Mined {
-        loss: stream.empty(&[], Kind::Float)?,
-        found: stream.empty(&[2, n], Kind::Int)?,
-        offsets: stream.empty(&[2, n], Kind::Float)?,
-        weights: stream.empty(&[2, n], Kind::Double)?,
-        references: mining
-            .teacher
-            .map(|_| stream.empty(&[n], Kind::Float))
-            .transpose()?,
-    };
     let grid = stream.blocks(block, THREADS);
-    let partials = Partials::new(stream, grid, 1)?;
-    let total = stream.empty(&[], Kind::Double)?;
+    let loss = stream.empty(&[], Kind::Float)?;
+    let pairs = Pairs::new(stream, rows, grid as usize)?;
+    let done = stream.counter()?;
     let labels = |tensor| Labels::of(&Input::new(CLASS, "labels", tensor)?);
     let (objective, margin) = match mining.objective {
         Objective::Hinge(margin) => (0, margin),
@@ -179,29 +241,33 @@ pub fn mine(stream: &Stream, mining: &Mining<'_>, dtype: Dtype) -> Result<Mined>
             .map_or(Ok(0), |t| t.tensor.size2().map(|s| s.1))? as i32,
         u: mining.u.tensor.data_ptr(),
         v: mining.v.tensor.data_ptr(),
-        u_squares: mining.u.squares.data_ptr(),
-        v_squares: mining.v.squares.data_ptr(),
+        u_squares: args::pointer(mining.u.squares.as_ref()),
+        v_squares: args::pointer(mining.v.squares.as_ref()),
         u_labels: labels(mining.labels.0)?,
         v_labels: labels(mining.labels.1)?,
         teacher: args::pointer(mining.teacher.map(|teacher| &teacher.tensor)),
         error: (if allows_tf32() { TF32_ERROR } else { rounding }) as f32,
         objective,
         margin,
-        found: mined.found.data_ptr(),
-        offsets: mined.offsets.data_ptr(),
-        weights: mined.weights.data_ptr(),
-        references: args::pointer(mined.references.as_ref()),
-        total: total.data_ptr(),
-        loss: Scalar::of(&mined.loss, Dtype::F32),
-        gathering: partials.args(),
+        found: pairs.found(),
+        offsets: pairs.offsets(),
+        weights: pairs.weights(),
+        references: mining
+            .teacher
+            .map_or(std::ptr::null_mut(), |_| pairs.references()),
+        total: pairs.total(),
+        loss: Scalar::of(&loss, Dtype::F32),
+        gathering: Gathering::of(pairs.sums_of_blocks(), &done),
     };
     // Once without anchors too, for the loss.
     for first in (0..rows.max(1)).step_by(block) {
         let count = block.min(rows - first);
         (args.first, args.rows) = (first as i64, count as i64);
-        if count > 0 {
+        // With an output given, autocast leaves the product alone.
+        if count == rows && rows > 0 {
+            let _ = mining.u.tensor.f_mm_out(&products, &transposed)?;
+        } else if count > 0 {
             let factor = mining.u.tensor.f_narrow(0, first as i64, args.rows)?;
-            // With an output given, autocast leaves the product alone.
             let _ = factor.f_mm_out(&products.f_narrow(0, 0, args.rows)?, &transposed)?;
         }
         let launch = Launch {
@@ -215,5 +281,5 @@ pub fn mine(stream: &Stream, mining: &Mining<'_>, dtype: Dtype) -> Result<Mined>
         // follow each other on one stream and use `products` in turn.
         unsafe { stream.launch(launch, &args)? };
     }
-    Ok(mined)
+    Ok(Mined { loss, pairs })
 }

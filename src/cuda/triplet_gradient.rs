@@ -3,7 +3,7 @@
 use super::args;
 use super::device::{Launch, Stream};
 use super::stored_scale;
-use super::triplet::{Features, Mined};
+use super::triplet::{Features, Pairs};
 use crate::error::Result;
 use crate::kernels::reid_loss::triplet::Role;
 use crate::torch::Dtype;
@@ -39,7 +39,7 @@ pub fn pull(
     stream: &Stream,
     (input, role): (&Input<'_>, Role),
     (u, v): (&Features, &Features),
-    mined: &Mined,
+    pairs: &Pairs,
     dtype: Dtype,
     bound: f64,
 ) -> Result<Option<StoredGrad>> {
@@ -66,10 +66,10 @@ pub fn pull(
         anchors: pointer(role != Role::Anchors, other),
         norms: args::pointer(side.norms.as_ref()),
         rows: rows as i64,
-        pairs: mined.found.numel() as i64,
+        pairs: pairs.count() as i64,
         dim: dim as i32,
-        found: mined.found.data_ptr(),
-        weights: mined.weights.data_ptr(),
+        found: pairs.found(),
+        weights: pairs.weights(),
         factor: scale as f32,
         divisor: args::pointer(divisor.as_ref()),
         grad: grad.data_ptr(),

@@ -10,7 +10,7 @@ use crate::cuda::triplet_gradient::pull;
 use crate::cuda::{self, Stream};
 use crate::error::Result;
 use crate::kernels::reid_loss::triplet::Role;
-use crate::torch::autograd::{Constant, attach};
+use crate::torch::autograd::attach;
 use crate::torch::input::Input;
 use tch::{Kind, Tensor};
 
@@ -30,19 +30,22 @@ pub fn serves(inputs: &Inputs<'_>) -> bool {
 /// The loss, attached to its graph.
 pub fn triplet(call: &Arguments<'_>, inputs: &Inputs<'_>) -> Result<Tensor> {
     let stream = Stream::current(inputs.features.device())?;
-    let prepared = |input: &Input<'_>| {
+    let prepared = |input: &Input<'_>, mined| {
         let dtype = input.floating()?;
-        Features::of(&stream, input, dtype, call.normalize)
+        Features::of(&stream, (input, dtype), call.normalize, mined)
     };
-    let u = prepared(&inputs.features)?;
+    let u = prepared(&inputs.features, true)?;
     let memory = inputs.memory.as_ref();
-    let memory_features = memory.map(|(input, _)| prepared(input)).transpose()?;
+    let memory_features = memory.map(|(input, _)| prepared(input, true)).transpose()?;
     let v = memory_features.as_ref().unwrap_or(&u);
     let teacher = match (&inputs.teacher, call.objective) {
-        (Some(teacher), Objective::Taught) => Some(prepared(teacher)?),
+        (Some(teacher), Objective::Taught) => Some(prepared(teacher, false)?),
         _ => None,
     };
-    let int64 = |labels: &Input<'_>| labels.tensor.f_detach()?.f_to_kind(Kind::Int64);
+    let int64 = |labels: &Input<'_>| match labels.int64() {
+        Ok(()) => Ok(labels.tensor.shallow_clone()),
+        Err(_) => labels.tensor.f_to_kind(Kind::Int64),
+    };
     let labels = int64(&inputs.labels)?;
     let memory_labels = memory.map(|(_, labels)| int64(labels)).transpose()?;
     let mining = Mining {
@@ -52,20 +55,19 @@ pub fn triplet(call: &Arguments<'_>, inputs: &Inputs<'_>) -> Result<Tensor> {
         teacher: teacher.as_ref(),
         objective: call.objective,
     };
-    let mined = mine(&stream, &mining, inputs.dtype)?;
+    let Mined { loss, pairs } = mine(&stream, &mining, inputs.dtype)?;
 
     let bound = bound(call.objective, None);
     let role = memory.map_or(Role::Both, |_| Role::Anchors);
-    let grad = |input, role| pull(&stream, (input, role), (&u, v), &mined, inputs.dtype, bound);
+    let grad = |input, role| pull(&stream, (input, role), (&u, v), &pairs, inputs.dtype, bound);
     let mut grads = vec![grad(&inputs.features, role)?];
     let mut differentiable = vec![call.features.1];
     if let Some((input, _)) = memory {
         grads.push(grad(input, Role::Candidates)?);
         differentiable.push(input.tensor);
     }
-    let loss = mined.loss.shallow_clone();
     if grads.iter().any(Option::is_some) {
-        let formula = formula(call, mined);
+        let formula = formula(call, pairs);
         attach(
             c"TripletBackward",
             &loss,
@@ -80,23 +82,15 @@ pub fn triplet(call: &Arguments<'_>, inputs: &Inputs<'_>) -> Result<Tensor> {
 /// The loss of the mined pairs, in operations that autograd can differentiate.
 fn formula(
     call: &Arguments<'_>,
-    mined: Mined,
+    mined: cuda::triplet::Pairs,
 ) -> impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static {
     let (objective, normalize) = (call.objective, call.normalize);
-    let (found, offsets) = (Constant(mined.found), Constant(mined.offsets));
-    let references = mined.references.map(Constant);
     move |t: &[Tensor]| {
         let kind = Kind::Float;
-        let end = |row: i64| -> Result<_> {
-            let index = found.get().f_select(0, row)?.f_to_kind(Kind::Int64)?;
-            Ok((index, offsets.get().f_select(0, row)?))
-        };
-        let pairs = Pairs {
-            positive: end(0)?,
-            negative: end(1)?,
-        };
+        let ([positive, negative], references) = mined.parts()?;
+        let pairs = Pairs { positive, negative };
         let (u, v) = sides(&t[0], t.get(1), normalize, kind)?;
-        let reference = references.as_ref().map(Constant::get);
+        let reference = matches!(objective, Objective::Taught).then_some(&references);
         of_pairs(&u, &v, &pairs, objective, reference, kind)
     }
 }
