@@ -141,11 +141,12 @@ def hard_examples_mining(dist_mat: torch.Tensor, identity_mat: torch.Tensor, ret
     if not identity_mat.is_floating_point():
         identity_mat = identity_mat.to(at_least_float32(dist_mat.dtype))
 
-    def pick(matrix, index):
-        return matrix.gather(1, index.unsqueeze(1)).squeeze(1)
-
-    dist_ap = pick(dist_mat, positive) + -1e7 * (1 - pick(identity_mat, positive))
-    dist_an = pick(dist_mat, negative) + 1e7 * pick(identity_mat, negative)
+    # Both at once: backward then makes one matrix of zeros.
+    index = torch.stack((positive, negative), dim=1)
+    d_ap, d_an = dist_mat.gather(1, index).unbind(1)
+    s_ap, s_an = identity_mat.gather(1, index).unbind(1)
+    dist_ap = d_ap + -1e7 * (1 - s_ap)
+    dist_an = d_an + 1e7 * s_an
     return (dist_ap, dist_an, positive, negative) if return_idxes else (dist_ap, dist_an)
 
 
