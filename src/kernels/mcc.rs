@@ -125,11 +125,11 @@ pub fn finish<E: Element>(
     let scale = stored_scale::<E>(4.0 / temperature);
     let tiny = E::Acc::TINY.to_f64();
     // NaN is not below TINY: it stays in the loss.
-    let present = |c: usize| !(sums.s[c] < tiny);
-    let of_class = |(&s, &e): (&f64, &f64)| if s < tiny { 1.0 } else { e / s };
+    let present = |s: f64| !(s < tiny);
+    let of_class = |(&s, &e): (&f64, &f64)| if present(s) { e / s } else { 1.0 };
     let of_classes: Vec<f64> = sums.s.iter().zip(&sums.e).map(of_class).collect();
     // Of a row, some class is present.
-    let value = if (0..cols).any(present) {
+    let value = if sums.s.iter().any(|&s| present(s)) {
         reduce::sum(&of_classes) / cols as f64
     } else {
         f64::NAN
@@ -137,9 +137,8 @@ pub fn finish<E: Element>(
 
     if grad.is_some() {
         let ratio: Vec<_> = of_classes.iter().map(|x| E::Acc::of(1.0 - x)).collect();
-        let inverse: Vec<E::Acc> = (0..cols)
-            .map(|c| E::Acc::of(if present(c) { 1.0 / sums.s[c] } else { 0.0 }))
-            .collect();
+        let inverse = |&s: &f64| E::Acc::of(if present(s) { 1.0 / s } else { 0.0 });
+        let inverse: Vec<_> = sums.s.iter().map(inverse).collect();
         let (ratio, inverse) = (&ratio, &inverse);
         let parts = cut_optional(grad, &ranges, cols);
         let jobs: Vec<_> = ranges
