@@ -154,10 +154,16 @@ pub struct Pairs {
     narrow: usize,
 }
 
+/// Where the 32-bit numbers of [`Pairs`] stand, in multiples of the anchors: two candidates and two offsets for
+/// each, and a reference.
+const FOUND: usize = 0;
+const OFFSETS: usize = FOUND + 2;
+const REFERENCES: usize = OFFSETS + 2;
+
 impl Pairs {
     fn new(stream: &Stream, anchors: usize, blocks: usize) -> Result<Self> {
         let narrow = 1 + 2 * anchors + blocks;
-        let len = narrow + (5 * anchors).div_ceil(2);
+        let len = narrow + ((REFERENCES + 1) * anchors).div_ceil(2);
         Ok(Self {
             work: Constant(stream.empty(&[len as i64], Kind::Double)?),
             anchors,
@@ -176,7 +182,7 @@ impl Pairs {
 
     /// Indices of candidates, int32.
     pub fn found(&self) -> *mut c_void {
-        args::place::<f64>(self.work.get(), self.narrow)
+        self.numbers(FOUND)
     }
 
     /// How many pairs there are.
@@ -189,11 +195,16 @@ impl Pairs {
     }
 
     fn offsets(&self) -> *mut c_void {
-        args::place::<f32>(self.work.get(), 2 * self.narrow + 2 * self.anchors)
+        self.numbers(OFFSETS)
     }
 
     fn references(&self) -> *mut c_void {
-        args::place::<f32>(self.work.get(), 2 * self.narrow + 4 * self.anchors)
+        self.numbers(REFERENCES)
+    }
+
+    /// 32-bit numbers, so many times the anchors behind the first ones.
+    fn numbers(&self, times: usize) -> *mut c_void {
+        args::place::<f32>(self.work.get(), 2 * self.narrow + times * self.anchors)
     }
 
     /// Of the positives, then of the negatives: candidates (int64) and what tllib adds to their distances. Then
@@ -202,12 +213,15 @@ impl Pairs {
         let n = self.anchors as i64;
         let behind = self.work.get().size1()? - self.narrow as i64;
         let numbers = self.work.get().f_narrow(0, self.narrow as i64, behind)?;
-        let part = |k: i64, kind| numbers.f_view_dtype(kind)?.f_narrow(0, k * n, n);
-        let end = |k: i64| -> Result<_> {
-            let index = part(k, Kind::Int)?.f_to_kind(Kind::Int64)?;
-            Ok((index, part(2 + k, Kind::Float)?))
+        let part = |times: usize, kind| {
+            let numbers = numbers.f_view_dtype(kind)?;
+            numbers.f_narrow(0, times as i64 * n, n)
         };
-        Ok(([end(0)?, end(1)?], part(4, Kind::Float)?))
+        let end = |k: usize| -> Result<_> {
+            let index = part(FOUND + k, Kind::Int)?.f_to_kind(Kind::Int64)?;
+            Ok((index, part(OFFSETS + k, Kind::Float)?))
+        };
+        Ok(([end(0)?, end(1)?], part(REFERENCES, Kind::Float)?))
     }
 }
 
