@@ -6,6 +6,7 @@ import os
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -18,6 +19,7 @@ def compiler() -> str:
     return os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "g++").split()[0]
 
 
+@cache
 def bounds_watch() -> dict[str, str]:
     """What a process needs in its environment for races.cpp to know where each allocation ends: the address
     sanitizer's own ones. Empty where the compiler brings no such library."""

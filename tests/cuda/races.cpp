@@ -1,6 +1,6 @@
 // Looks for races in kernels that were compiled with -fsanitize=thread: the compiler then calls these functions
 // at each access. They stand in the place of the sanitizer's own, which knows nothing of blocks and warps. With
-// -fsanitize=bounds it calls one at an index that an array, shared or a thread's own, has no place for.
+// -fsanitize=bounds-strict it calls one at an index that an array, shared or a thread's own, has no place for.
 //
 //   of one block      two threads, one of them writing, with no __syncthreads between, nor, in one warp,
 //                     __syncwarp
