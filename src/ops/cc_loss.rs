@@ -93,11 +93,7 @@ fn fused(
     (temperature, thr): (f64, f64),
 ) -> Result<(Output, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
-        let dense = |input: &Input<'_>| input.wrong("be a dense matrix");
-        let (w, s) = (
-            weak.rows::<E>().ok_or_else(|| dense(weak))?,
-            strong.rows::<E>().ok_or_else(|| dense(strong))?,
-        );
+        let (w, s) = (weak.dense_rows::<E>()?, strong.dense_rows::<E>()?);
         let chosen = choose(w, temperature, thr, threads(weak.numel()));
         let rows = w.rows();
         let fraction = if rows == 0 { 0.0 } else { chosen.len() as f64 / rows as f64 };

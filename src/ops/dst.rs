@@ -129,8 +129,8 @@ fn fused(
 fn sweep(goal: Goal, heads: &Heads<'_>, dtype: Dtype, weight: f64) -> Result<(f64, Part)> {
     by_dtype!(dtype, E => {
         let Heads { main, adversarial, .. } = heads;
-        let logits = adversarial.rows::<E>().ok_or_else(|| adversarial.wrong("be a dense matrix"))?;
-        let y = main.rows::<E>().ok_or_else(|| main.wrong("be a dense matrix"))?;
+        let logits = adversarial.dense_rows::<E>()?;
+        let y = main.dense_rows::<E>()?;
         let mut labels = Owned::<i64>::new(&[y.rows() as i64])?;
         let wanted = adversarial.wants_grad();
         let mut grad = wanted.then(|| Owned::<E>::new(adversarial.shape())).transpose()?;

@@ -63,7 +63,7 @@ fn weight(input: &Input<'_>, dtype: Dtype, mean: bool) -> (f64, f64) {
 
 fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
-        let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+        let rows = input.dense_rows::<E>()?;
         let batch = rows.rows();
         let mut each = vec![0.0; batch];
         let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;

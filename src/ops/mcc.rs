@@ -45,7 +45,7 @@ fn fused(
     temperature: f64,
 ) -> Result<(Tensor, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
-        let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+        let rows = input.dense_rows::<E>()?;
         let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;
         let slice = grad.as_mut().map(Owned::slice);
         let loss = kernel(rows, temperature, slice, threads(input.numel()));
@@ -75,7 +75,7 @@ impl Part {
             return Self::composite(&input, temperature, out.kind());
         }
         by_dtype!(dtype, E => {
-            let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+            let rows = input.dense_rows::<E>()?;
             let wants_grad = input.wants_grad();
             let mut grad = wants_grad.then(|| Owned::<E>::new(input.shape())).transpose()?;
             let slice = grad.as_mut().map(Owned::slice);
@@ -88,7 +88,7 @@ impl Part {
                 swept.sums.s.copy_from_slice(s);
                 swept.sums.e.copy_from_slice(e);
                 let input = Input::new(CLASS, "logits", &logits)?;
-                let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+                let rows = input.dense_rows::<E>()?;
                 let loss = finish(swept, rows, temperature, grad.as_mut().map(Owned::slice));
                 let value = scalar(loss.value, out)?;
                 let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));

@@ -219,8 +219,8 @@ impl<'a> Call<'a> {
         distances: &mut [f64],
     ) -> Result<Vec<Option<StoredGrad>>> {
         by_dtype!(dtype, E => {
-            let a = self.p1.rows::<E>().ok_or_else(|| self.p1.wrong("be a dense matrix"))?;
-            let b = self.p2.rows::<E>().ok_or_else(|| self.p2.wrong("be a dense matrix"))?;
+            let a = self.p1.dense_rows::<E>()?;
+            let b = self.p2.dense_rows::<E>()?;
             let largest = weights.map_or(self.number, |w| w.iter().fold(0.0, |a: f64, w| a.max(w.abs())));
             let scale = self.scale::<E>(largest);
             let room = |i: &Input<'_>| i.wants_grad().then(|| Owned::<E>::new(i.shape())).transpose();

@@ -88,8 +88,8 @@ fn fused(
     threshold: f64,
 ) -> Result<(Output, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
-        let logits = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
-        let targets = target.rows::<E>().ok_or_else(|| target.wrong("be a dense matrix"))?;
+        let logits = input.dense_rows::<E>()?;
+        let targets = target.dense_rows::<E>()?;
         let batch = [logits.rows() as i64];
         let (mut mask, mut labels) = (Owned::<f32>::new(&batch)?, Owned::<i64>::new(&batch)?);
         let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;

@@ -101,7 +101,7 @@ pub fn part(p: &Tensor, num_classes: i64) -> Result<Tensor> {
         return Ok(Tensor::f_cat(&[sums, count], 0)?);
     }
     by_dtype!(dtype, E => {
-        let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+        let rows = input.dense_rows::<E>()?;
         let mut sums = column_sums(rows, threads(input.numel() / CHEAP));
         sums.push(rows.rows() as f64);
         vector(&sums, Dtype::F64)
@@ -145,7 +145,7 @@ pub fn finish(p: &Tensor, num_classes: i64, all: &Exchanged<'_>) -> Result<Tenso
 
 fn fused(input: &Input<'_>, dtype: Dtype, out: Dtype) -> Result<(Tensor, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
-        let rows = input.rows::<E>().ok_or_else(|| input.wrong("be a dense matrix"))?;
+        let rows = input.dense_rows::<E>()?;
         let means = column_means(rows, threads(input.numel() / CHEAP));
         of_means::<E>(input, &means, rows.rows(), out)
     })

@@ -62,8 +62,8 @@ fn fused(
     temperature: f64,
 ) -> Result<(Tensor, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
-        let z = strong.rows::<E>().ok_or_else(|| strong.wrong("be a dense matrix"))?;
-        let y = weak.rows::<E>().ok_or_else(|| weak.wrong("be a dense matrix"))?;
+        let z = strong.dense_rows::<E>()?;
+        let y = weak.dense_rows::<E>()?;
         let mut grad = strong.wants_grad().then(|| Owned::<E>::new(strong.shape())).transpose()?;
         let slice = grad.as_mut().map(Owned::slice);
         let loss = kernel(z, y, threshold, temperature, slice, threads(2 * strong.numel()));

@@ -369,6 +369,12 @@ impl<'a> Input<'a> {
         )))
     }
 
+    /// [`Input::rows`], or a [`Error::Value`] about this argument.
+    pub fn dense_rows<E: Element + super::Stored>(&self) -> Result<Rows<'_, E>> {
+        self.rows::<E>()
+            .ok_or_else(|| self.wrong("be a dense matrix"))
+    }
+
     /// A view of a two-dimensional CPU tensor. `None` unless [`Input::on_cpu`], of type `E`, and of
     /// two dimensions.
     pub fn rows<E: Element + super::Stored>(&self) -> Option<Rows<'_, E>> {

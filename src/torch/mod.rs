@@ -223,6 +223,11 @@ impl<T: Stored> Owned<T> {
     }
 }
 
+/// Contiguous, of `kind` and outside any graph: the memory of `tensor` itself where that is so.
+pub fn dense(tensor: &Tensor, kind: Kind) -> Result<Tensor> {
+    Ok(tensor.f_detach()?.f_to_kind(kind)?.f_contiguous()?)
+}
+
 /// A CPU tensor of no dimensions.
 pub fn scalar(value: f64, dtype: Dtype) -> Result<Tensor> {
     by_dtype!(dtype, E => {

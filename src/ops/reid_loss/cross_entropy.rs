@@ -5,7 +5,6 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::reid_loss::cross_entropy::{Targets, cross_entropy as kernel};
-use crate::kernels::rows::Rows;
 use crate::ops::{Place, loss_dtype, place, threads};
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
@@ -47,7 +46,7 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
             cuda::cross_entropy::soft(&input, &targets, dtype, loss_dtype(&input, dtype))?
         }
         Place::Cpu => by_dtype!(dtype, E => {
-            let targets = targets.rows::<E>().ok_or_else(|| targets.wrong("be a dense matrix"))?;
+            let targets = targets.dense_rows::<E>()?;
             fused::<E>(&input, Targets::Logits(targets))?
         }),
         Place::Composite => return soft_composite(y, labels, kind),
@@ -91,9 +90,7 @@ fn fused<E>(input: &Input<'_>, targets: Targets<'_, E>) -> Result<(Tensor, Optio
 where
     E: Element + Stored,
 {
-    let logits: Rows<'_, E> = input
-        .rows()
-        .ok_or_else(|| input.wrong("be a dense matrix"))?;
+    let logits = input.dense_rows::<E>()?;
     let mut grad = input
         .wants_grad()
         .then(|| Owned::<E>::new(input.shape()))

@@ -1,17 +1,16 @@
 //! All distances between the rows of two matrices, on tensors.
 
+use super::mining::Squares;
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::kernels::reid_loss::distances::{distances as finish, factors, multiples};
-use crate::kernels::reid_loss::mining::squares;
 use crate::kernels::reid_loss::{CLAMP, RAISED};
-use crate::kernels::rows::Rows;
 use crate::ops::{Place, place, threads};
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
 use crate::torch::saved::Saved;
-use crate::torch::{Dtype, FullPrecision, Owned, Stored};
+use crate::torch::{Dtype, FullPrecision, Owned, Stored, dense};
 use std::marker::PhantomData;
 use tch::{Kind, Tensor};
 
@@ -79,7 +78,7 @@ pub fn distances_backward(
 ) -> Result<(Tensor, Tensor)> {
     let pair = Pair::check(x, y)?;
     let kind = pair.kind();
-    let (u, v) = (dense(&pair.x, kind)?, dense(&pair.y, kind)?);
+    let (u, v) = (dense(x, kind)?, dense(y, kind)?);
     let of = [&u, &v, &out.f_contiguous()?];
     let [of_x, of_y] = match pair.dtype {
         Dtype::F64 => gradients::<f64>(incoming, of, [true; 2])?,
@@ -102,32 +101,27 @@ fn formula(x: &Tensor, y: &Tensor, kind: Kind) -> Result<Tensor> {
     Ok(squares.f_clamp_min(CLAMP)?.f_sqrt()?)
 }
 
-/// Contiguous, in the computing type and outside any graph; the tensor itself where it is so.
-fn dense(input: &Input<'_>, kind: Kind) -> Result<Tensor> {
-    Ok(input.tensor.f_detach()?.f_to_kind(kind)?.f_contiguous()?)
-}
-
-/// The view of a tensor that [`dense`] made of one on the CPU.
-fn rows<'a, F: Element + Stored>(view: &'a Input<'_>) -> Result<Rows<'a, F>> {
-    view.rows::<F>()
-        .ok_or_else(|| view.wrong("be a dense matrix"))
+/// The elements of a contiguous matrix on the CPU.
+fn whole<'a, F: Element + Stored>(input: &'a Input<'_>) -> Option<&'a [F]> {
+    input.rows::<F>()?.whole()
 }
 
 fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor> {
-    let (u, v) = (dense(&pair.x, F::KIND)?, dense(&pair.y, F::KIND)?);
+    let (u, v) = (
+        dense(pair.x.tensor, F::KIND)?,
+        dense(pair.y.tensor, F::KIND)?,
+    );
     let (of_u, of_v) = (Input::new(CLASS, "x", &u)?, Input::new(CLASS, "y", &v)?);
-    let (x, y) = (rows::<F>(&of_u)?, rows::<F>(&of_v)?);
+    let (x, y) = (of_u.dense_rows::<F>()?, of_v.dense_rows::<F>()?);
     let shape = [x.rows() as i64, y.rows() as i64];
     // With an output given, autocast leaves the product alone.
     let mut out = Owned::<F>::written_by(&shape, |out| {
         let _ = u.f_mm_out(out, &v.f_transpose(0, 1)?)?;
         Ok(())
     })?;
-    let of = |x: Rows<'_, F>| squares(x, threads(x.rows() * x.cols()));
-    let of_y = of(y);
-    let other = (!x.same(&y)).then(|| of(x));
+    let squares = Squares::of(x, y);
     let work = threads(x.rows() * y.rows() / CHEAP);
-    finish(out.slice(), other.as_ref().unwrap_or(&of_y), &of_y, work);
+    finish(out.slice(), squares.x(), squares.y(), work);
     let out = out.into_tensor();
     let wanted = pair.wanted();
     if wanted.contains(&true) {
@@ -180,13 +174,10 @@ fn gradients<F: Element<Acc = F> + Real + Stored>(
     wanted: [bool; 2],
 ) -> Result<[Option<Tensor>; 2]> {
     let grad = Input::new(CLASS, "grad_output", incoming)?;
-    let inputs = [("x", x), ("y", y), ("distances", out)];
-    let mut views = Vec::with_capacity(inputs.len());
-    for (name, tensor) in inputs {
-        views.push(Input::new(CLASS, name, tensor)?);
-    }
-    let whole = |k: usize| views[k].rows::<F>().and_then(|rows| rows.whole());
-    let (Some(g), Some(u), Some(v), Some(d)) = (grad.rows::<F>(), whole(0), whole(1), whole(2))
+    let (of_x, of_y) = (Input::new(CLASS, "x", x)?, Input::new(CLASS, "y", y)?);
+    let of_out = Input::new(CLASS, "distances", out)?;
+    let (Some(g), Some(u), Some(v), Some(d)) =
+        (grad.rows::<F>(), whole(&of_x), whole(&of_y), whole(&of_out))
     else {
         return by_operations(incoming, [x, y, out], wanted);
     };

@@ -79,6 +79,33 @@ pub struct Features<'a, F> {
     pub rows: Rows<'a, F>,
 }
 
+/// The squares of the rows of two matrices in the computing type, found once where they are one.
+pub struct Squares<F> {
+    x: Option<Vec<F>>,
+    y: Vec<F>,
+}
+
+impl<F: Element<Acc = F> + Real> Squares<F> {
+    /// Of contiguous rows.
+    pub fn of(x: Rows<'_, F>, y: Rows<'_, F>) -> Self {
+        let of = |rows: Rows<'_, F>| squares(rows, threads(2 * rows.rows() * rows.cols()));
+        Self {
+            x: (!x.same(&y)).then(|| of(x)),
+            y: of(y),
+        }
+    }
+
+    /// Of the rows of the first.
+    pub fn x(&self) -> &[F] {
+        self.x.as_ref().unwrap_or(&self.y)
+    }
+
+    /// Of the rows of the second.
+    pub fn y(&self) -> &[F] {
+        &self.y
+    }
+}
+
 /// Mines `anchors` among `candidates`, a block of products at a time.
 pub fn mine<F: Element<Acc = F> + Real + Stored>(
     anchors: &Features<'_, F>,
@@ -90,16 +117,13 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
     if n == 0 {
         return Ok(found);
     }
-    let of = |x: &Features<'_, F>| squares(x.rows, threads(2 * x.rows.rows() * x.rows.cols()));
-    let same = anchors.rows.same(&candidates.rows);
-    let of_candidates = of(candidates);
-    let of_anchors = (!same).then(|| of(anchors));
+    let squares = Squares::of(anchors.rows, candidates.rows);
     let mining = Mining {
         anchors: anchors.rows,
         candidates: candidates.rows,
         identities,
-        anchor_squares: of_anchors.as_ref().unwrap_or(&of_candidates),
-        squares: &of_candidates,
+        anchor_squares: squares.x(),
+        squares: squares.y(),
     };
     let transposed = candidates.tensor.f_transpose(0, 1)?;
     let block = (BLOCK / m).clamp(1, n);
@@ -111,9 +135,7 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
         let factor = anchors.tensor.f_narrow(0, first as i64, count as i64)?;
         let products = factor.f_mm_out(&products, &transposed)?;
         let view = Input::new(CLASS, "products", &products)?;
-        let rows = view
-            .rows::<F>()
-            .ok_or_else(|| view.wrong("be a dense matrix"))?;
+        let rows = view.dense_rows::<F>()?;
         // Besides the products, two distances or more of each anchor.
         let work = count * (m + 2 * anchors.rows.cols());
         mining.mine(rows, first, found, threads(work));

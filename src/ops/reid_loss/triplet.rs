@@ -17,7 +17,7 @@ use crate::kernels::reid_loss::triplet::{
 use crate::ops::threads;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Owned, Stored, by_dtype, scalar};
+use crate::torch::{Owned, Stored, by_dtype, dense, scalar};
 use tch::{Kind, Tensor};
 
 /// A call of one of the three losses. Tensors come with the name of their argument.
@@ -91,19 +91,12 @@ where
     E::Acc: Stored,
 {
     if !normalized {
-        let tensor = input
-            .tensor
-            .f_detach()?
-            .f_to_kind(<E::Acc as Stored>::KIND)?
-            .f_contiguous()?;
         return Ok(Prepared {
-            tensor,
+            tensor: dense(input.tensor, <E::Acc as Stored>::KIND)?,
             norms: None,
         });
     }
-    let rows = input
-        .rows::<E>()
-        .ok_or_else(|| input.wrong("be a dense matrix"))?;
+    let rows = input.dense_rows::<E>()?;
     let mut out = Owned::<E::Acc>::new(input.shape())?;
     let norms = normalize(rows, out.slice(), threads(input.numel()));
     Ok(Prepared {
@@ -123,7 +116,7 @@ where
     E: Element + Stored,
     E::Acc: Element<Acc = E::Acc> + Real + Stored,
 {
-    let (class, dense) = (call.class, "be a dense matrix");
+    let class = call.class;
     let anchors = prepare::<E>(&inputs.features, call.normalize)?;
     let memory = inputs
         .memory
@@ -131,15 +124,15 @@ where
         .map(|(m, _)| prepare::<E>(m, call.normalize))
         .transpose()?;
     let view = Input::new(class, call.features.0, &anchors.tensor)?;
-    let rows = view.rows::<E::Acc>().ok_or_else(|| view.wrong(dense))?;
+    let rows = view.dense_rows::<E::Acc>()?;
     let memory_view = memory
         .as_ref()
         .map(|m| Input::new(class, "xbm_f", &m.tensor))
         .transpose()?;
-    let memory_rows = match &memory_view {
-        Some(view) => Some(view.rows::<E::Acc>().ok_or_else(|| view.wrong(dense))?),
-        None => None,
-    };
+    let memory_rows = memory_view
+        .as_ref()
+        .map(Input::dense_rows::<E::Acc>)
+        .transpose()?;
     let u = Features {
         tensor: &anchors.tensor,
         rows,
@@ -249,7 +242,7 @@ fn taught(teacher: &Input<'_>, call: &Arguments<'_>, hardest: &[Hardest]) -> Res
         type F = <E as Element>::Acc;
         let prepared = prepare::<E>(teacher, call.normalize)?;
         let view = Input::new(call.class, "features_2", &prepared.tensor)?;
-        let rows = view.rows::<F>().ok_or_else(|| view.wrong("be a dense matrix"))?;
+        let rows = view.dense_rows::<F>()?;
         Ok(references(rows, hardest, threads(2 * teacher.numel())))
     })
 }

@@ -8,10 +8,10 @@ use super::{Batch, CLASS, History, Settings};
 use crate::cuda;
 use crate::cuda::self_tuning::{Rows, Scored};
 use crate::error::Result;
-use crate::torch::Dtype;
 use crate::torch::autograd::Backward;
 use crate::torch::input::Input;
 use crate::torch::saved::Saved;
+use crate::torch::{Dtype, dense};
 use tch::{Kind, Tensor};
 
 /// Sizes are 32-bit in the kernels.
@@ -141,8 +141,7 @@ pub fn backward(
     if !serves(checked, settings) {
         return Ok(None);
     }
-    let dense = |x: &Tensor| x.f_detach()?.f_to_kind(Kind::Float)?.f_contiguous();
-    let (incoming, out) = (dense(incoming)?, dense(out)?);
+    let (incoming, out) = (dense(incoming, Kind::Float)?, dense(out, Kind::Float)?);
     let inputs = [
         Input::new(CLASS, "grad_output", &incoming)?,
         Input::new(CLASS, "pgc_logits", &out)?,

@@ -169,8 +169,8 @@ fn scores<E: Element<Acc = E> + Real + Stored>(
         Input::new(CLASS, "h_q", &queries)?,
         Input::new(CLASS, "h_k", &keys)?,
     );
-    let q = q.rows::<E>().ok_or_else(|| q.wrong("be a dense matrix"))?;
-    let k = k.rows::<E>().ok_or_else(|| k.wrong("be a dense matrix"))?;
+    let q = q.dense_rows::<E>()?;
+    let k = k.dense_rows::<E>()?;
     let work = threads(labels.len() * (1 + columns as usize));
     log_probabilities(scores.slice(), q, k, labels, settings.shape(), work);
     Ok(scores.into_tensor())

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, Stored};
+use crate::torch::{Dtype, Owned, Stored, dense};
 use tch::{Kind, Tensor};
 
 /// The log-probabilities, without a graph; nothing is enqueued.
@@ -83,12 +83,10 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     labels: &[usize],
     settings: Settings,
 ) -> Result<Tensor> {
-    let dense = |x: &Tensor| x.f_detach()?.f_to_kind(E::KIND)?.f_contiguous();
-    let (incoming, out, keys) = (dense(incoming)?, dense(out)?, dense(batch.h_k)?);
+    let of_kind = |x| dense(x, E::KIND);
+    let (incoming, out, keys) = (of_kind(incoming)?, of_kind(out)?, of_kind(batch.h_k)?);
     let input = Input::new(CLASS, "grad_output", &incoming)?;
-    let rows = input
-        .rows::<E>()
-        .ok_or_else(|| input.wrong("be a dense matrix"))?;
+    let rows = input.dense_rows::<E>()?;
     let scores = scores_gradient(rows, &out, labels, settings)?;
     let (height, width) = scores.size2()?;
     let queue = batch.queue_list.f_detach()?;
