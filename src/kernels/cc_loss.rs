@@ -30,9 +30,11 @@
 
 mod gram;
 mod matrix;
+mod narrow;
 
 use super::element::{Element, round_to, stored_scale};
-use super::isa::{Isa, Kernel, dispatch};
+use super::isa::{Isa, Kernel};
+use super::lanes;
 use super::mcc::entropy;
 use super::parallel::{run, split};
 use super::real::Real;
@@ -45,6 +47,9 @@ use std::ops::Range;
 
 /// A relative distance from the threshold that no error of a confidence in the computing type exceeds.
 const CLOSE: f64 = 1e-5;
+/// The widest rows that are read side by side: wider ones than of other losses, with an exponential and a
+/// logarithm in f64 for each number.
+const NARROW: usize = 48;
 
 /// The rows whose confidence is at least `threshold` (compared in the storage type), ascending.
 pub fn choose<E: Element>(
@@ -53,6 +58,7 @@ pub fn choose<E: Element>(
     threshold: f64,
     threads: NonZeroUsize,
 ) -> Vec<usize> {
+    let narrow = weak.cols() <= NARROW;
     let jobs: Vec<_> = split(weak.rows(), threads)
         .into_iter()
         .map(|range| {
@@ -62,7 +68,7 @@ pub fn choose<E: Element>(
                 threshold,
                 range,
             };
-            move || dispatch(choice)
+            move || lanes::dispatch(choice, narrow)
         })
         .collect();
     run(jobs).concat()
@@ -75,6 +81,21 @@ struct Choice<'a, E> {
     range: Range<usize>,
 }
 
+impl<E: Element> Choice<'_, E> {
+    /// Whether a row is chosen whose exponentials add up to `total`; in f64, which may be needed, to what
+    /// `exact` finds.
+    #[inline(always)]
+    fn takes(&self, mut total: f64, exact: impl FnOnce() -> f64) -> bool {
+        let close = (CLOSE + E::EPSILON) * self.threshold;
+        if (1.0 / total - self.threshold).abs() <= close {
+            total = exact();
+        }
+        let confidence = round_to::<E>(E::Acc::of(1.0 / total));
+        // False for NaN, which selects nothing.
+        confidence >= round_to::<E>(E::Acc::of(self.threshold))
+    }
+}
+
 impl<E: Element> Kernel for Choice<'_, E> {
     type Output = Vec<usize>;
 
@@ -82,21 +103,18 @@ impl<E: Element> Kernel for Choice<'_, E> {
     fn run<I: Isa>(self) -> Vec<usize> {
         let inverse_t = 1.0 / self.temperature;
         let times = E::Acc::of(inverse_t);
-        let threshold = round_to::<E>(E::Acc::of(self.threshold));
         let mut scratch = self.weak.scratch();
         let mut exact = vec![0.0; self.weak.cols()];
-        let close = (CLOSE + E::EPSILON) * self.threshold;
         let mut chosen = Vec::new();
-        for i in self.range {
+        for i in self.range.clone() {
             let z = self.weak.in_turn(i, &mut scratch);
             let max = reduce::max(z);
-            let mut total = reduce::sum_of(z, |z| ((z - max) * times).exp_nonpositive::<I>());
-            if (1.0 / total - self.threshold).abs() <= close {
+            let total = reduce::sum_of(z, |z| ((z - max) * times).exp_nonpositive::<I>());
+            let again = || {
                 exponentials::<I, _>(z, max.to_f64(), inverse_t, 1.0, &mut exact);
-                total = reduce::sum(&exact);
-            }
-            // False for NaN, which selects nothing.
-            if round_to::<E>(E::Acc::of(1.0 / total)) >= threshold {
+                reduce::sum(&exact)
+            };
+            if self.takes(total, again) {
                 chosen.push(i);
             }
         }

@@ -160,6 +160,17 @@ pub fn add(total: &mut Lanes<f64>, values: &Lanes<f64>, count: usize) {
     }
 }
 
+/// Moves the sums of the lanes to `sums`.
+#[inline(always)]
+pub fn flush<F: Real>(lanes: &mut [Lanes<F>], sums: &mut [f64]) {
+    for (lanes, sum) in lanes.iter_mut().zip(sums) {
+        for lane in lanes {
+            *sum += lane.to_f64();
+            *lane = F::ZERO;
+        }
+    }
+}
+
 /// The sum of squares of each of as many rows as `sums` has places, one behind the other.
 #[inline(always)]
 pub fn sums_of_squares<F: Real>(rows: &[F], sums: &mut [f64]) {

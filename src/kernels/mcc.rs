@@ -27,6 +27,7 @@ use super::rows::{Rows, store_row};
 mod narrow;
 mod sums;
 
+pub(super) use narrow::weights;
 use std::f64::consts::LN_2;
 use std::num::NonZeroUsize;
 use std::ops::Range;

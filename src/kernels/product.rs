@@ -32,8 +32,17 @@ pub trait Multiply<F> {
         out: &mut [F],
     ) -> Result<(), Self::Error>;
 
-    /// `out_cd += sum_i x_ic y_id` of rows of `width`.
-    fn outer(&self, x: &[F], y: &[F], width: usize, out: &mut [F]) -> Result<(), Self::Error>;
+    /// `out_cd += sum_i x_ic x_id` of rows of `width`; only `d >= c` need be right.
+    fn outer(&self, x: &[F], width: usize, out: &mut [F]) -> Result<(), Self::Error>;
+}
+
+/// Gives a symmetric matrix of `rows` rows, of which the upper half is right, its lower half.
+pub fn mirror<F: Real>(matrix: &mut [F], rows: usize) {
+    for i in 1..rows {
+        for j in 0..i {
+            matrix[i * rows + j] = matrix[j * rows + i];
+        }
+    }
 }
 
 /// This thread alone.
@@ -74,18 +83,20 @@ impl<F: Real> Multiply<F> for Alone {
             x,
             width,
             add,
+            upper: false,
             out,
         });
         Ok(())
     }
 
-    fn outer(&self, x: &[F], y: &[F], width: usize, out: &mut [F]) -> Result<(), Infallible> {
+    fn outer(&self, x: &[F], width: usize, out: &mut [F]) -> Result<(), Infallible> {
         dispatch(Combine {
             f: x,
             strides: (1, width),
-            x: y,
+            x,
             width,
             add: true,
+            upper: true,
             out,
         });
         Ok(())
@@ -96,8 +107,9 @@ impl<F: Real> Multiply<F> for Alone {
 const WIDE: usize = 3;
 /// Terms of a dot product that are added up apart from each other.
 const TERMS: usize = 4;
-/// Rows of the result of [`Combine`] that are computed together.
-const HIGH: usize = 4;
+/// Rows of the result of [`Combine`] that are computed together: so many that none waits for its last sum,
+/// and so few that AVX2 has registers for them.
+const HIGH: usize = 6;
 /// Columns of the result of [`Combine`] that are computed together.
 const LANES: usize = 8;
 
@@ -188,6 +200,7 @@ struct Combine<'a, F> {
     x: &'a [F],
     width: usize,
     add: bool,
+    upper: bool,
     out: &'a mut [F],
 }
 
@@ -199,6 +212,7 @@ impl<F: Real> Kernel for Combine<'_, F> {
         let width = self.width;
         let (down, along) = self.strides;
         let mut panel = vec![[F::ZERO; HIGH]; self.x.len() / width];
+        let last = padded(self.x, width);
         for (k, rows) in self.out.chunks_mut(HIGH * width).enumerate() {
             let high = rows.len() / width;
             for r in 0..HIGH {
@@ -208,21 +222,19 @@ impl<F: Real> Kernel for Combine<'_, F> {
                     f[r] = self.f[start + j * along];
                 }
             }
-            for left in (0..width).step_by(LANES) {
+            let first = if self.upper { k * HIGH } else { 0 };
+            for left in (first / LANES * LANES..width).step_by(LANES) {
                 let wide = LANES.min(width - left);
                 let mut sums = [[F::ZERO; LANES]; HIGH];
-                let pairs = panel.iter().zip(self.x.chunks_exact(width));
                 if wide == LANES {
-                    for (f, x) in pairs {
+                    for (f, x) in panel.iter().zip(self.x.chunks_exact(width)) {
                         if let Some(x) = x[left..].first_chunk() {
                             add_multiples::<I, F>(&mut sums, f, x);
                         }
                     }
                 } else {
-                    for (f, x) in pairs {
-                        let mut all = [F::ZERO; LANES];
-                        all[..wide].copy_from_slice(&x[left..]);
-                        add_multiples::<I, F>(&mut sums, f, &all);
+                    for (f, x) in panel.iter().zip(&last) {
+                        add_multiples::<I, F>(&mut sums, f, x);
                     }
                 }
                 for (row, sums) in rows.chunks_exact_mut(width).zip(&sums) {
@@ -233,6 +245,23 @@ impl<F: Real> Kernel for Combine<'_, F> {
             }
         }
     }
+}
+
+/// The last columns of rows of `width` that are fewer than [`LANES`], and zeros behind them.
+#[inline(always)]
+fn padded<F: Real>(rows: &[F], width: usize) -> Vec<[F; LANES]> {
+    let start = width / LANES * LANES;
+    if start == width {
+        return Vec::new();
+    }
+    let pad = |row: &[F]| {
+        let mut all = [F::ZERO; LANES];
+        for (all, &x) in all.iter_mut().zip(&row[start..]) {
+            *all = x;
+        }
+        all
+    };
+    rows.chunks_exact(width).map(pad).collect()
 }
 
 #[inline(always)]
@@ -286,11 +315,11 @@ mod tests {
                 assert_eq!(sum[i * width + c], 2.0 + expected);
             }
 
-            let z = numbers(n * width, 2);
             let mut out = vec![3.0; width * width];
-            let Ok(()) = Alone.outer(&x, &z, width, &mut out);
+            let Ok(()) = Alone.outer(&x, width, &mut out);
+            mirror(&mut out, width);
             for (c, d) in (0..width).flat_map(|c| (0..width).map(move |d| (c, d))) {
-                let expected: f64 = (0..n).map(|i| x[i * width + c] * z[i * width + d]).sum();
+                let expected: f64 = (0..n).map(|i| x[i * width + c] * x[i * width + d]).sum();
                 assert_eq!(out[c * width + d], 3.0 + expected);
             }
         }

@@ -32,9 +32,10 @@ impl<F: Stored> Multiply<F> for Libtorch {
         })
     }
 
-    fn outer(&self, x: &[F], y: &[F], width: usize, out: &mut [F]) -> Result<()> {
+    fn outer(&self, x: &[F], width: usize, out: &mut [F]) -> Result<()> {
         with(out, width, |out| {
-            let _ = out.f_addmm_(&view(x, width)?.f_tr()?, &view(y, width)?)?;
+            let x = view(x, width)?;
+            let _ = out.f_addmm_(&x.f_tr()?, &x)?;
             Ok(())
         })
     }

@@ -10,11 +10,12 @@
 use super::super::Loss;
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
+use super::super::lanes;
 use super::super::parallel::{cut, run};
-use super::super::product::Multiply;
+use super::super::product::{Multiply, mirror};
 use super::super::real::Real;
 use super::super::reduce;
-use super::{Inverse, Pair, Pairs, Reader, Sums, exponentials};
+use super::{Inverse, NARROW, Pair, Pairs, Reader, Sums, exponentials};
 
 /// Rows that go into a product together.
 const ROWS: usize = 128;
@@ -27,7 +28,7 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
     products: &M,
 ) -> Result<Option<Loss>, M::Error> {
     let cols = pairs.cols();
-    let height = ROWS.min(pairs.chosen.len());
+    let (height, narrow) = (ROWS.min(pairs.chosen.len()), cols <= NARROW);
     let mut block = vec![F::ZERO; 2 * height * cols];
     let (mut weak, mut strong) = (vec![F::ZERO; cols * cols], vec![F::ZERO; cols * cols]);
     let mut sums = Sums::new(cols);
@@ -49,16 +50,18 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
                     a,
                     b,
                 };
-                move || dispatch(block)
+                move || lanes::dispatch(block, narrow)
             })
             .collect();
         for (part, of_part) in run(jobs) {
             found.extend(part);
             sums.add(&of_part);
         }
-        products.outer(a, a, cols, &mut weak)?;
-        products.outer(b, b, cols, &mut strong)?;
+        products.outer(a, cols, &mut weak)?;
+        products.outer(b, cols, &mut strong)?;
     }
+    mirror(&mut weak, cols);
+    mirror(&mut strong, cols);
     let inverse = sums.inverse();
     let most = 1.0 / F::TINY.to_f64();
     if inverse
@@ -88,11 +91,11 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
 }
 
 /// Writes `a` and `b` of some rows.
-struct Block<'a, E, F> {
-    pairs: Pairs<'a, E>,
-    chosen: &'a [usize],
-    a: &'a mut [F],
-    b: &'a mut [F],
+pub(super) struct Block<'a, E, F> {
+    pub(super) pairs: Pairs<'a, E>,
+    pub(super) chosen: &'a [usize],
+    pub(super) a: &'a mut [F],
+    pub(super) b: &'a mut [F],
 }
 
 impl<E: Element, F: Real> Kernel for Block<'_, E, F> {

@@ -2,7 +2,9 @@
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel};
-use super::super::lanes::{LANES, Lanes, Narrow, argmax, columns, exp_shifted, stored, tiles};
+use super::super::lanes::{
+    LANES, Lanes, Narrow, argmax, columns, exp_shifted, flush, stored, tiles,
+};
 use super::super::real::Real;
 use super::super::rows::put_back;
 use super::{ENTROPY_EPSILON, FLUSH, Gradient, LN_2, Row, Sums, Sweep};
@@ -83,7 +85,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
 
 /// Turns exponentials into probabilities, and returns the weights of the rows.
 #[inline(always)]
-fn weights<I: Isa, F: Real>(p: &mut [Lanes<F>], reciprocal: &Lanes<F>) -> Lanes<F> {
+pub fn weights<I: Isa, F: Real>(p: &mut [Lanes<F>], reciprocal: &Lanes<F>) -> Lanes<F> {
     let mut log2 = [F::ZERO; LANES];
     for p in p {
         for k in 0..LANES {
@@ -111,17 +113,6 @@ fn add<I: Isa, F: Real>(
         let weighted = w[k] * p[k];
         s[k] += weighted;
         e[k] = weighted.mul_add::<I>(not[k], e[k]);
-    }
-}
-
-/// Moves the sums of the lanes to `sums`.
-#[inline(always)]
-fn flush<F: Real>(lanes: &mut [Lanes<F>], sums: &mut [f64]) {
-    for (lanes, sum) in lanes.iter_mut().zip(sums) {
-        for lane in lanes {
-            *sum += lane.to_f64();
-            *lane = F::ZERO;
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 use super::super::element::Element;
 use super::super::lanes::{LANES, Lanes};
 use super::Rows;
+use std::array::from_fn;
 use std::ops::Range;
 
 impl<E: Element> Rows<'_, E> {
@@ -28,6 +29,24 @@ impl<E: Element> Rows<'_, E> {
         }
     }
 
+    /// The same of any rows, of which there are 1 to [`LANES`].
+    ///
+    /// # Panics
+    /// As above.
+    #[inline(always)]
+    pub fn picked_side_by_side(&self, picked: &[usize], out: &mut [Lanes<E::Acc>]) {
+        let count = picked.len();
+        assert!(
+            (1..=LANES).contains(&count)
+                && picked.iter().all(|&i| i < self.height)
+                && out.len() == self.cols,
+            "picked rows"
+        );
+        let offsets: Lanes<isize> =
+            from_fn(|k| picked[k.min(count - 1)] as isize * self.row_stride);
+        self.columns_into(out, |k| offsets[k]);
+    }
+
     /// Writes every column, in lane `k` the element `offset(k)` away from that of the first row.
     #[inline(always)]
     fn columns_into(&self, out: &mut [Lanes<E::Acc>], offset: impl Fn(usize) -> isize) {
@@ -48,7 +67,7 @@ impl<E: Element> Rows<'_, E> {
 /// # Panics
 /// If the range leaves `out`: a mistake in a kernel.
 #[inline(always)]
-pub fn put_back<E: Element>(columns: &[Lanes<E>], out: &mut [E], range: Range<usize>) {
+pub fn put_back<T: Copy>(columns: &[Lanes<T>], out: &mut [T], range: Range<usize>) {
     let (cols, rows) = (columns.len(), range.len());
     let out = &mut out[range.start * cols..range.end * cols];
     for (c, lanes) in columns.iter().enumerate() {

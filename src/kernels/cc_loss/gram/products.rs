@@ -1,7 +1,7 @@
 //! The products of rows with rows, and what is made of them.
 
 use super::super::super::isa::{Isa, Kernel, dispatch};
-use super::super::super::product::Multiply;
+use super::super::super::product::{Multiply, mirror};
 use super::super::super::reduce;
 use super::super::Pair;
 
@@ -72,13 +72,8 @@ impl Grams {
 
     /// Gives the symmetric ones their lower halves.
     pub(super) fn mirror(&mut self) {
-        let rows = self.rows;
         for of in [&mut self.dd, &mut self.bb, &mut self.aa, &mut self.ee] {
-            for i in 1..rows {
-                for j in 0..i {
-                    of[i * rows + j] = of[j * rows + i];
-                }
-            }
+            mirror(of, self.rows);
         }
     }
 
