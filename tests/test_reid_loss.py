@@ -152,6 +152,24 @@ def test_compiles_without_a_graph_break(name, generator):
     )
 
 
+def test_mining_under_function_transforms(generator):
+    d, same = torch.rand(4, 5, generator=generator), (torch.rand(4, 5, generator=generator) > 0.5).float()
+
+    def ours(d, same=same):
+        ap, an = hard_examples_mining(d, same)
+        return (ap - an).sum()
+
+    expected = grads_of(ours, [d])[1] / 0.37
+    grad = torch.func.grad(ours)
+    torch.testing.assert_close(grad(d), expected)
+    torch.testing.assert_close(torch.vmap(grad)(torch.stack((d, d.flip(0))))[0], expected)
+    torch.testing.assert_close(torch.func.grad(lambda weight: weight * ours(d))(torch.tensor(1.0)), ours(d))
+    x = torch.randn(4, 3, generator=generator)
+    both = torch.func.grad(lambda x: ours(pairwise_euclidean_distance(x, x), same[:, :4]))
+    assert torch.isfinite(both(x)).all()
+    assert both(x).any()
+
+
 def test_functions_compile_without_a_graph_break(generator):
     x = torch.randn(6, 5, generator=generator)
     same = (torch.arange(6)[:, None] % 2 == torch.arange(6) % 2).float()

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::kernels::mcc::{ENTROPY_EPSILON, finish, mcc as kernel, sweep};
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, FullPrecision, Owned, by_dtype, scalar, vector};
+use crate::torch::{Dtype, Owned, Without, by_dtype, scalar, vector};
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
@@ -184,7 +184,7 @@ pub(super) fn weighted(logits: &Tensor, temperature: f64, kind: Kind) -> Result<
 /// The confusion matrix of probabilities and weighted probabilities, columns of sum 1; a class that
 /// no row predicts has a column of zeros.
 pub(super) fn confusion(p: &Tensor, wp: &Tensor) -> Result<Tensor> {
-    let _full = FullPrecision::enter();
+    let _full = Without::autocast();
     let s = wp.f_sum_dim_intlist(0, false, p.f_kind()?)?;
     let absent = s.f_eq(0.0)?;
     Ok(wp.f_tr()?.f_mm(p)?.f_div(&s.f_masked_fill(&absent, 1.0)?)?)

@@ -65,8 +65,18 @@ c10::DispatchKeySet ordinary_keys() {
   return keys;
 }
 
+// The keys by which torch.func sees every operation, those on ordinary tensors too: their results are wrapped.
+constexpr c10::DispatchKeySet functorch_keys(
+    {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode});
+
+// Whether this thread is inside a transform of torch.func.
+bool transformed() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
 // What is true of all tensors of a call.
 struct Surroundings {
+  bool in_transform = transformed();
   bool observed = c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing();
   // Without a level no tensor has a tangent, and asking one takes a lock.
   bool forward_ad = torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
@@ -74,7 +84,7 @@ struct Surroundings {
   bool autocast_cpu = at::autocast::is_autocast_enabled(at::kCPU);
 };
 
-bool ordinary(const Tensor& t, const Surroundings& now) {
+bool readable(const Tensor& t, const Surroundings& now) {
   return !now.observed && (t.key_set() | ordinary_keys()) == ordinary_keys() && t.has_storage() &&
       !(now.forward_ad && t._fw_grad(/*level=*/0).defined());
 }
@@ -85,7 +95,7 @@ extern "C" {
 
 // Mirrored by `Facts` in src/torch/input.rs.
 struct tllib_facts {
-  void* data;  // null where the tensor is not ordinary
+  void* data;  // null where the tensor is not readable
   const int64_t* sizes;
   const int64_t* strides;
   int64_t ndim;
@@ -93,8 +103,9 @@ struct tllib_facts {
   int32_t device_type;
   int32_t device_index;
   bool strided;  // where it is not, nothing else is filled in
-  bool ordinary;
-  bool contiguous;  // known of an ordinary tensor only
+  bool readable;  // its memory is what it seems to be
+  bool ordinary;  // and operations on it give such tensors
+  bool contiguous;  // known of a readable tensor only
   bool wants_grad;  // grad mode is on and the tensor requires it
   bool autocast;    // an autocast region is active for the tensor's device
 };
@@ -109,16 +120,17 @@ void describe(const Tensor& t, const Surroundings& now, tllib_facts& out) {
   if (!out.strided) return;
   TORCH_CHECK(!t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(),
               "tensors with symbolic shapes are served under torch.compile only");
-  out.ordinary = ordinary(t, now);
+  out.readable = readable(t, now);
+  out.ordinary = out.readable && !now.in_transform;
   out.sizes = t.sizes().data();
-  out.strides = out.ordinary ? t.strides().data() : nullptr;
+  out.strides = out.readable ? t.strides().data() : nullptr;
   out.ndim = t.dim();
-  out.data = out.ordinary ? t.data_ptr() : nullptr;
+  out.data = out.readable ? t.data_ptr() : nullptr;
   out.kind = static_cast<int32_t>(t.scalar_type());
   const auto device = t.device();
   out.device_type = static_cast<int32_t>(device.type());
   out.device_index = device.index();
-  out.contiguous = out.ordinary && t.is_contiguous();
+  out.contiguous = out.readable && t.is_contiguous();
   out.wants_grad = now.grad_mode && t.requires_grad();
   out.autocast = device.is_cpu() ? now.autocast_cpu
                                  : at::autocast::is_autocast_available(device.type()) &&
@@ -292,12 +304,17 @@ __attribute__((visibility("hidden"))) void* _PyThreadState_UncheckedGet() {
   return get ? get() : nullptr;
 }
 
-// Thread-local: both calls must come from one thread.
-void* tllib_autocast_off() {
+// Thread-local: what a guard excludes is included again on the same thread.
+void* tllib_without_autocast() {
   return new (std::nothrow) c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
 }
 
-void tllib_autocast_back(void* guard) {
+// Null where there is nothing to exclude.
+void* tllib_without_transforms() {
+  return transformed() ? new (std::nothrow) c10::impl::ExcludeDispatchKeyGuard(functorch_keys) : nullptr;
+}
+
+void tllib_include_again(void* guard) {
   delete static_cast<c10::impl::ExcludeDispatchKeyGuard*>(guard);
 }
 

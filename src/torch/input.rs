@@ -26,6 +26,7 @@ pub struct Facts {
     device_type: i32,
     device_index: i32,
     strided: bool,
+    readable: bool,
     ordinary: bool,
     contiguous: bool,
     wants_grad: bool,
@@ -56,7 +57,7 @@ impl Facts {
         self.per_dimension(self.sizes)
     }
 
-    /// The strides, in elements; empty where the tensor is not ordinary.
+    /// The strides, in elements; empty where the memory cannot be read.
     pub fn strides(&self) -> &[i64] {
         self.per_dimension(self.strides)
     }
@@ -86,12 +87,13 @@ impl Facts {
         self.kind
     }
 
-    /// The memory of an ordinary tensor, null otherwise.
+    /// The memory, null where it cannot be read.
     pub fn data(&self) -> *mut std::ffi::c_void {
         self.data
     }
 
-    /// Whether it is an ordinary dense CPU tensor, which kernels may read directly.
+    /// Whether it is an ordinary dense CPU tensor, which kernels may read directly. None is inside a transform
+    /// of `torch.func`, where operations on it give wrappers.
     pub fn on_cpu(&self) -> bool {
         self.ordinary && self.device_type == CPU
     }
@@ -110,7 +112,7 @@ impl Facts {
         }
     }
 
-    /// Whether it is an ordinary tensor whose elements follow each other in memory in order.
+    /// Whether its memory can be read, and the elements follow each other there in order.
     pub fn contiguous(&self) -> bool {
         self.contiguous
     }
@@ -296,8 +298,9 @@ impl<'a> Input<'a> {
     /// The same values in memory that may be read directly: contiguous, and without the pending
     /// negation or conjugation that a view may carry. `TypeError` for what has no memory here.
     pub fn in_memory(&self) -> Result<Tensor> {
+        let here = |facts: &Facts| facts.contiguous && facts.device_type == CPU;
         // No operation where none is needed: under `torch.func` its result would be a wrapper.
-        if self.on_cpu() && self.contiguous() {
+        if here(&self.facts) {
             return Ok(self.tensor.shallow_clone());
         }
         let plain = self
@@ -305,7 +308,7 @@ impl<'a> Input<'a> {
             .f_resolve_conj()?
             .f_resolve_neg()?
             .f_contiguous()?;
-        if Input::new(self.class, self.name, &plain)?.on_cpu() {
+        if here(&Facts::of(&plain)?) {
             return Ok(plain);
         }
         Err(Error::Type(format!(

@@ -22,8 +22,9 @@ unsafe extern "C" {
     fn tllib_version(tensor: *const C_tensor) -> i64;
     fn tllib_aliased(tensor: *const C_tensor) -> bool;
     fn tllib_free(text: *mut c_char);
-    fn tllib_autocast_off() -> *mut c_void;
-    fn tllib_autocast_back(guard: *mut c_void);
+    fn tllib_without_autocast() -> *mut c_void;
+    fn tllib_without_transforms() -> *mut c_void;
+    fn tllib_include_again(guard: *mut c_void);
 }
 
 /// A failure reported by the bridge: null, or a message that is ours to free.
@@ -57,24 +58,32 @@ pub fn aliased(tensor: &Tensor) -> bool {
     unsafe { tllib_aliased(tensor.as_ptr()) }
 }
 
-/// While it lives, autocast leaves this thread's operations as they are.
-pub struct FullPrecision {
+/// Until it is dropped, on the same thread (it is not `Send`), something leaves this thread's operations as
+/// they are.
+pub struct Without {
     guard: *mut c_void,
 }
 
-impl FullPrecision {
-    /// Until it is dropped, on the same thread (it is not `Send`).
-    pub fn enter() -> Self {
+impl Without {
+    /// Autocast.
+    pub fn autocast() -> Self {
         // SAFETY: it takes nothing; the guard is given back once, in `drop`.
-        let guard = unsafe { tllib_autocast_off() };
+        let guard = unsafe { tllib_without_autocast() };
+        Self { guard }
+    }
+
+    /// The transforms of `torch.func`. Tensors that it wrapped do not go through any operation then.
+    pub fn transforms() -> Self {
+        // SAFETY: as above.
+        let guard = unsafe { tllib_without_transforms() };
         Self { guard }
     }
 }
 
-impl Drop for FullPrecision {
+impl Drop for Without {
     fn drop(&mut self) {
-        // SAFETY: the guard comes from `tllib_autocast_off` on this thread.
-        unsafe { tllib_autocast_back(self.guard) }
+        // SAFETY: the guard comes from this thread, and may be null.
+        unsafe { tllib_include_again(self.guard) }
     }
 }
 
@@ -191,6 +200,7 @@ pub struct Owned<T> {
 impl<T: Stored> Owned<T> {
     /// Allocates. The contents are arbitrary until written.
     pub fn new(shape: &[i64]) -> Result<Self> {
+        let _guard = Without::transforms();
         let tensor = Tensor::f_empty(shape, (T::KIND, Device::Cpu))?;
         let len = shape.iter().map(|&n| n as usize).product();
         Ok(Self {

@@ -4,7 +4,7 @@ use super::triplet::{Arguments, Objective};
 use crate::error::Result;
 use crate::kernels::reid_loss::mining::Hardest;
 use crate::kernels::reid_loss::{CLAMP, OFFSET, SMALLEST_NORM};
-use crate::torch::FullPrecision;
+use crate::torch::Without;
 use tch::{Kind, Tensor};
 
 /// The same loss in libtorch operations. It has one product as well, and differentiates 2N pairs.
@@ -133,7 +133,7 @@ impl Pairs {
         let (u, v, kind) = (u.f_detach()?, v.f_detach()?, u.f_kind()?);
         let squares = v.f_square()?.f_sum_dim_intlist(1, false, kind)?;
         let products = {
-            let _guard = FullPrecision::enter();
+            let _guard = Without::autocast();
             u.f_matmul(&v.f_transpose(0, 1)?)?
         };
         let keys = squares.f_sub(&products.f_mul_scalar(2.0)?)?;

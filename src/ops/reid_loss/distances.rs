@@ -10,7 +10,7 @@ use crate::ops::{Place, place, threads};
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
 use crate::torch::saved::Saved;
-use crate::torch::{Dtype, FullPrecision, Owned, Stored, dense};
+use crate::torch::{Dtype, Owned, Stored, Without, dense};
 use std::marker::PhantomData;
 use tch::{Kind, Tensor};
 
@@ -93,7 +93,7 @@ pub fn distances_backward(
 
 /// The same in libtorch operations.
 fn formula(x: &Tensor, y: &Tensor, kind: Kind) -> Result<Tensor> {
-    let _guard = FullPrecision::enter();
+    let _guard = Without::autocast();
     let (u, v) = (x.f_to_kind(kind)?, y.f_to_kind(kind)?);
     let squares = |x: &Tensor| x.f_square()?.f_sum_dim_intlist(1, true, kind);
     let sums = squares(&u)?.f_add(&squares(&v)?.f_transpose(0, 1)?)?;
@@ -209,7 +209,7 @@ fn by_operations(
     [x, y, out]: [&Tensor; 3],
     wanted: [bool; 2],
 ) -> Result<[Option<Tensor>; 2]> {
-    let _guard = FullPrecision::enter();
+    let _guard = Without::autocast();
     let raised = out.f_gt(RAISED)?.f_logical_not()?;
     let factors = incoming.f_div(out)?.f_masked_fill(&raised, 0.0)?;
     let of = |side: &Tensor, factors: &Tensor, other: &Tensor| -> Result<Tensor> {

@@ -24,7 +24,7 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
     let distances = Input::new(CLASS, "dist_mat", dist_mat)?;
     let identity = Input::new(CLASS, "identity_mat", identity_mat)?;
     let dtype = distances.floating()?;
-    let [rows, cols] = *distances.shape() else {
+    let [_, cols] = *distances.shape() else {
         return Err(distances.wrong("have shape (N, M) with M > 0"));
     };
     if cols == 0 {
@@ -40,20 +40,29 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
     if place(&[&distances, &identity]) == Place::Cuda && cols <= LARGEST {
         return cuda::hardest::hardest(&distances, &identity, dtype);
     }
-    let (mut positive, mut negative) = (Owned::<i64>::new(&[rows])?, Owned::<i64>::new(&[rows])?);
-    let (p, n, threads) = (
-        positive.slice(),
-        negative.slice(),
-        threads(distances.numel()),
-    );
-    match (dtype, distances.rows::<f32>(), identity.rows::<f32>()) {
-        (Dtype::F32, Some(d), Some(s)) => kernel(d, s, p, n, threads),
-        _ => match (distances.rows::<f64>(), identity.rows::<f64>()) {
-            (Some(d), Some(s)) => kernel(d, s, p, n, threads),
-            _ => return composite(dist_mat, identity_mat, dtype),
-        },
+    match dtype {
+        Dtype::F32 => scan::<f32>(&distances, &identity),
+        _ => scan::<f64>(&distances, &identity),
     }
-    Ok((positive.into_tensor(), negative.into_tensor()))
+    .unwrap_or_else(|| composite(dist_mat, identity_mat, dtype))
+}
+
+/// By one scan of every row; `None` where these are no matrices of `F` on the CPU.
+fn scan<F: Element<Acc = F> + Real + Stored>(
+    distances: &Input<'_>,
+    identity: &Input<'_>,
+) -> Option<Result<(Tensor, Tensor)>> {
+    let (d, s) = (distances.rows::<F>()?, identity.rows::<F>()?);
+    let found = || {
+        // Not made before it is known that they are ordinary: under `torch.func` it would be a wrapper.
+        let (mut p, mut n) = (
+            Owned::<i64>::new(&[d.rows() as i64])?,
+            Owned::<i64>::new(&[d.rows() as i64])?,
+        );
+        kernel(d, s, p.slice(), n.slice(), threads(distances.numel()));
+        Ok((p.into_tensor(), n.into_tensor()))
+    };
+    Some(found())
 }
 
 /// The same in libtorch operations.
