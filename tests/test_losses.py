@@ -235,6 +235,20 @@ def test_func_transforms(loss, generator):
 
 
 @every_loss
+def test_constants_under_func_transforms(loss, generator):
+    inputs = [x.detach() for x in loss.inputs(generator, 4, 3)]
+    weight = torch.tensor(2.0, dtype=torch.float64)
+
+    def weighted(weight):
+        return (weight * loss.first(loss.ours(*inputs))).sum()
+
+    expected = loss.first(loss.ours(*inputs)).sum()
+    torch.testing.assert_close(torch.func.grad(weighted)(weight), expected)
+    torch.testing.assert_close(torch.func.jvp(weighted, (weight,), (weight,)), (2 * expected, 2 * expected))
+    torch.testing.assert_close(torch.vmap(weighted)(weight[None]), 2 * expected[None])
+
+
+@every_loss
 def test_compile_without_graph_break(loss, generator):
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -256,6 +270,23 @@ def test_autocast(loss, generator, dtype):
         got = run(loss, loss.ours, leaves(loss, inputs, dtype))
     assert_agree((got[0], []), (expected[0], []), dtype, 2e-6 if got[0].dtype == torch.float32 else 8e-3)
     assert_agree((got[0], got[1]), (got[0], expected[1]), dtype, 2e-5 if dtype == torch.float32 else 1.6e-2)
+
+
+@every_loss
+def test_autocast_compiled(loss, generator):
+    inputs = [x.bfloat16() for x in loss.inputs(generator, 16, 10)]
+
+    def in_region(*x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss.first(loss.ours(*x))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(in_region, fullgraph=True, backend="aot_eager")
+    got, expected = (run(loss, f, leaves(loss, inputs, torch.bfloat16)) for f in (compiled, in_region))
+    assert got[0].dtype == expected[0].dtype
+    assert_agree((got[0], []), (expected[0], []), torch.bfloat16, 1e-6)
+    # What is stored in bfloat16 is multiplied by what comes in, and rounded again.
+    assert_agree(got, expected, torch.bfloat16, 8e-3)
 
 
 @every_loss

@@ -7,7 +7,8 @@ gradients, as the eager autograd node does; :func:`define` for everything else.
 """
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
 
@@ -46,6 +47,7 @@ def register(
     fake: Callable[..., tuple[torch.Tensor, ...]],
     differentiable: int = 1,
     extra: int = 0,
+    widened: Literal["never", "on devices", "everywhere"] = "never",
 ) -> Callable[..., Any]:
     """Define the operator ``tllib_rs::name`` and return a function with the outputs of ``call``.
 
@@ -57,10 +59,17 @@ def register(
         fake: empty tensors like the outputs of ``call``, from fake inputs; always a tuple.
         differentiable: how many arguments the loss is differentiable with respect to.
         extra: how many tensors ``call`` returns after the loss.
+        widened: where an autocast region makes a half-precision loss float32. By the time that the operator
+            runs the region is over, so it has one more argument, which says whether there was one.
     """
     count = differentiable
 
     def compute(*args):
+        # The extension looks for a region of its own accord.
+        with torch.autocast(args[0].device.type) if args[-1] else nullcontext():
+            return compute_here(*args[:-1])
+
+    def compute_here(*args):
         # The extension stores gradients only for tensors that require them: ask it with leaves.
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in args[:count]]
@@ -71,7 +80,9 @@ def register(
         return (loss.detach(), *grads, *rest)
 
     def fake_compute(*args):
-        loss, *rest = fake(*args)
+        loss, *rest = fake(*args[:-1])
+        if args[-1]:
+            loss = loss.new_empty(loss.shape, dtype=at_least_float32(loss.dtype))
         return (
             loss,
             *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:count]),
@@ -96,11 +107,15 @@ def register(
         return tuple(map(scaled, ctx.saved_tensors)) + (None,) * (ctx.arguments - count)
 
     outputs = ", ".join(["Tensor"] * (1 + count + extra))
-    operator = define(name, f"{schema} -> ({outputs})", compute, fake_compute)
+    operator = define(name, f"{schema[:-1]}, bool autocast) -> ({outputs})", compute, fake_compute)
     differentiate(name, backward, setup_context)
 
+    def region(device):
+        nowhere = {"never": (device,), "on devices": ("cpu", "meta"), "everywhere": ("meta",)}[widened]
+        return device not in nowhere and torch.is_autocast_enabled(device)
+
     def compiled(*args):
-        loss, *rest = operator(*args)
+        loss, *rest = operator(*args, region(args[0].device.type))
         return (loss, *rest[count:]) if extra else loss
 
     return compiled

@@ -15,6 +15,7 @@ _compiled = register(
     lambda predictions, reduction: (
         predictions.new_empty(() if reduction == "mean" else predictions.shape[:1] + predictions.shape[2:]),
     ),
+    widened="on devices",
 )
 
 

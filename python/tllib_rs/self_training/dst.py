@@ -114,6 +114,7 @@ _compiled = register(
         y_l_adv.new_empty((), dtype=torch.promote_types(y_l_adv.dtype, y_u_adv.dtype)),
     ),
     differentiable=2,
+    widened="everywhere",
 )
 
 

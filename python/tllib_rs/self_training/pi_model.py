@@ -112,6 +112,7 @@ _compiled = register(
     lambda p1, p2: _core.pi_model(p1, p2, 1.0, "none"),
     lambda p1, p2: (p1.new_empty(p1.shape[:1], dtype=torch.promote_types(p1.dtype, p2.dtype)),),
     differentiable=2,
+    widened="on devices",
 )
 
 
