@@ -8,9 +8,13 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.losses import LOSSES
+from tllib_rs.self_training.cc_loss import CCConsistency
+from tllib_rs.self_training.dst import WorstCaseEstimationLoss
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.self_training.mean_teacher import EMATeacher
+from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
+from tllib_rs.vision.models.reid.loss import SoftTripletLoss
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 INDEX = torch.tensor([1, 2])
@@ -104,3 +108,19 @@ def test_an_average_that_fails_moves_nothing(spoil):
     with pytest.raises((ValueError, RuntimeError), match="share memory|on the meta device"):
         teacher.update()
     torch.testing.assert_close(teacher.teacher[0].state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        MinimumClassConfusionLoss,
+        lambda number: CCConsistency(number, 0.5),
+        lambda number: StrongWeakConsistencyLoss(0.5, number),
+        WorstCaseEstimationLoss,
+        lambda number: SoftTripletLoss(margin=number),
+    ],
+)
+def test_numbers_that_would_be_trained_are_refused(make):
+    make(torch.tensor(0.5))
+    with pytest.raises(TypeError, match="requires a gradient"):
+        make(torch.nn.Parameter(torch.tensor(0.5)))

@@ -20,6 +20,7 @@ use crate::torch::input::Input;
 use crate::torch::team;
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::{PyFloat, PyInt};
 use pyo3_tch::PyTensor;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::Tensor;
@@ -65,8 +66,16 @@ fn no_tensor(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<PyE
     )))
 }
 
-/// The number behind `object`, or a `TypeError` that names the argument.
+/// The number behind `object`, or a `TypeError` that names the argument. A tensor that is trained would get no
+/// gradient, and is refused.
 fn number(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<f64> {
+    let plain = object.is_instance_of::<PyFloat>() || object.is_instance_of::<PyInt>();
+    let trained = |object: &Bound<'_, PyAny>| object.getattr("requires_grad")?.is_truthy();
+    if !plain && trained(object).unwrap_or(false) {
+        return Err(PyTypeError::new_err(format!(
+            "{class}: {name} must be a number, got a tensor that requires a gradient: it is a constant here"
+        )));
+    }
     object.extract().map_err(|_| {
         let kind = object
             .get_type()

@@ -144,8 +144,8 @@ class L2ConsistencyLoss(ConsistencyLoss):
         - mask (tensor or float): weights of the rows, :math:`(N,)`, of any real dtype. Default: 1.0
 
     Returns:
-        A scalar, or :math:`(N,)` for ``'none'``, in the dtype that the inputs promote to (float32 for
-        half types in an autocast region). The mean of no rows is NaN.
+        A scalar, or :math:`(N,)` for ``'none'``, in the dtype that the inputs promote to (on a
+        device float32 for half types in an autocast region). The mean of no rows is NaN.
 
     Raises:
         TypeError: a prediction is not a floating-point tensor, or the mask neither tensor nor number.

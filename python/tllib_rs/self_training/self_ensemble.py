@@ -47,8 +47,8 @@ class ClassBalanceLoss(nn.Module):
 
     Raises:
         TypeError: p is not a floating-point tensor, or num_classes no integer.
-        ValueError: p is not (minibatch, C), the mean of a column is outside [0, 1], or num_classes is below
-            1; this process is no member of the group.
+        ValueError: p is not (minibatch, C), the mean of a column is below 0 or above 1, or num_classes is
+            below 1; this process is no member of the group.
         RuntimeError: the group was destroyed; ``create_graph=True`` with a group.
 
     With a group the ranks add up their sums over the columns and their numbers of rows, which may differ and
@@ -75,7 +75,8 @@ class ClassBalanceLoss(nn.Module):
 
     @property
     def uniform_distribution(self) -> torch.Tensor:
-        """The probabilities that the means are compared with, (C,); not a part of the state, as in tllib."""
+        """A copy of the probabilities that the means are compared with, (C,); not a part of the state, as in
+        tllib."""
         return torch.full((self.num_classes,), 1 / self.num_classes)
 
     def forward(self, p: torch.Tensor) -> torch.Tensor:
