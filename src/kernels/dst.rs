@@ -26,6 +26,9 @@ mod narrow;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+/// The widest rows that are taken side by side.
+const NARROW: usize = 64;
+
 /// Keeps the logarithm finite; the offset of tllib's `shift_log`.
 pub const OFFSET: f64 = 1e-6;
 
@@ -76,7 +79,7 @@ pub fn dst<E: Element>(
                 weight: weight * scale,
                 out,
             };
-            move || lanes::dispatch(sweep, lanes::fit(logits.cols()))
+            move || lanes::dispatch(sweep, logits.cols() <= NARROW)
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();

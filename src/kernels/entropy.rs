@@ -14,6 +14,9 @@ mod narrow;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+/// The widest rows that are taken side by side.
+const NARROW: usize = 16;
+
 /// Writes the entropy of each row into `out`; with `grad` (contiguous, same shape) also the
 /// gradient of each, times `weight`.
 pub fn entropy<E: Element>(
@@ -41,7 +44,7 @@ pub fn entropy<E: Element>(
                 grad: grads.next().flatten(),
                 weight,
             };
-            move || lanes::dispatch(sweep, lanes::fit(p.cols()))
+            move || lanes::dispatch(sweep, p.cols() <= NARROW)
         })
         .collect();
     run(jobs);

@@ -2,7 +2,9 @@
 //!
 //! A row of a few classes is too short for a sweep of its own: to fold its sums takes longer than to add them
 //! up. Column by column ([`Rows::side_by_side`](super::rows::Rows::side_by_side)) each row has a lane of its
-//! own, and its maximum, its sums and what follows from them are computed for all lanes at once.
+//! own, and its maximum, its sums and what follows from them are computed for all lanes at once. Up to which
+//! width that is faster each kernel says, as measured: the more it adds up, the wider; and a gradient is
+//! transposed when it is written.
 
 use super::element::Element;
 use super::isa::{self, Isa, Kernel};
@@ -12,17 +14,9 @@ use std::ops::Range;
 
 /// Rows side by side.
 pub const LANES: usize = 16;
-/// The widest rows that are taken side by side.
-const NARROW: usize = 32;
 
 /// A number of each row.
 pub type Lanes<T> = [T; LANES];
-
-/// Whether rows of `cols` columns are taken side by side.
-#[inline(always)]
-pub fn fit(cols: usize) -> bool {
-    cols <= NARROW
-}
 
 /// The same kernel, for narrow rows.
 pub struct Narrow<K>(pub K);
@@ -319,12 +313,15 @@ pub(super) mod tests {
     use super::super::{reduce, softmax};
     use super::*;
 
+    /// Columns that are more than any loss takes side by side.
+    pub const WIDE: usize = 128;
+
     /// The rows with more columns of `filler`, so many that they are not narrow.
     pub fn widened<E: Element>(data: &[E], cols: usize, filler: f64) -> Vec<E> {
         let mut out = Vec::new();
         for row in data.chunks(cols) {
             out.extend_from_slice(row);
-            out.resize(out.len() + NARROW, E::store(E::Acc::of(filler)));
+            out.resize(out.len() + WIDE, E::store(E::Acc::of(filler)));
         }
         out
     }

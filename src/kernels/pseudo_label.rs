@@ -26,6 +26,9 @@ mod narrow;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+/// The widest rows that are taken side by side.
+const NARROW: usize = 40;
+
 /// Where the results go. `mask` and `labels` have one place a row.
 pub struct Outputs<'a, E> {
     /// 1 where the row is selected, else 0.
@@ -69,7 +72,7 @@ pub fn pseudo_label<E: Element>(
                 weight: weight * scale,
                 out,
             };
-            move || lanes::dispatch(sweep, lanes::fit(cols))
+            move || lanes::dispatch(sweep, cols <= NARROW)
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();

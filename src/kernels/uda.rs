@@ -26,6 +26,9 @@ mod narrow;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+/// The widest rows that are taken side by side.
+const NARROW: usize = 40;
+
 /// The loss of the `strong` logits against the `weak` ones (same shape, at least one column); with
 /// `grad` (contiguous, same shape) also its gradient with respect to `strong`.
 pub fn uda<E: Element>(
@@ -52,7 +55,7 @@ pub fn uda<E: Element>(
                 scale,
                 grad,
             };
-            move || lanes::dispatch(sweep, lanes::fit(strong.cols()))
+            move || lanes::dispatch(sweep, strong.cols() <= NARROW)
         })
         .collect();
     let (mut total, mut selected) = (0.0, 0);

@@ -23,6 +23,9 @@ mod narrow;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+/// The widest rows that are taken side by side.
+const NARROW: usize = 48;
+
 /// Where the targets come from.
 #[derive(Clone, Copy)]
 pub enum Targets<'a, E> {
@@ -70,7 +73,7 @@ pub fn cross_entropy<E: Element>(
                 weight: weight * scale,
                 grad,
             };
-            move || lanes::dispatch(sweep, lanes::fit(cols))
+            move || lanes::dispatch(sweep, cols <= NARROW)
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();
