@@ -287,3 +287,20 @@ def test_update_bn_copies_nothing_when_it_raises():
     with pytest.raises(KeyError):
         update_bn(model, ema)
     assert (ema["bn_good"].running_mean == 0).all()
+
+
+def test_updates_inside_a_transform_of_torch_func():
+    student = nn.Linear(3, 2)
+    teacher, outside = EMATeacher(student, 0.5), EMATeacher(student, 0.5)
+
+    def loss(weight):
+        teacher.update()
+        return weight * teacher(torch.ones(1, 3)).sum().detach()
+
+    for step in range(3):
+        with torch.no_grad():
+            student.weight.fill_(step)
+        torch.func.grad(loss)(torch.tensor(1.0))
+        outside.update()
+        torch.testing.assert_close(teacher.teacher.weight, outside.teacher.weight, rtol=0, atol=0)
+    assert not teacher.teacher.weight.eq(student.weight).any()

@@ -158,7 +158,7 @@ fn alike(teacher: &Facts, student: &Facts) -> bool {
 /// As for [`Pair::new`]; both are [`alike`].
 unsafe fn cpu_pair(teacher: &Facts, student: &Facts) -> Option<Pair> {
     let (t, s) = (teacher.dtype()?, student.dtype()?);
-    if !(teacher.on_cpu() && student.on_cpu()) {
+    if !(teacher.in_cpu_memory() && student.in_cpu_memory()) {
         return None;
     }
     let len = teacher.numel();
@@ -221,7 +221,7 @@ struct Span {
 /// `None` for a tensor without memory that kernels may use.
 fn span(input: &Facts) -> Option<Span> {
     let len = input.numel();
-    if !(input.on_cpu() || input.on_cuda()) || len == 0 {
+    if !(input.in_cpu_memory() || input.on_cuda()) || len == 0 {
         return None;
     }
     let last = if input.contiguous() {

@@ -98,6 +98,11 @@ impl Facts {
         self.ordinary && self.device_type == CPU
     }
 
+    /// Whether its memory is on the CPU and can be read and written, inside a transform of `torch.func` too.
+    pub fn in_cpu_memory(&self) -> bool {
+        self.readable && self.device_type == CPU
+    }
+
     /// Whether it is an ordinary dense CUDA tensor, which kernels there may read directly.
     pub fn on_cuda(&self) -> bool {
         self.ordinary && self.device_type == CUDA
@@ -298,7 +303,7 @@ impl<'a> Input<'a> {
     /// The same values in memory that may be read directly: contiguous, and without the pending
     /// negation or conjugation that a view may carry. `TypeError` for what has no memory here.
     pub fn in_memory(&self) -> Result<Tensor> {
-        let here = |facts: &Facts| facts.contiguous && facts.device_type == CPU;
+        let here = |facts: &Facts| facts.contiguous() && facts.in_cpu_memory();
         // No operation where none is needed: under `torch.func` its result would be a wrapper.
         if here(&self.facts) {
             return Ok(self.tensor.shallow_clone());
