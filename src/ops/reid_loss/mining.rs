@@ -40,29 +40,29 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
     if place(&[&distances, &identity]) == Place::Cuda && cols <= LARGEST {
         return cuda::hardest::hardest(&distances, &identity, dtype);
     }
-    match dtype {
-        Dtype::F32 => scan::<f32>(&distances, &identity),
-        _ => scan::<f64>(&distances, &identity),
+    let found = match dtype {
+        Dtype::F32 => scan::<f32>(&distances, &identity)?,
+        _ => scan::<f64>(&distances, &identity)?,
+    };
+    match found {
+        Some(found) => Ok(found),
+        None => composite(dist_mat, identity_mat, dtype),
     }
-    .unwrap_or_else(|| composite(dist_mat, identity_mat, dtype))
 }
 
 /// By one scan of every row; `None` where these are no matrices of `F` on the CPU.
 fn scan<F: Element<Acc = F> + Real + Stored>(
     distances: &Input<'_>,
     identity: &Input<'_>,
-) -> Option<Result<(Tensor, Tensor)>> {
-    let (d, s) = (distances.rows::<F>()?, identity.rows::<F>()?);
-    let found = || {
-        // Not made before it is known that they are ordinary: under `torch.func` it would be a wrapper.
-        let (mut p, mut n) = (
-            Owned::<i64>::new(&[d.rows() as i64])?,
-            Owned::<i64>::new(&[d.rows() as i64])?,
-        );
-        kernel(d, s, p.slice(), n.slice(), threads(distances.numel()));
-        Ok((p.into_tensor(), n.into_tensor()))
+) -> Result<Option<(Tensor, Tensor)>> {
+    let (Some(d), Some(s)) = (distances.rows::<F>(), identity.rows::<F>()) else {
+        return Ok(None);
     };
-    Some(found())
+    let rows = [d.rows() as i64];
+    let (mut positive, mut negative) = (Owned::<i64>::new(&rows)?, Owned::<i64>::new(&rows)?);
+    let threads = threads(distances.numel());
+    kernel(d, s, positive.slice(), negative.slice(), threads);
+    Ok(Some((positive.into_tensor(), negative.into_tensor())))
 }
 
 /// The same in libtorch operations.
