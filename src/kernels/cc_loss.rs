@@ -47,8 +47,7 @@ use std::ops::Range;
 
 /// A relative distance from the threshold that no error of a confidence in the computing type exceeds.
 const CLOSE: f64 = 1e-5;
-/// The widest rows that are read side by side: wider ones than of other losses, with an exponential and a
-/// logarithm in f64 for each number.
+/// The widest rows that are read side by side.
 const NARROW: usize = 48;
 
 /// The rows whose confidence is at least `threshold` (compared in the storage type), ascending.

@@ -38,7 +38,7 @@ use sums::Totals;
 pub const ENTROPY_EPSILON: f64 = 1e-5;
 /// Rows whose contributions are added in the computing type before they go to the f64 sums.
 const FLUSH: usize = 16;
-/// The widest rows that are taken side by side: those narrower than others are, as the second sweep has to
+/// The widest rows that are taken side by side: narrower ones than of most losses, as the second sweep has to
 /// transpose them once more.
 const NARROW: usize = 20;
 /// Elements of the rows that are swept together: the next one's begin while the sums of one are folded.

@@ -32,8 +32,11 @@ pub trait Multiply<F> {
         out: &mut [F],
     ) -> Result<(), Self::Error>;
 
-    /// `out_cd += sum_i x_ic x_id` of rows of `width`; only `d >= c` need be right.
+    /// `out_cd += sum_i x_ic x_id` of rows of `width`. After the last call [`Multiply::finish`] makes it right.
     fn outer(&self, x: &[F], width: usize, out: &mut [F]) -> Result<(), Self::Error>;
+
+    /// Writes what [`Multiply::outer`] left out.
+    fn finish(&self, _width: usize, _out: &mut [F]) {}
 }
 
 /// Gives a symmetric matrix of `rows` rows, of which the upper half is right, its lower half.
@@ -100,6 +103,10 @@ impl<F: Real> Multiply<F> for Alone {
             out,
         });
         Ok(())
+    }
+
+    fn finish(&self, width: usize, out: &mut [F]) {
+        mirror(out, width);
     }
 }
 
@@ -317,7 +324,7 @@ mod tests {
 
             let mut out = vec![3.0; width * width];
             let Ok(()) = Alone.outer(&x, width, &mut out);
-            mirror(&mut out, width);
+            Alone.finish(width, &mut out);
             for (c, d) in (0..width).flat_map(|c| (0..width).map(move |d| (c, d))) {
                 let expected: f64 = (0..n).map(|i| x[i * width + c] * x[i * width + d]).sum();
                 assert_eq!(out[c * width + d], 3.0 + expected);

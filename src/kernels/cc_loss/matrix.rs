@@ -12,7 +12,7 @@ use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::lanes;
 use super::super::parallel::{cut, run};
-use super::super::product::{Multiply, mirror};
+use super::super::product::Multiply;
 use super::super::real::Real;
 use super::super::reduce;
 use super::{Inverse, NARROW, Pair, Pairs, Reader, Sums, exponentials};
@@ -60,8 +60,8 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
         products.outer(a, cols, &mut weak)?;
         products.outer(b, cols, &mut strong)?;
     }
-    mirror(&mut weak, cols);
-    mirror(&mut strong, cols);
+    products.finish(cols, &mut weak);
+    products.finish(cols, &mut strong);
     let inverse = sums.inverse();
     let most = 1.0 / F::TINY.to_f64();
     if inverse
