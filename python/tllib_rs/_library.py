@@ -76,7 +76,9 @@ def register(
             others = [x.detach() if isinstance(x, torch.Tensor) else x for x in args[count:]]
             outputs = call(*leaves, *others)
             loss, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
-            grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss)) if leaves else ()
+            # In this thread: in another, a graph that is captured knows nothing of the gradients' memory.
+            with torch.autograd.set_multithreading_enabled(False):
+                grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss)) if leaves else ()
         return (loss.detach(), *grads, *rest)
 
     def fake_compute(*args):

@@ -1,7 +1,7 @@
 //! Kernel arguments. A kernel takes one struct by value; its Rust mirror is `#[repr(C)]` and built of
 //! these parts, which mirror those of common.cuh.
 
-use super::device::Stream;
+use super::device::{Counter, Stream};
 use crate::error::Result;
 use crate::torch::Dtype;
 use crate::torch::input::{Facts, Input};
@@ -147,10 +147,10 @@ impl Gathering {
     };
 
     /// Sums at `partials`, a place for each block and sum, float64.
-    pub fn of(partials: *mut c_void, done: &Tensor) -> Self {
+    pub fn of(partials: *mut c_void, done: &Counter) -> Self {
         Self {
             partials,
-            done: done.data_ptr(),
+            done: done.place(),
         }
     }
 }
@@ -158,7 +158,7 @@ impl Gathering {
 /// The memory of a [`Gathering`], to be kept until the launch.
 pub struct Partials {
     sums: Tensor,
-    done: Tensor,
+    done: Counter,
 }
 
 impl Partials {

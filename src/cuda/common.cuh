@@ -242,9 +242,9 @@ __device__ __forceinline__ bool last_block(unsigned* done) {
     __threadfence();
     // Wraps to 0 with the last block, for the next launch.
     last = atomicInc(done, gridDim.x - 1) == gridDim.x - 1;
+    __threadfence();  // what the others wrote is before all that this block does from here on
   }
   __syncthreads();
-  if (last) __threadfence();
   return last;
 }
 

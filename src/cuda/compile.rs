@@ -7,13 +7,44 @@ use crate::torch::Dtype;
 use crate::torch::device::library_folder;
 use cudarc::nvrtc::{result, sys};
 use std::ffi::{CStr, CString, c_int};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
+/// What the driver loads: a cubin where NVRTC knows the device, otherwise PTX, which the driver compiles and
+/// which ends with a NUL. The driver is told no length: it must be whole.
+pub struct Code(Vec<u8>);
+
+impl Code {
+    /// What a file of the cache holds after the mark of what follows; `None` if it was cut off or damaged.
+    pub fn from_file(file: &[u8]) -> Option<Self> {
+        let (mark, bytes) = file.split_at_checked(MARK)?;
+        (mark == Self::mark(bytes)).then(|| Self(bytes.to_vec()))
+    }
+
+    /// As [`Self::from_file`] reads it.
+    pub fn to_file(&self) -> Vec<u8> {
+        [&Self::mark(&self.0)[..], &self.0].concat()
+    }
+
+    /// What the driver reads.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn mark(bytes: &[u8]) -> [u8; MARK] {
+        let mut hash = DefaultHasher::new();
+        bytes.hash(&mut hash);
+        hash.finish().to_le_bytes()
+    }
+}
+
+const MARK: usize = size_of::<u64>();
+
 /// Compiled code, and what the compiler says of registers and spills.
 pub struct Compiled {
-    /// A cubin where NVRTC knows the device, otherwise PTX, which the driver compiles.
-    pub code: Vec<u8>,
+    /// What the driver loads.
+    pub code: Code,
     /// The compiler's log.
     pub log: String,
 }
@@ -46,7 +77,10 @@ pub fn compile(source: Source, dtype: Dtype, capability: (i32, i32)) -> Result<C
     } else {
         program.ptx()?
     };
-    Ok(Compiled { code, log })
+    Ok(Compiled {
+        code: Code(code),
+        log,
+    })
 }
 
 /// The options that decide what the code is. Exponentials and divisions stay exact ones; no `fast-math`.
@@ -136,7 +170,7 @@ fn load() -> Result<()> {
                 continue;
             };
             // SAFETY: NVIDIA's library, which runs nothing when it is loaded. It stays loaded, and what
-            // asks for it by name gets this one.
+            // asks for it by its name finds this one where the system has none.
             if !unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) }.is_null()
             {
                 break;

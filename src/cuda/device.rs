@@ -1,7 +1,7 @@
 //! A device and torch's current stream on it: memory from torch's allocator, launches.
 
 use super::args::Args;
-use super::driver::{self, Context};
+use super::driver::{Context, Handle};
 use super::emulator::Emulator;
 use super::modules;
 use crate::error::Result;
@@ -10,6 +10,7 @@ use crate::torch::device::{cuda_stream, upload};
 use crate::torch::input::Input;
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
@@ -23,7 +24,7 @@ pub struct Stream {
 enum RunsOn {
     Device {
         context: &'static Context,
-        stream: driver::Handle,
+        stream: Handle,
     },
     /// Kernels that were compiled for the CPU, for the tests.
     Emulator(&'static Emulator),
@@ -44,6 +45,24 @@ pub struct Launch {
     pub block: u32,
 }
 
+/// A counter of blocks; see [`Stream::counter`].
+pub enum Counter {
+    /// Of a stream: there for good.
+    Shared(Handle),
+    /// Of one launch, to be kept until it is made.
+    Own(Tensor),
+}
+
+impl Counter {
+    /// On the device.
+    pub fn place(&self) -> *mut c_void {
+        match self {
+            Self::Shared(memory) => memory.0,
+            Self::Own(tensor) => tensor.data_ptr(),
+        }
+    }
+}
+
 impl Stream {
     /// torch's current stream on `device`.
     pub fn current(device: Device) -> Result<Self> {
@@ -51,7 +70,7 @@ impl Stream {
             (Some(emulator), _) => RunsOn::Emulator(emulator),
             (None, Device::Cuda(index)) => RunsOn::Device {
                 context: Context::of(index)?,
-                stream: driver::Handle(cuda_stream(index)?),
+                stream: Handle(cuda_stream(index)?),
             },
             (None, device) => {
                 return Err(super::failed(&format!("{device:?} runs no kernels")));
@@ -77,21 +96,30 @@ impl Stream {
     ///
     /// Launches on one stream follow each other and share one. A captured launch gets one of its own, set
     /// to 0 in the graph: the graph may be replayed on any stream.
-    pub fn counter(&self) -> Result<Tensor> {
-        static COUNTERS: Mutex<Option<HashMap<(i64, usize), Tensor>>> = Mutex::new(None);
-        let fresh = || Ok(Tensor::f_zeros([1], (Kind::Int, self.device))?);
+    pub fn counter(&self) -> Result<Counter> {
+        static COUNTERS: Mutex<Option<HashMap<(i64, usize), Handle>>> = Mutex::new(None);
+        let locked = || COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
         if self.capturing()? {
-            return fresh();
+            return Ok(Counter::Own(self.zero()?));
         }
         let key = self.key();
-        let mut counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
-        let counters = counters.get_or_insert_default();
-        if let Some(counter) = counters.get(&key) {
-            return Ok(counter.shallow_clone());
+        if let Some(&counter) = locked().as_ref().and_then(|counters| counters.get(&key)) {
+            return Ok(Counter::Shared(counter));
         }
-        let counter = fresh()?;
-        counters.insert(key, counter.shallow_clone());
-        Ok(counter)
+        let made = match self.runs_on {
+            // Not of torch's allocator, which may be giving out the memory of a graph (torch.compile lets a
+            // model run once in the memory that it will be captured in): nothing may be kept of that.
+            RunsOn::Device { context, stream } => context.zero(stream)?,
+            RunsOn::Emulator(_) => Handle(ManuallyDrop::new(self.zero()?).data_ptr()),
+        };
+        // Another thread may have made one meanwhile: no lock is held while memory is asked for.
+        let mut counters = locked();
+        let counter = counters.get_or_insert_default().entry(key).or_insert(made);
+        Ok(Counter::Shared(*counter))
+    }
+
+    fn zero(&self) -> Result<Tensor> {
+        Ok(Tensor::f_zeros([1], (Kind::Int, self.device))?)
     }
 
     /// What tells it from other streams: the device, and the stream of it.

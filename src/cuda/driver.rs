@@ -1,6 +1,7 @@
 //! The CUDA driver, as far as kernels need it: a device's context, modules, launches. `cudarc` loads it
 //! when it is first asked for; where there is none, nothing here is called.
 
+use super::compile::Code;
 use super::failed;
 use crate::error::Result;
 use cudarc::driver::sys::CUdevice_attribute as A;
@@ -110,10 +111,10 @@ impl Context {
         })
     }
 
-    /// Loads compiled code. It stays loaded.
-    pub fn load(&self, code: &[u8]) -> Result<Handle> {
+    /// [`Self::within`] for what is allowed while a graph is captured only where it is said to be meant:
+    /// it is no part of the graph.
+    fn beside_captures<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
         self.within(|| {
-            // Loading is allowed while a graph is captured only where it is said to be meant.
             let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
             // SAFETY: it exchanges the thread's mode with `mode`.
             let exchange = |mode: &mut _| unsafe {
@@ -122,20 +123,42 @@ impl Context {
                     .map_err(reason)
             };
             exchange(&mut mode)?;
-            // SAFETY: a cubin, or PTX with a NUL at its end, as NVRTC made it.
-            let module = unsafe { result::module::load_data(code.as_ptr().cast()) };
+            let outcome = body();
             exchange(&mut mode)?;
+            outcome
+        })
+    }
+
+    /// Loads compiled code. It stays loaded.
+    pub fn load(&self, code: &Code) -> Result<Handle> {
+        self.beside_captures(|| {
+            // SAFETY: a cubin, or PTX with a NUL at its end, as NVRTC made it.
+            let module = unsafe { result::module::load_data(code.bytes().as_ptr().cast()) };
             Ok(Handle(module.map_err(reason)?.cast()))
         })
     }
 
-    /// A kernel of a loaded module.
+    /// A kernel of a loaded module. The driver may load it only now.
     pub fn function(&self, module: Handle, name: &str) -> Result<Handle> {
         let name = CString::new(name).map_err(|_| failed("a kernel's name has a NUL"))?;
-        self.within(|| {
+        self.beside_captures(|| {
             // SAFETY: the module is loaded, and stays so.
             let function = unsafe { result::module::get_function(module.0.cast(), name) };
             Ok(Handle(function.map_err(reason)?.cast()))
+        })
+    }
+
+    /// 4 bytes of the device that are 0 when `stream`, which captures nothing, comes to it, and never given
+    /// back.
+    pub fn zero(&self, stream: Handle) -> Result<Handle> {
+        const SIZE: usize = 4;
+        self.beside_captures(|| {
+            // SAFETY: the memory is as large as what is set, and the stream is one of this context.
+            unsafe {
+                let memory = result::malloc_sync(SIZE).map_err(reason)?;
+                result::memset_d8_async(memory, 0, SIZE, stream.0.cast()).map_err(reason)?;
+                Ok(Handle(memory as *mut c_void))
+            }
         })
     }
 

@@ -61,10 +61,16 @@ pub fn emulated() -> bool {
     enabled() && matches!(Emulator::loaded(), Ok(Some(_)) | Err(_))
 }
 
+/// Columns that a kernel can count: it adds as many as a block has threads to an `int`.
+const MOST_COLUMNS: i64 = 1 << 30;
+
 /// Whether a kernel serves tensors with these facts: ordinary ones of one CUDA device and of a dtype that
 /// has kernels. `false` sends the call to the composite.
 pub fn serves<F: Deref<Target = Facts>>(inputs: &[&F]) -> bool {
-    let has_kernels = |facts: &&F| args::kernel_dtype(facts).is_some() && reaches(facts);
+    let has_kernels = |facts: &&F| {
+        let columns = facts.shape().last().copied().unwrap_or(1);
+        args::kernel_dtype(facts).is_some() && reaches(facts) && columns <= MOST_COLUMNS
+    };
     inputs.iter().all(has_kernels)
 }
 

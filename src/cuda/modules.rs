@@ -1,6 +1,6 @@
 //! Compiled kernels: in this process, on disk, or compiled now.
 
-use super::compile::{compile, element, key};
+use super::compile::{Code, compile, element, key};
 use super::device::Launch;
 use super::driver::{Context, Handle};
 use super::failed;
@@ -8,7 +8,9 @@ use super::sources::Source;
 use crate::error::Result;
 use crate::torch::Dtype;
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::fs::File;
+use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -57,16 +59,17 @@ fn module(context: &Context, stem: &str, dtype: Dtype) -> Result<Handle> {
     let file = cache_folder()
         .map(|folder| cached(&folder, source, dtype, context))
         .transpose()?;
-    // A file that was cut off or belongs elsewhere does not load, and is written again.
+    // A file that was cut off or belongs elsewhere is written again.
     let kept = file.as_ref().and_then(|file| std::fs::read(file).ok());
-    if let Some(module) = kept.and_then(|code| context.load(&code).ok()) {
+    let code = kept.and_then(|file| Code::from_file(&file));
+    if let Some(module) = code.and_then(|code| context.load(&code).ok()) {
         return Ok(module);
     }
     let compiled = compile(source, dtype, context.capability())?;
     let module = context.load(&compiled.code)?;
     if let Some(file) = file {
         // A cache that cannot be written costs time at the next start, no more.
-        let _ = keep(&file, &compiled.code);
+        let _ = keep(&file, &compiled.code.to_file());
     }
     Ok(module)
 }
@@ -82,13 +85,20 @@ fn cached(folder: &Path, source: Source, dtype: Dtype, context: &Context) -> Res
 }
 
 /// Other processes see the whole file or none.
-fn keep(file: &Path, code: &[u8]) -> std::io::Result<()> {
+fn keep(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     if let Some(folder) = file.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    let own = file.with_extension(format!("{}.tmp", std::process::id()));
-    std::fs::write(&own, code)?;
-    std::fs::rename(&own, file)
+    // Processes in containers that share the folder may have one number: a random one tells them apart.
+    let random = RandomState::new().build_hasher().finish();
+    let own = file.with_extension(format!("{random:016x}.tmp"));
+    let mut to = File::create_new(&own)?;
+    let written = to.write_all(bytes).and_then(|()| to.sync_all());
+    let kept = written.and_then(|()| std::fs::rename(&own, file));
+    if kept.is_err() {
+        let _ = std::fs::remove_file(&own);
+    }
+    kept
 }
 
 /// `TLLIB_RS_CACHE`, or the user's folder for caches.

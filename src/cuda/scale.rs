@@ -44,6 +44,8 @@ pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Optio
         _ => return Ok(None),
     };
     let stream = Stream::current(stored.device())?;
+    // A graph that captures this pass alone may be replayed more than once.
+    let own = own && !stream.capturing()?;
     let out = if own {
         grad.tensor.shallow_clone()
     } else {

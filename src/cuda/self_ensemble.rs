@@ -51,8 +51,8 @@ pub fn class_balance(p: &Input<'_>, dtype: Dtype, out: Dtype) -> Result<(Tensor,
     let stream = Stream::current(p.device())?;
     let plan = plan_columns(cols, rows);
     let most = (rows / ROWS).max(1);
-    let resident = stream.threads_at_once() / (plan.block * plan.grid);
-    let parts = most.min(resident.max(1) as usize);
+    let resident = stream.threads_at_once() as usize / (plan.block as usize * plan.grid as usize);
+    let parts = most.min(resident.max(1));
     let last = plan_columns(cols, parts);
 
     let loss = stream.empty(&[], out.kind())?;

@@ -191,7 +191,7 @@ pub fn enqueue(
         pointers: pointers.data(),
         stride: pointers.strides().first().copied().unwrap_or(1),
         moved: moved.data_ptr(),
-        done: done.data_ptr(),
+        done: done.place(),
     };
     let launch = Launch {
         stem: "self_tuning",

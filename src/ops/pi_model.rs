@@ -106,9 +106,13 @@ impl<'a> Call<'a> {
             let mut rows = p1.shape().to_vec();
             rows.remove(1);
             mask.broadcasts_to(&rows)?;
-            // A tensor of no dimensions is a number to torch: on any device, of no weight in the dtype.
-            if !mask.shape().is_empty() {
+            // A tensor of no dimensions is a number to torch: on the CPU whatever the device of the others,
+            // and of no weight in the dtype.
+            let number = mask.shape().is_empty();
+            if !number || mask.tensor.device() != Device::Cpu {
                 mask.same_device(&p1)?;
+            }
+            if !number {
                 out = mask.dtype().map_or(out, |m| out.promote(m));
             }
         }
