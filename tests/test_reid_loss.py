@@ -195,6 +195,27 @@ def test_distances_of_two_matrices(shape, dtype, generator):
         torch.testing.assert_close(g.double(), e.double(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("student", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("teacher", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_soft_triplet_has_the_wider_dtype_of_student_and_teacher(student, teacher, generator):
+    x, y = (
+        torch.randn(12, 6, generator=generator).to(student),
+        torch.randn(12, 9, generator=generator).to(teacher),
+    )
+    labels = torch.arange(12) % 4
+    out = torch.promote_types(torch.promote_types(student, teacher), torch.float32)
+    exact = grads_of(lambda x: plain.soft_triplet(x, y.double(), labels), [x.double()])
+    criterion = SoftTripletLoss()
+    for call in (criterion, torch.compile(criterion, backend="aot_eager")):
+        got = grads_of(lambda x, call=call: call(x, y, labels), [x])
+        assert (got[0].dtype, got[1].dtype) == (out, student)
+        torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            got[1].double(), exact[1], rtol=2e-3 if student == torch.float16 else 1e-4, atol=1e-5
+        )
+    assert SoftTripletLoss(0.5)(x, y, labels).dtype == torch.promote_types(student, torch.float32)
+
+
 def test_distances_of_a_matrix_with_itself(generator):
     x = torch.randn(9, 6, generator=generator, dtype=torch.float64)
     x[4] = x[2]

@@ -20,6 +20,8 @@ pub struct Inputs<'a> {
     pub teacher: Option<Input<'a>>,
     /// Of features and memory.
     pub dtype: Dtype,
+    /// Of the loss.
+    pub out: Dtype,
 }
 
 impl<'a> Inputs<'a> {
@@ -60,8 +62,9 @@ impl<'a> Inputs<'a> {
             }
         };
         let teacher = call.teacher.map(|t| new(("features_2", t))).transpose()?;
+        let mut out = dtype.at_least_f32();
         if let Some(teacher) = &teacher {
-            teacher.floating()?;
+            out = out.promote(teacher.floating()?.at_least_f32());
             teacher.same_device(&features)?;
             if matrix(teacher)?.0 != rows {
                 return Err(teacher.wrong(&format!("have {rows} rows as {} has", call.features.0)));
@@ -73,6 +76,7 @@ impl<'a> Inputs<'a> {
             memory,
             teacher,
             dtype,
+            out,
         })
     }
 

@@ -7,8 +7,9 @@ use crate::kernels::reid_loss::{CLAMP, OFFSET, SMALLEST_NORM};
 use crate::torch::Without;
 use tch::{Kind, Tensor};
 
-/// The same loss in libtorch operations. It has one product as well, and differentiates 2N pairs.
-pub fn composite(call: &Arguments<'_>, kind: Kind) -> Result<Tensor> {
+/// The same loss in libtorch operations: features in `kind`, a teacher's and the loss in `out`. It has one product as
+/// well, and differentiates 2N pairs.
+pub fn composite(call: &Arguments<'_>, kind: Kind, out: Kind) -> Result<Tensor> {
     let (u, v) = sides(
         call.features.1,
         call.memory.map(|(m, _)| m),
@@ -19,7 +20,7 @@ pub fn composite(call: &Arguments<'_>, kind: Kind) -> Result<Tensor> {
     let pairs = Pairs::mined(&u, &v, (labels, call.memory.map_or(labels, |(_, l)| l)))?;
     let reference = match (call.teacher, call.objective) {
         (Some(teacher), Objective::Taught) => {
-            let (w, _) = sides(&teacher.f_detach()?, None, call.normalize, kind)?;
+            let (w, _) = sides(&teacher.f_detach()?, None, call.normalize, out)?;
             let positive = distances(&w, &w, &pairs.positive.0)?;
             Some(
                 positive
@@ -29,7 +30,7 @@ pub fn composite(call: &Arguments<'_>, kind: Kind) -> Result<Tensor> {
         }
         _ => None,
     };
-    of_pairs(&u, &v, &pairs, call.objective, reference.as_ref(), kind)
+    of_pairs(&u, &v, &pairs, call.objective, reference.as_ref(), out)
 }
 
 /// The features and the memory, normalised if they are to be.
@@ -63,7 +64,7 @@ fn distances(u: &Tensor, v: &Tensor, index: &Tensor) -> Result<Tensor> {
     Ok(square.f_clamp_min(CLAMP)?.f_sqrt()?)
 }
 
-/// The loss of the pairs, differentiable with respect to `u` and `v`.
+/// The loss of the pairs in `kind`, differentiable with respect to `u` and `v`.
 pub fn of_pairs(
     u: &Tensor,
     v: &Tensor,

@@ -45,9 +45,9 @@ pub fn triplet(call: &Arguments<'_>) -> Result<Tensor> {
     if device::serves(&inputs) {
         return device::triplet(call, &inputs);
     }
-    let kind = inputs.dtype.at_least_f32().kind();
+    let (kind, out) = (inputs.dtype.at_least_f32().kind(), inputs.out.kind());
     if !inputs.fusible() {
-        return composite(call, kind);
+        return composite(call, kind, out);
     }
     let done = by_dtype!(inputs.dtype, E => fused::<E>(call, &inputs)?);
     if done.grads.iter().any(Option::is_some) {
@@ -57,9 +57,9 @@ pub fn triplet(call: &Arguments<'_>) -> Result<Tensor> {
             (call.objective, call.normalize, done.hardest, done.reference);
         let formula = Box::new(move |t: &[Tensor]| {
             let pairs = Pairs::of(&hardest, kind)?;
-            let reference = Tensor::f_from_slice(&reference)?.f_to_kind(kind)?;
+            let reference = Tensor::f_from_slice(&reference)?.f_to_kind(out)?;
             let (u, v) = sides(&t[0], t.get(1), normalize, kind)?;
-            of_pairs(&u, &v, &pairs, objective, Some(&reference), kind)
+            of_pairs(&u, &v, &pairs, objective, Some(&reference), out)
         });
         attach(
             c"TripletBackward",
@@ -159,7 +159,7 @@ where
         _ => Vec::new(),
     };
     let (value, pulls) = pair_loss(call.objective, &hardest, &reference, v.rows.rows());
-    let loss = scalar(value, inputs.dtype.at_least_f32())?;
+    let loss = scalar(value, inputs.out)?;
 
     let both = if memory.is_some() {
         Role::Anchors

@@ -25,6 +25,11 @@ def _scalar_like(features, *_):
     return (features.new_empty((), dtype=at_least_float32(features.dtype)),)
 
 
+def _soft_triplet_like(features, teacher, _, margin, *__):
+    dtype = features.dtype if margin is not None else torch.promote_types(features.dtype, teacher.dtype)
+    return (features.new_empty((), dtype=at_least_float32(dtype)),)
+
+
 _compiled_distances = define(
     "distances",
     "(Tensor x, Tensor y) -> Tensor",
@@ -86,7 +91,7 @@ _compiled_soft_triplet = register(
     "soft_triplet",
     "(Tensor features_1, Tensor? features_2, Tensor labels, float? margin, bool normalize_feature)",
     _core.soft_triplet,
-    _scalar_like,
+    _soft_triplet_like,
 )
 
 
