@@ -2,6 +2,7 @@ use super::{elements, number, tensor, without_gil};
 use crate::ops::pi_model::{self as ops, Mask, Reduction};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
+use pyo3::types::PyFloat;
 use pyo3_tch::PyTensor;
 
 const CLASS: &str = "L2ConsistencyLoss";
@@ -16,9 +17,15 @@ pub fn pi_model(
     reduction: &Bound<'_, PyAny>,
 ) -> PyResult<PyTensor> {
     let (p1, p2) = (tensor(CLASS, "p1", p1)?, tensor(CLASS, "p2", p2)?);
-    let mask = match mask.extract::<PyTensor>() {
-        Ok(tensor) => Mask::Tensor(tensor.0),
-        Err(_) => Mask::Number(number(CLASS, "mask", mask)?),
+    // The default is a number: to ask whether it is a tensor would write a message that nobody reads.
+    let tensor = if mask.is_instance_of::<PyFloat>() {
+        None
+    } else {
+        mask.extract::<PyTensor>().ok()
+    };
+    let mask = match tensor {
+        Some(tensor) => Mask::Tensor(tensor.0),
+        None => Mask::Number(number(CLASS, "mask", mask)?),
     };
     let reduction = parse(CLASS, reduction)?;
     without_gil(py, 2 * elements(&p1), move || {
