@@ -1,8 +1,8 @@
 """``python -m benches --device cuda``: the same cases on a device.
 
 By wall clock (with synchronisation) and by the device's events, with the launches that a step makes and the
-time that the host needs to make them. A copy of the inputs' first matrix, which reads and writes as many
-bytes as a loss and its gradient must, is one more limit.
+time that the host needs to make them. A copy, which reads and writes as many bytes as a loss and its
+gradients must, is one more limit.
 """
 
 import dataclasses
@@ -47,6 +47,8 @@ BARS: Mapping[tuple[str, str], Sequence[Bar]] = {
 #: Of every loss over rows, at a small shape, and at the largest against the copy.
 SMALL, SMALL_BARS = "(64, 100)", [faster(PLAIN, 4)]
 COPIED, COPY_BARS = "(65536, 1000)", [within(COPY, 1.5)]
+#: Losses that have no kernel on a device.
+COMPOSITES = ("cc_loss",)
 HEADS = ["", "", "", "wall", "device", "of ours", "launches", "host forward", "host backward"]
 
 
@@ -84,7 +86,7 @@ def run(methods: Iterable[Method], effort: Effort, device: str) -> list[Verdict]
 
 def _bars(stem: str, case: Case) -> list[Bar]:
     bars = list(BARS.get((stem, case.setting), ()))
-    if "B" in case.sizes:
+    if "B" in case.sizes and stem not in COMPOSITES:
         bars.append(faster(COMPILED, 1))
         bars += SMALL_BARS if case.setting.endswith(SMALL) else []
         bars += COPY_BARS if case.setting.endswith(COPIED) else []

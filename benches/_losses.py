@@ -105,8 +105,7 @@ def loss_case(
         providers = {name: step_of(function, tensors, differentiated) for name, function in there.items()}
         limit = step_of(lambda y, *_: F.cross_entropy(y, labels), tensors, [0])
         if device.type != "cpu":
-            copy, source = torch.empty_like(tensors[0]), tensors[0].clone()
-            providers[COPY] = Provider(lambda: copy.copy_(source), None)
+            providers[COPY] = copy_of_as_much(tensors, differentiated)
         return providers | {LIMIT: Provider(limit.step, None)}
 
     return Case(
@@ -118,6 +117,15 @@ def loss_case(
         loss=loss,
         sizes={"B": rows, "C": classes},
     )
+
+
+def copy_of_as_much(tensors: Sequence[torch.Tensor], differentiated: Sequence[int]) -> Provider:
+    """A copy that moves as many bytes as a loss must: it reads each matrix once, and writes a gradient for
+    each that is differentiated."""
+    moved = [x for x in tensors if x.is_floating_point()] + [tensors[k] for k in differentiated]
+    source = tensors[0].new_zeros(sum(x.numel() for x in moved) // 2)
+    copy = torch.empty_like(source)
+    return Provider(lambda: copy.copy_(source), None)
 
 
 def footprint(
