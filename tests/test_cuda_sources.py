@@ -16,6 +16,8 @@ from tllib_rs import _core
 CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
 DTYPES = ["float32", "float16", "bfloat16"]
 STEMS = sorted(path.stem for path in SOURCES.glob("*.cu"))
+#: The forms of a kernel, by the macro in common.cuh that makes them.
+FORMS = {"": (), "ROW_": ("128", "512", "1024", "4096", "any"), "FEW_ROWS_": ("128", "1024", "4096", "any")}
 #: What every loss goes through.
 EVERY_LOSS = ["test_losses.py", "test_on_device.py"]
 #: The tests that are run once more through the kernels: files, and which of them.
@@ -125,9 +127,8 @@ def test_methods_through_the_kernels(stem, emulator, tmp_path):
     launched = {line.split()[0] for line in launches.read_text().splitlines()}
     for own in (s for s in STEMS if s == stem or s.startswith(f"{stem}_")):
         source = (SOURCES / f"{own}.cu").read_text()
-        for kernel in re.findall(r"^(?:ROW_)?KERNEL\((?:\d+, )?(\w+)", source, re.MULTILINE):
-            forms = [f"{kernel}_{form}" for form in ("128", "1024", "4096", "any")]
-            expected = forms if f"ROW_KERNEL({kernel}," in source else [kernel]
+        for macro, kernel in re.findall(r"^(\w*)KERNEL\((?:\d+, )?(\w+)", source, re.MULTILINE):
+            expected = [f"{kernel}_{form}" for form in FORMS[macro]] or [kernel]
             # A source that does not name its element type is launched as float32.
             elements = ELEMENTS if re.search(r"\bE\b", source) else ("f32",)
             names = [f"{own}/{e}/{k}" for e in elements for k in expected]

@@ -3,6 +3,8 @@
 On a machine with a GPU they run there. Without one, tests/test_cuda_sources.py runs them on the CPU."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,8 +28,10 @@ every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 
 DEVICE = "cpu" if EMULATED else "cuda"
 #: One for each form of a kernel over rows, and a batch that is more than the blocks of a grid.
-SHAPES = [(9, 100), (300, 7), (7, 345), (5, 1500), (3, 5003)]
+SHAPES = [(9, 100), (300, 7), (7, 345), (6, 1000), (5, 1500), (3, 5003)]
 every_form = pytest.mark.parametrize("shape", SHAPES, ids=str)
+#: Losses that are means over rows of logits.
+LOGITS = ("uda", "pseudo_label", "reid_cross_entropy", "label_smooth", "dst")
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -56,6 +60,61 @@ def test_every_form(loss, generator, dtype, shape):
         errors = [(a.double() - b).abs().max() / b.abs().max().clamp_min(1e-12) for a, b in pairs]
         rounding = max(rounding, 4 * float(max(errors)))
     assert_agree(got, expected, dtype, rounding)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_gradient_of_the_loss_itself(loss, generator, dtype):
+    """It is the stored one, which stays as it is."""
+    exact, typed = made(loss, generator, dtype, 9, 101)
+    expected = run(loss, loss.plain, exact, weight=1.0)
+    assert_agree(on_cpu(run(loss, loss.ours, typed, weight=1.0)), expected, dtype, 4 * ROUNDING[dtype])
+
+
+#: Losses whose gradient is 0 in rows that are not selected.
+SELECTING = [loss for loss in LOSSES if loss.name in ("uda", "pseudo_label")]
+#: So large that backward is told of such rows, emulated or not: rows of whole 16 bytes, and others.
+LARGE = [(700, 100), (700, 101)] if EMULATED else [(44_000, 100), (44_000, 101)]
+
+
+@pytest.mark.parametrize("loss", SELECTING, ids=repr)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_large_gradients_that_are_zero_in_some_rows(loss, generator, dtype, shape):
+    exact, typed = made(loss, generator, dtype, *shape)
+    for weight in (1.0, 0.37):
+        expected = run(loss, loss.plain, exact, weight)
+        # A row at the threshold may be selected in one precision and not in the other.
+        got = on_cpu(run(loss, loss.ours, typed, weight))
+        zero = got[1][0].eq(0).all(dim=1)
+        assert 0 < zero.sum() < shape[0]
+        same = zero == expected[1][0].eq(0).all(dim=1)
+        assert same.float().mean() > 0.98
+        if same.all():
+            assert_agree(got, expected, dtype, 4 * ROUNDING[dtype])
+    # Whatever the incoming gradient is, it is the gradient of a product.
+    _, (grad,) = on_cpu(run(loss, loss.ours, typed, weight=torch.inf))
+    assert grad[zero].isnan().all()
+    assert not grad[~zero].isfinite().any()
+
+
+@every_form
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in LOGITS], ids=repr)
+def test_logits_that_are_not_finite(loss, generator, shape):
+    """What becomes NaN or infinite, becomes so: by row, wherever in the row it is."""
+    inputs = [x.float() if x.is_floating_point() else x for x in loss.inputs(generator, *shape)]
+    last = shape[1] - 1
+    for x in (x for x in inputs if x.dim() == 2):
+        x[0, last] = -torch.inf
+        x[1, 0] = torch.inf
+        x[2] = -torch.inf
+    at = [(k, row) for k, x in enumerate(inputs) if x.dim() == 2 for row in range(3)]
+    for k, row in at:
+        one = [x[row : row + 1] if n == k else x[-1:] for n, x in enumerate(inputs)]
+        expected = run(loss, loss.plain, leaves(loss, one, torch.float32))
+        got = run(loss, loss.ours, leaves(loss, [x.to(DEVICE) for x in one], torch.float32))
+        for a, b in zip([got[0], *got[1]], [expected[0], *expected[1]], strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 @every_loss
@@ -243,3 +302,79 @@ def test_a_device_that_is_not_the_current_one(loss, generator):
         got = run(loss, loss.ours, moved)
     assert got[0].device.index == 1
     assert_agree(on_cpu(got), on_cpu(expected), torch.float32, 1e-6)
+
+
+@gpu
+@every_loss
+def test_backward_that_is_captured_alone_can_be_replayed(loss, generator):
+    """A second replay gives what the first gave: nothing was scaled twice."""
+    _, inputs = made(loss, generator, torch.float16, 64, 31)
+    expected = run(loss, loss.ours, inputs)[1]
+    wanted = [x for x in inputs if x.requires_grad]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        value = (0.37 * loss.first(loss.ours(*inputs))).sum()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        grads = torch.autograd.grad(value, wanted)
+    for _ in range(2):
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(grads, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@gpu
+@every_loss
+def test_compiled_with_graphs(loss, generator):
+    """Where everything that is kept must be memory that the graph knows."""
+    _, inputs = made(loss, generator, torch.float32, 64, 31)
+    compiled = torch.compile(loss.ours, mode="reduce-overhead")
+    expected = run(loss, loss.ours, inputs)
+    for _ in range(4):  # a first run, one that is recorded, and replays
+        torch.compiler.cudagraph_mark_step_begin()
+        value, grads = run(loss, compiled, inputs)
+        assert_agree((value.clone(), [g.clone() for g in grads]), expected, torch.float32, 1e-6)
+
+
+FIRST_CALL = """
+import torch
+from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
+
+y, target = (torch.randn(40, 300, device="cuda") for _ in range(2))
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    values = MinimumClassConfusionLoss(2.0)(y), StrongWeakConsistencyLoss(0.0, 1.0)(y, target)
+graph.replay()
+torch.cuda.synchronize()
+print([v.item() == f(*x).item() for v, f, x in zip(
+    values, (MinimumClassConfusionLoss(2.0), StrongWeakConsistencyLoss(0.0, 1.0)), ((y,), (y, target))
+)])
+"""
+
+
+@gpu
+@pytest.mark.parametrize("damage", [None, 0, 7, 1000], ids=lambda n: f"files of {n} bytes" if n else f"{n}")
+def test_first_call_of_a_process_is_captured(damage, tmp_path):
+    """Code is loaded while a graph is captured; and where the files that keep it were cut off, made again."""
+
+    def called():
+        environment = os.environ | {"TLLIB_RS_CACHE": str(tmp_path)}
+        command = [sys.executable, "-c", FIRST_CALL]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    first = called()
+    assert first.stdout.strip() == "[True, True]", first.stderr[-2000:]
+    kept = sorted(tmp_path.iterdir())
+    sizes = [file.stat().st_size for file in kept]
+    assert [file.suffix for file in kept] == [".bin"] * 2
+    if damage is None:
+        return
+    for file in kept:
+        file.write_bytes(file.read_bytes()[:damage])
+    again = called()
+    assert again.stdout.strip() == "[True, True]", again.stderr[-2000:]
+    assert [file.stat().st_size for file in kept] == sizes

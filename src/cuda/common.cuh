@@ -19,6 +19,18 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
   return bits;
 }
 #endif
+// One instruction for the next two, where there is one.
+#if !defined(TLLIB_ON_CPU) && __CUDA_ARCH__ >= 800
+#define TLLIB_EXTREME(instruction, a, b, otherwise)                       \
+  float extreme;                                                          \
+  asm(instruction ".NaN.f32 %0, %1, %2;" : "=f"(extreme) : "f"(a), "f"(b)); \
+  return extreme
+#else
+#define TLLIB_EXTREME(instruction, a, b, otherwise) return otherwise
+#endif
+// NaN wins, as in torch.
+__device__ __forceinline__ float larger(float a, float b) { TLLIB_EXTREME("max", a, b, (b <= a || a != a) ? a : b); }
+__device__ __forceinline__ float smaller(float a, float b) { TLLIB_EXTREME("min", a, b, (b >= a || a != a) ? a : b); }
 
 struct f32 { float value; };
 struct f16 { unsigned short bits; };
@@ -46,9 +58,13 @@ __device__ __forceinline__ float rounded(float x) {
 __device__ __forceinline__ float nan32() { return __uint_as_float(0x7fc00000u); }
 __device__ __forceinline__ float infinity32() { return __uint_as_float(0x7f800000u); }
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) < infinity32(); }
-// NaN wins, as in torch.
-__device__ __forceinline__ float larger(float a, float b) { return (b <= a || a != a) ? a : b; }
-__device__ __forceinline__ float smaller(float a, float b) { return (b >= a || a != a) ? a : b; }
+
+// N elements that are read or written at once, 16 bytes at a time where there are as many.
+template <typename T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  T at[N];
+  __device__ static __forceinline__ bool fits(const void* p) { return (unsigned long long)p % alignof(Pack) == 0; }
+};
 
 // A scalar, or numbers that follow each other, of a dtype that is known on the host only. Mirrored by
 // `Scalar` in src/cuda/args.rs.
@@ -94,25 +110,41 @@ struct Smallest {
   template <typename T> __device__ static T identity() { return infinity32(); }
 };
 
-template <typename Op, typename T>
+// Over LANES neighbours, a power of two; all get the result, in an order that does not vary.
+template <typename Op, int LANES = WARP, typename T>
 __device__ __forceinline__ T across_warp(T x) {
 #pragma unroll
-  for (int step = WARP / 2; step > 0; step /= 2) x = Op::of(x, __shfl_xor_sync(ALL, x, step));
+  for (int step = LANES / 2; step > 0; step /= 2) x = Op::of(x, __shfl_xor_sync(ALL, x, step));
   return x;
 }
 
-// All threads of the block must call it; all get the result, in an order that does not vary.
-template <typename Op, typename T>
-__device__ T across_block(T x) {
-  __shared__ T of_warp[WARP];
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
-  x = across_warp<Op>(x);
-  if (lane == 0) of_warp[warp] = x;
+// Of each x[n] over the block, which has WARPS warps, or any number where that is 0. All threads of the block must
+// call it; all get the results, in an order that does not vary.
+template <typename Op, int WARPS, int N, typename T>
+__device__ __forceinline__ void across_block(T (&x)[N]) {
+  __shared__ T of_warp[N][WARPS > 0 ? WARPS : WARP];
+  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    x[n] = across_warp<Op>(x[n]);
+    if (lane == 0) of_warp[n][warp] = x[n];
+  }
   __syncthreads();
-  x = lane < warps ? of_warp[lane] : Op::template identity<T>();
-  x = across_warp<Op>(x);
+#pragma unroll
+  for (int n = 0; n < N; ++n) {
+    if constexpr (WARPS > 0) {
+      x[n] = across_warp<Op, WARPS>(of_warp[n][lane % WARPS]);
+    } else {
+      x[n] = across_warp<Op>(lane < blockDim.x / WARP ? of_warp[n][lane] : Op::template identity<T>());
+    }
+  }
   __syncthreads();  // of_warp may be written again
-  return x;
+}
+template <typename Op, int WARPS = 0, typename T>
+__device__ __forceinline__ T across_block(T x) {
+  T only[1] = {x};
+  across_block<Op, WARPS>(only);
+  return only[0];
 }
 
 // Adds up what threads of the same place in their warps have, into those of the first warp; in an order that
@@ -142,7 +174,17 @@ struct Group {
   template <typename Op, typename T>
   __device__ static __forceinline__ T reduce(T x) {
     if constexpr (SIZE == WARP) return across_warp<Op>(x);
-    else return across_block<Op>(x);
+    else return across_block<Op, SIZE / WARP>(x);
+  }
+  // Several at once, which takes hardly longer than one.
+  template <typename Op, int N, typename T>
+  __device__ static __forceinline__ void reduce(T (&x)[N]) {
+    if constexpr (SIZE == WARP) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) x[n] = across_warp<Op>(x[n]);
+    } else {
+      across_block<Op, SIZE / WARP>(x);
+    }
   }
   template <typename T> __device__ static __forceinline__ T sum(T x) { return reduce<Add>(x); }
   __device__ static __forceinline__ float max(float x) { return reduce<Largest>(x); }
@@ -157,20 +199,40 @@ template <int SIZE> __device__ __forceinline__ i64 step_rows() {
   return (i64)gridDim.x * Group<SIZE>::rows();
 }
 
-// Runs f(k, c) for this thread's columns c; k counts them. KEEP > 0 promises at most KEEP * SIZE columns,
-// and unrolls, so that arrays that k indexes stay in registers.
-template <int SIZE, int KEEP, typename F>
-__device__ __forceinline__ void columns(int cols, F f) {
+// Columns of a thread that are read at once, where a row is not held.
+const int TOGETHER = 4;
+
+// Runs f(k, c, there) for this thread's columns c, and for places beyond the last one, with `there` false: to ask at
+// each takes more instructions than most of what f does. KEEP > 0 promises at most KEEP * SIZE columns; all is
+// unrolled then, so that arrays that k indexes, which counts the columns, stay in registers. With KEEP = 0 k is below
+// TOGETHER, and the rows that f reads are to be named: so many of their columns are read before f is called for them.
+template <int SIZE, int KEEP, typename F, typename... Rows>
+__device__ __forceinline__ void places(int cols, F f, Rows&... read) {
   const int lane = Group<SIZE>::lane();
   if constexpr (KEEP > 0) {
+    int left = cols - lane;
+    // A number of its own in each sweep: the compiler would keep what it once found of the same one for all others,
+    // in bits of registers, and take them out again at twice the cost.
+    asm volatile("" : "+r"(left));
 #pragma unroll
-    for (int k = 0; k < KEEP; ++k) {
-      const int c = lane + k * SIZE;
-      if (c < cols) f(k, c);
-    }
+    for (int k = 0; k < KEEP; ++k) f(k, lane + k * SIZE, left > k * SIZE);
   } else {
-    for (int c = lane; c < cols; c += SIZE) f(0, c);
+    for (int from = lane; from < cols; from += TOGETHER * SIZE) {
+      (read.fetch(from, cols), ...);
+#pragma unroll
+      for (int k = 0; k < TOGETHER; ++k) f(k, from + k * SIZE, from + k * SIZE < cols);
+    }
   }
+}
+// Runs f(k, c) for those that are there.
+template <int SIZE, int KEEP, typename F, typename... Rows>
+__device__ __forceinline__ void columns(int cols, F f, Rows&... read) {
+  places<SIZE, KEEP>(
+      cols,
+      [&](int k, int c, bool there) {
+        if (there) f(k, c);
+      },
+      read...);
 }
 
 // A matrix with strides in elements. Mirrored by `Matrix` in src/cuda/args.rs.
@@ -188,41 +250,100 @@ struct Labels {
   __device__ __forceinline__ i64 at(i64 i) const { return data[i * stride]; }
 };
 
-// One row as a thread of its group sees it: held in registers (KEEP > 0), or read again each time.
+// One row as a thread of its group sees it: held in registers (KEEP > 0), or read again in each sweep, TOGETHER columns
+// at a time. Places that are no columns have `pad`.
 template <typename T, int SIZE, int KEEP>
 struct Row {
   const T* data;
   i64 stride;
-  float kept[KEEP > 0 ? KEEP : 1];
+  float pad;
+  float kept[KEEP > 0 ? KEEP : TOGETHER];
 
-  __device__ __forceinline__ Row(const Matrix<T>& of, i64 i, int cols)
-      : data(of.data + i * of.row), stride(of.col) {
+  __device__ __forceinline__ Row(const Matrix<T>& of, i64 i, int cols, float pad = -infinity32())
+      : data(of.data + i * of.row), stride(of.col), pad(pad) {
     if constexpr (KEEP > 0) {
-      columns<SIZE, KEEP>(cols, [&](int k, int c) { kept[k] = load(data[c * stride]); });
+      const T* first = data + Group<SIZE>::lane() * stride;
+      if (stride == 1) {  // one address, and constants
+        places<SIZE, KEEP>(cols, [&](int k, int, bool there) { kept[k] = there ? load(first[k * SIZE]) : pad; });
+      } else {
+        const i64 step = SIZE * stride;
+        places<SIZE, KEEP>(cols, [&](int k, int, bool there) {
+          kept[k] = there ? load(*first) : pad;
+          first += step;
+        });
+      }
     }
   }
-  __device__ __forceinline__ float at(int k, int c) const {
-    if constexpr (KEEP > 0) return kept[k];
-    else return again(c);
+  // Where it is not held: the columns from `from` on.
+  __device__ __forceinline__ void fetch(int from, int cols) {
+    if constexpr (KEEP == 0) {
+      const T* first = data + from * stride;
+      const i64 step = SIZE * stride;
+#pragma unroll
+      for (int k = 0; k < TOGETHER; ++k) kept[k] = from + k * SIZE < cols ? load(first[k * step]) : pad;
+    }
   }
+  __device__ __forceinline__ float at(int k) const { return kept[k]; }
   // From memory, for any column and by any thread.
   __device__ __forceinline__ float again(int c) const { return load(data[c * stride]); }
+  // e^{(z_c - max) times}. A row that is held has it in the place of z_c from then on.
+  __device__ __forceinline__ float exponential(int k, float max, float times = 1) {
+    const float x = expf((at(k) - max) * times);
+    if constexpr (KEEP > 0) kept[k] = x;
+    return x;
+  }
+  // The same in a later sweep.
+  __device__ __forceinline__ float held_exponential(int k, float max, float times = 1) const {
+    if constexpr (KEEP > 0) return kept[k];
+    else return expf((at(k) - max) * times);
+  }
 };
 
-// max_c z_c, NaN where one is.
+// This thread's part of max_c z_c, NaN where one is.
 template <int SIZE, int KEEP, typename R>
-__device__ __forceinline__ float row_max(const R& z, int cols) {
+__device__ __forceinline__ float own_max(R& z, int cols) {
   float max = -infinity32();
-  columns<SIZE, KEEP>(cols, [&](int k, int c) { max = larger(max, z.at(k, c)); });
-  return Group<SIZE>::max(max);
+  places<SIZE, KEEP>(cols, [&](int k, int, bool) { max = larger(max, z.at(k)); }, z);
+  return max;
+}
+template <int SIZE, int KEEP, typename R>
+__device__ __forceinline__ float row_max(R& z, int cols) {
+  return Group<SIZE>::max(own_max<SIZE, KEEP>(z, cols));
 }
 
-// sum_c e^{(z_c - max) times}
+// A row's maximum, and sum_c e^{(z_c - max) times} over all columns but one.
+struct Normalizer { float max, sum; };
+
+// In registers, the exponentials are held from then on; those of places that are no columns are 0.
 template <int SIZE, int KEEP, typename R>
-__device__ __forceinline__ float row_sum_exp(const R& z, int cols, float max, float times) {
-  float sum = 0;
-  columns<SIZE, KEEP>(cols, [&](int k, int c) { sum += expf((z.at(k, c) - max) * times); });
-  return Group<SIZE>::sum(sum);
+__device__ __forceinline__ Normalizer normalizer(R& z, int cols, float times = 1, int except = -1) {
+  if constexpr (KEEP > 0) {
+    const float max = row_max<SIZE, KEEP>(z, cols);
+    float sum = 0;
+    places<SIZE, KEEP>(cols, [&](int k, int c, bool) {
+      const float x = z.exponential(k, max, times);
+      if (c != except) sum += x;
+    });
+    return {max, Group<SIZE>::sum(sum)};
+  } else {
+    // In one sweep: a sum is multiplied when its maximum grows, which is seldom.
+    float max = -infinity32(), sum = 0;
+    for (int from = Group<SIZE>::lane(); from < cols; from += TOGETHER * SIZE) {
+      z.fetch(from, cols);
+      float top = max;
+#pragma unroll
+      for (int k = 0; k < TOGETHER; ++k) top = larger(top, z.at(k));
+      if (top == -infinity32()) continue;  // nothing yet: these add 0, or the row is one that has no maximum
+      if (top != max) sum *= expf((max - top) * times);
+      max = top;
+#pragma unroll
+      for (int k = 0; k < TOGETHER; ++k) {
+        if (from + k * SIZE != except) sum += z.held_exponential(k, max, times);
+      }
+    }
+    const float all = Group<SIZE>::max(max);
+    return {all, Group<SIZE>::sum(sum * expf((max - all) * times))};
+  }
 }
 
 // ---- sums over the grid ------------------------------------------------------------------------
@@ -252,18 +373,17 @@ __device__ __forceinline__ bool last_block(unsigned* done) {
 // is the total; in an order that does not depend on which block it was. All threads must call it.
 template <int N>
 __device__ bool gathered(const Gathering& g, double (&own)[N]) {
-  for (int n = 0; n < N; ++n) own[n] = across_block<Add>(own[n]);
+  across_block<Add, 0>(own);
   if (threadIdx.x == 0) {
     for (int n = 0; n < N; ++n) g.partials[(i64)blockIdx.x * N + n] = own[n];
   }
   if (!last_block(g.done)) return false;
-  for (int n = 0; n < N; ++n) {
-    double sum = 0;
-    for (i64 b = threadIdx.x; b < gridDim.x; b += blockDim.x) {
-      sum += ((volatile double*)g.partials)[b * N + n];
-    }
-    own[n] = across_block<Add>(sum);
+  for (int n = 0; n < N; ++n) own[n] = 0;
+#pragma unroll 4
+  for (i64 b = threadIdx.x; b < gridDim.x; b += blockDim.x) {
+    for (int n = 0; n < N; ++n) own[n] += ((volatile double*)g.partials)[b * N + n];
   }
+  across_block<Add, 0>(own);
   return true;
 }
 
@@ -274,15 +394,29 @@ template <int SIZE> __device__ __forceinline__ double once(float x) {
 
 // ---- kernels -----------------------------------------------------------------------------------
 
-// A kernel `name` that takes one struct by value, for blocks of at most `threads` threads.
-#ifndef TLLIB_ON_CPU
-#define KERNEL(threads, name, Args, call) \
-  extern "C" __global__ void __launch_bounds__(threads, 1) name(const Args args) { call; }
+// A kernel `name` that takes one struct by value, for blocks of at most `threads` threads, of which a multiprocessor
+// holds at least `blocks`.
+#ifdef TLLIB_ON_CPU
+#define RESIDENT_KERNEL(threads, blocks, name, Args, call) KERNEL(threads, name, Args, call)
+#else
+#define RESIDENT_KERNEL(threads, blocks, name, Args, call) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Args args) { call; }
+#define KERNEL(threads, name, Args, call) RESIDENT_KERNEL(threads, 1, name, Args, call)
 #endif
 
 // The forms of a kernel `template <int SIZE, int KEEP> void name(const Args&)` over rows, by the number of
-// columns. Mirrored by `Form` in src/cuda/plan.rs.
-#define ROW_KERNEL(name, Args)                          \
+// columns: a warp for each row as long as its registers hold it. What a row costs besides its columns, and threads
+// each pay, is shared by as many columns as can be. Mirrored by `ROWS` in src/cuda/plan.rs.
+#define ROW_KERNEL(name, Args)                                       \
+  KERNEL(256, name##_128, Args, (name<32, 4>(args)))                 \
+  RESIDENT_KERNEL(128, 6, name##_512, Args, (name<32, 16>(args)))    \
+  RESIDENT_KERNEL(128, 4, name##_1024, Args, (name<32, 32>(args)))   \
+  RESIDENT_KERNEL(128, 4, name##_4096, Args, (name<128, 32>(args)))  \
+  KERNEL(1024, name##_any, Args, (name<1024, 0>(args)))
+
+// The forms of one that holds more than a row for each column, or has few rows: more threads for each. Mirrored by
+// `FEW_ROWS` in src/cuda/plan.rs.
+#define FEW_ROWS_KERNEL(name, Args)                     \
   KERNEL(256, name##_128, Args, (name<32, 4>(args)))    \
   KERNEL(128, name##_1024, Args, (name<128, 8>(args)))  \
   KERNEL(512, name##_4096, Args, (name<512, 8>(args)))  \

@@ -83,7 +83,7 @@ pub fn compile(source: Source, dtype: Dtype, capability: (i32, i32)) -> Result<C
     })
 }
 
-/// The options that decide what the code is. Exponentials and divisions stay exact ones; no `fast-math`.
+/// The options that decide what the code is. No `fast-math`: exponentials and divisions stay exact ones.
 fn options(dtype: Dtype, architecture: &Architecture) -> Vec<String> {
     let mut options = vec![
         format!("--gpu-architecture={}", architecture.name()),

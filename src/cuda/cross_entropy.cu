@@ -28,24 +28,28 @@ __device__ __forceinline__ void soft(const Soft& a) {
   const float weight = a.rows.weight;
   double total[1] = {0};
   for (i64 i = first_row<SIZE>(); i < a.rows.count; i += step_rows<SIZE>()) {
-    const Row<E, SIZE, KEEP> z(a.rows.logits, i, cols), y(a.targets, i, cols);
-    const float z_max = row_max<SIZE, KEEP>(z, cols), y_max = row_max<SIZE, KEEP>(y, cols);
-    float terms = 0, y_total = 0;
-    columns<SIZE, KEEP>(cols, [&](int k, int c) {
-      const float q = expf(y.at(k, c) - y_max);
-      y_total += q;
-      terms += q * (z.at(k, c) - z_max);
-    });
-    const float z_total = row_sum_exp<SIZE, KEEP>(z, cols, z_max, 1);
-    y_total = Group<SIZE>::sum(y_total);
-    terms = Group<SIZE>::sum(terms);
-    total[0] += once<SIZE>(logf(z_total) - terms / y_total);
+    Row<E, SIZE, KEEP> z(a.rows.logits, i, cols), y(a.targets, i, cols);
+    float maxima[2] = {own_max<SIZE, KEEP>(z, cols), own_max<SIZE, KEEP>(y, cols)};
+    Group<SIZE>::template reduce<Largest>(maxima);
+    const float z_max = maxima[0], y_max = maxima[1];
+    float sums[3] = {0, 0, 0};
+    const auto sum = [&](int k, int, bool there) {
+      const float shifted = z.at(k) - z_max, q = y.exponential(k, y_max);
+      sums[0] += z.exponential(k, z_max);
+      sums[1] += q;
+      sums[2] += there ? q * shifted : 0;
+    };
+    places<SIZE, KEEP>(cols, sum, z, y);
+    Group<SIZE>::template reduce<Add>(sums);
+    const float z_total = sums[0], y_total = sums[1];
+    total[0] += once<SIZE>(logf(z_total) - sums[2] / y_total);
     if (!a.rows.grad) continue;
     E* grad = a.rows.grad + i * cols;
     const float of_p = weight / z_total, of_q = weight / y_total;
-    columns<SIZE, KEEP>(cols, [&](int k, int c) {
-      store(grad[c], expf(z.at(k, c) - z_max) * of_p - expf(y.at(k, c) - y_max) * of_q);
-    });
+    const auto difference = [&](int k, int c) {
+      store(grad[c], z.held_exponential(k, z_max) * of_p - y.held_exponential(k, y_max) * of_q);
+    };
+    columns<SIZE, KEEP>(cols, difference, z, y);
   }
   finish(a.rows, total);
 }
@@ -63,18 +67,17 @@ __device__ __forceinline__ void smooth(const Smooth& a) {
   const float weight = a.rows.weight;
   double total[1] = {0};
   for (i64 i = first_row<SIZE>(); i < a.rows.count; i += step_rows<SIZE>()) {
-    const Row<E, SIZE, KEEP> z(a.rows.logits, i, cols);
-    const float max = row_max<SIZE, KEEP>(z, cols);
+    Row<E, SIZE, KEEP> z(a.rows.logits, i, cols);
     const i64 given = a.labels.at(i);
     // No check of the labels could be reported without a wait. A label that is none makes the loss and
     // the gradient of its row NaN; in torch's operations it would end the context.
     const bool known = given >= 0 && given < cols;
     const int label = known ? (int)given : 0;
     const float z_label = known ? z.again(label) : nan32();
-    const Split row = split<SIZE, KEEP>(z, cols, max, label, z_label);
-    float shifted = 0;
-    columns<SIZE, KEEP>(cols, [&](int k, int c) { shifted += z.at(k, c) - max; });
+    float max = row_max<SIZE, KEEP>(z, cols), shifted = 0;
+    places<SIZE, KEEP>(cols, [&](int k, int, bool there) { shifted += there ? z.at(k) - max : 0; }, z);
     shifted = Group<SIZE>::sum(shifted);
+    const Split row = split<SIZE, KEEP>(z, cols, label, z_label, max);
     // Without smoothing rest is 0, and 0 times an infinite logarithm is NaN, as in tllib.
     total[0] += once<SIZE>(a.mass * row.log_total() - a.hit * (z_label - max) - a.rest * shifted);
     if (!a.rows.grad) continue;
@@ -84,9 +87,10 @@ __device__ __forceinline__ void smooth(const Smooth& a) {
     // S (p - 1) + (S - t): 1 - p keeps its digits where p is near 1.
     const float at_label = p < 0.5f ? a.mass * p - a.hit - a.rest
                                     : (cols - 1) * a.rest - a.mass * row.remainder();
-    columns<SIZE, KEEP>(cols, [&](int k, int c) {
-      store(grad[c], c == label ? weight * at_label : expf(z.at(k, c) - max) * of_p - constant);
-    });
+    const auto gradient = [&](int k, int c) {
+      store(grad[c], c == label ? weight * at_label : z.held_exponential(k, max) * of_p - constant);
+    };
+    columns<SIZE, KEEP>(cols, gradient, z);
   }
   finish(a.rows, total);
 }

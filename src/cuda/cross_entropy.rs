@@ -2,7 +2,7 @@
 
 use super::args::{self, Args, Gathering, Labels, Matrix, Partials, Scalar};
 use super::device::Stream;
-use super::plan::plan;
+use super::plan::{ROWS, over_rows};
 use super::stored_scale;
 use crate::error::Result;
 use crate::torch::Dtype;
@@ -92,12 +92,18 @@ unsafe fn launch<A: Args>(
 ) -> Result<Outputs> {
     let (rows, cols) = logits.matrix()?;
     let stream = Stream::current(logits.device())?;
-    let plan = plan(&stream, rows, cols);
+    let over = over_rows(
+        &stream,
+        ("cross_entropy", kernel),
+        &ROWS,
+        dtype,
+        (rows, cols),
+    )?;
     let weight = 1.0 / rows as f64;
     let scale = stored_scale(dtype, weight * bound);
     let grad = stream.gradient(logits, dtype)?;
     let loss = stream.empty(&[], out.kind())?;
-    let partials = Partials::new(&stream, plan.grid, 1)?;
+    let partials = Partials::new(&stream, over.grid, 1)?;
     let args = args(Rows {
         logits: Matrix::of(logits)?,
         count: rows as i64,
@@ -108,6 +114,6 @@ unsafe fn launch<A: Args>(
         gathering: partials.args(),
     });
     // SAFETY: per contract; the gradient is as large as the logits, and all tensors are alive.
-    unsafe { stream.launch(plan.launch("cross_entropy", kernel, dtype), &args)? };
-    Ok((loss, grad.map(|tensor| StoredGrad::new(tensor, scale))))
+    unsafe { stream.launch(over, &args)? };
+    Ok((loss, stream.stored(grad, scale)))
 }

@@ -6,6 +6,7 @@ use super::emulator::Emulator;
 use super::modules;
 use crate::error::Result;
 use crate::torch::Dtype;
+use crate::torch::autograd::StoredGrad;
 use crate::torch::device::{cuda_stream, upload};
 use crate::torch::input::Input;
 use std::collections::HashMap;
@@ -14,10 +15,15 @@ use std::mem::ManuallyDrop;
 use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
+/// Threads that an emulated device holds at once: a few blocks, so that sums over a grid are tried.
+const EMULATED: u32 = 4 * 1024;
+
 /// Where kernels are launched.
 pub struct Stream {
     device: Device,
     runs_on: RunsOn,
+    /// The graph that launches are recorded into, if they are.
+    capture: Option<u64>,
 }
 
 #[derive(Clone, Copy)]
@@ -66,17 +72,21 @@ impl Counter {
 impl Stream {
     /// torch's current stream on `device`.
     pub fn current(device: Device) -> Result<Self> {
-        let runs_on = match (Emulator::loaded()?, device) {
-            (Some(emulator), _) => RunsOn::Emulator(emulator),
-            (None, Device::Cuda(index)) => RunsOn::Device {
-                context: Context::of(index)?,
-                stream: Handle(cuda_stream(index)?),
-            },
+        let (runs_on, capture) = match (Emulator::loaded()?, device) {
+            (Some(emulator), _) => (RunsOn::Emulator(emulator), None),
+            (None, Device::Cuda(index)) => {
+                let (context, stream) = (Context::of(index)?, Handle(cuda_stream(index)?));
+                (RunsOn::Device { context, stream }, context.capture(stream)?)
+            }
             (None, device) => {
                 return Err(super::failed(&format!("{device:?} runs no kernels")));
             }
         };
-        Ok(Self { device, runs_on })
+        Ok(Self {
+            device,
+            runs_on,
+            capture,
+        })
     }
 
     /// Memory of this device, its contents arbitrary.
@@ -92,6 +102,21 @@ impl Stream {
             .transpose()
     }
 
+    /// [`StoredGrad::chosen`] of a gradient of `rows` rows, where it is large.
+    pub fn chosen(&self, grad: Option<&Tensor>, rows: usize) -> Result<Option<Tensor>> {
+        grad.filter(|grad| self.outgrown_by(grad.numel()))
+            .map(|_| self.empty(&[rows as i64], Kind::Uint8))
+            .transpose()
+    }
+
+    /// A gradient that a launch on this stream wrote, times `scale`.
+    pub fn stored(&self, grad: Option<Tensor>, scale: f64) -> Option<StoredGrad> {
+        grad.map(|tensor| StoredGrad {
+            capture: self.capture,
+            ..StoredGrad::new(tensor, scale)
+        })
+    }
+
     /// A counter of blocks that is 0, and will be again when the launch that uses it has run.
     ///
     /// Launches on one stream follow each other and share one. A captured launch gets one of its own, set
@@ -99,7 +124,7 @@ impl Stream {
     pub fn counter(&self) -> Result<Counter> {
         static COUNTERS: Mutex<Option<HashMap<(i64, usize), Handle>>> = Mutex::new(None);
         let locked = || COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.capturing()? {
+        if self.capture.is_some() {
             return Ok(Counter::Own(self.zero()?));
         }
         let key = self.key();
@@ -130,12 +155,9 @@ impl Stream {
         }
     }
 
-    /// Whether launches are recorded into a graph.
-    pub fn capturing(&self) -> Result<bool> {
-        match self.runs_on {
-            RunsOn::Device { context, stream } => context.capturing(stream),
-            RunsOn::Emulator(_) => Ok(false),
-        }
+    /// The graph that launches are recorded into, if they are.
+    pub fn capture(&self) -> Option<u64> {
+        self.capture
     }
 
     /// A copy of `words` in memory of this device, made when the stream comes to it: nobody waits. In a
@@ -148,13 +170,28 @@ impl Stream {
         }
     }
 
-    /// How many threads the device holds at once.
+    /// How many threads the device holds at once, of kernels that take as few registers as that needs.
     pub fn threads_at_once(&self) -> u32 {
         match self.runs_on {
             RunsOn::Device { context, .. } => context.threads_at_once(),
-            // A few blocks, so that sums over a grid are tried.
-            RunsOn::Emulator(_) => 4 * 1024,
+            RunsOn::Emulator(_) => EMULATED,
         }
+    }
+
+    /// How many blocks of a launch the device holds at once, whatever its grid.
+    pub fn resident(&self, launch: &Launch) -> Result<u32> {
+        Ok(match self.runs_on {
+            RunsOn::Device { context, .. } => modules::function(context, launch)?.resident,
+            RunsOn::Emulator(_) => EMULATED / launch.block,
+        }
+        .max(1))
+    }
+
+    /// Whether that many elements are more than the device keeps at hand between one launch and the next, so that
+    /// to spare reading them is worth more than what else it costs.
+    pub fn outgrown_by(&self, elements: usize) -> bool {
+        // An H200's cache has 50 MB, and it holds 270,336 threads at once.
+        elements / 16 > self.threads_at_once() as usize
     }
 
     /// Blocks of `threads` threads where there is `work` for as many: at most those that the device holds at
@@ -173,7 +210,7 @@ impl Stream {
         let pointer = std::ptr::from_ref(args).cast_mut().cast::<c_void>();
         match self.runs_on {
             RunsOn::Device { context, stream } => {
-                let function = modules::function(context, &launch)?;
+                let function = modules::function(context, &launch)?.handle;
                 // SAFETY: the function is one of a module that is never unloaded; the rest is the caller's.
                 unsafe { context.launch(function, launch.grid, launch.block, stream, pointer) }
             }

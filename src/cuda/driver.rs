@@ -24,6 +24,7 @@ pub struct Context {
     ordinal: i32,
     primary: Handle,
     capability: (i32, i32),
+    multiprocessors: u32,
     threads_at_once: u32,
 }
 
@@ -55,6 +56,8 @@ impl Context {
             // SAFETY: as above.
             unsafe { result::device::get_attribute(device, which) }.map_err(reason)
         };
+        let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32;
+        let of_each = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)? as u32;
         Ok(Self {
             ordinal,
             primary: Handle(context.cast()),
@@ -62,9 +65,8 @@ impl Context {
                 attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
-            threads_at_once: (attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?
-                * attribute(A::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)?)
-                as u32,
+            multiprocessors,
+            threads_at_once: multiprocessors * of_each,
         })
     }
 
@@ -99,16 +101,49 @@ impl Context {
         outcome
     }
 
-    /// Whether launches on `stream` are recorded into a graph.
-    pub fn capturing(&self, stream: Handle) -> Result<bool> {
+    /// Which graph launches on `stream` are recorded into, if into one.
+    pub fn capture(&self, stream: Handle) -> Result<Option<u64>> {
+        const NONE: sys::CUstreamCaptureStatus =
+            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let (mut status, mut graph) = (NONE, 0);
+        let nothing = std::ptr::null_mut;
         self.within(|| {
-            // SAFETY: torch's stream of this device; its streams live as long as the process.
-            let status = unsafe { result::stream::is_capturing(stream.0.cast()) };
-            Ok(
-                status.map_err(reason)?
-                    != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE,
-            )
-        })
+            // SAFETY: torch's stream of this device, and its streams live as long as the process; it writes two
+            // numbers, and nothing to the places that are null.
+            unsafe {
+                sys::cuStreamGetCaptureInfo_v3(
+                    stream.0.cast(),
+                    &raw mut status,
+                    &raw mut graph,
+                    nothing(),
+                    nothing().cast(),
+                    nothing().cast(),
+                    nothing().cast(),
+                )
+            }
+            .result()
+            .map_err(reason)
+        })?;
+        Ok((status != NONE).then_some(graph))
+    }
+
+    /// How many blocks of `block` threads of `function` the device holds at once.
+    pub fn resident(&self, function: Handle, block: u32) -> Result<u32> {
+        let mut of_each = 0;
+        self.within(|| {
+            // SAFETY: a function of this context; it writes one number.
+            unsafe {
+                sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    &raw mut of_each,
+                    function.0.cast(),
+                    block as i32,
+                    0,
+                )
+            }
+            .result()
+            .map_err(reason)
+        })?;
+        Ok(of_each as u32 * self.multiprocessors)
     }
 
     /// [`Self::within`] for what is allowed while a graph is captured only where it is said to be meant:

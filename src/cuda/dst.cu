@@ -35,24 +35,25 @@ struct Disagree {
   }
 };
 
-// The loss of row i, and its gradient.
-template <int SIZE, int KEEP, typename Goal>
-__device__ __forceinline__ float dst_row(const Heads& a, i64 i, float offset) {
-  int label;
-  {
-    const Row<E, SIZE, KEEP> y(a.main, i, a.cols);
-    const float largest = row_max<SIZE, KEEP>(y, a.cols);
-    label = first_column<SIZE, KEEP>(y, a.cols, [&](float x) { return x == largest || x != x; });
-  }
-  if (a.labels && Group<SIZE>::lane() == 0) a.labels[i] = label;
-  const Row<E, SIZE, KEEP> z(a.adversarial, i, a.cols);
-  const float max = row_max<SIZE, KEEP>(z, a.cols), z_label = z.again(label);
-  const Split row = split<SIZE, KEEP>(z, a.cols, max, label, z_label);
-  if (a.grad) {
-    const float weight = a.weight * Goal::slope(row, offset);
-    split_gradient<SIZE, KEEP>(z, a.cols, max, label, row, weight, a.grad + i * a.cols);
-  }
-  return Goal::loss(row, max - z_label, offset);
+// Of the first rows, which are labeled, and of the rest.
+__device__ __forceinline__ Heads heads_of(const Dst& a, bool labeled) {
+  const Heads &x = a.labeled, &y = a.unlabeled;
+  return {
+      {labeled ? x.adversarial.data : y.adversarial.data, labeled ? x.adversarial.row : y.adversarial.row,
+       labeled ? x.adversarial.col : y.adversarial.col},
+      {labeled ? x.main.data : y.main.data, labeled ? x.main.row : y.main.row, labeled ? x.main.col : y.main.col},
+      labeled ? x.rows : y.rows,
+      labeled ? x.cols : y.cols,
+      labeled ? x.weight : y.weight,
+      labeled ? x.grad : y.grad,
+      labeled ? x.labels : y.labels,
+  };
+}
+
+template <int SIZE, int KEEP>
+__device__ __forceinline__ int predicted(const Matrix<E>& main, i64 i, int cols) {
+  Row<E, SIZE, KEEP> y(main, i, cols);
+  return first_max<SIZE, KEEP>(y, cols);
 }
 
 template <int SIZE, int KEEP>
@@ -60,12 +61,24 @@ __device__ __forceinline__ void dst(const Dst& a) {
   double total[2] = {0, 0};
   const i64 rows = a.labeled.rows + a.unlabeled.rows;
   // A row is that of a whole group, whose threads take the same branch.
-  for (i64 i = first_row<SIZE>(); i < rows; i += step_rows<SIZE>()) {
-    if (i < a.labeled.rows) {
-      total[0] += once<SIZE>(dst_row<SIZE, KEEP, Agree>(a.labeled, i, a.offset));
-    } else {
-      total[1] += once<SIZE>(dst_row<SIZE, KEEP, Disagree>(a.unlabeled, i - a.labeled.rows, a.offset));
+  for (i64 at = first_row<SIZE>(); at < rows; at += step_rows<SIZE>()) {
+    const bool labeled = at < a.labeled.rows;
+    const Heads heads = heads_of(a, labeled);
+    const i64 i = labeled ? at : at - a.labeled.rows;
+    const int label = predicted<SIZE, KEEP>(heads.main, i, heads.cols);
+    if (heads.labels && Group<SIZE>::lane() == 0) heads.labels[i] = label;
+    Row<E, SIZE, KEEP> z(heads.adversarial, i, heads.cols);
+    const float z_label = z.again(label);
+    float max;
+    const Split row = split<SIZE, KEEP>(z, heads.cols, label, z_label, max);
+    if (heads.grad) {
+      const float slope = labeled ? Agree::slope(row, a.offset) : Disagree::slope(row, a.offset);
+      E* grad = heads.grad + i * heads.cols;
+      split_gradient<SIZE, KEEP>(z, heads.cols, max, label, row, heads.weight * slope, grad);
     }
+    const float gap = max - z_label;
+    if (labeled) total[0] += once<SIZE>(Agree::loss(row, gap, a.offset));
+    else total[1] += once<SIZE>(Disagree::loss(row, gap, a.offset));
   }
   if (gathered(a.gathering, total) && threadIdx.x == 0) {
     // Over no rows a mean is 0/0, as in tllib.

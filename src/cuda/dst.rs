@@ -2,7 +2,7 @@
 
 use super::args::{self, Gathering, Matrix, Partials, Scalar};
 use super::device::Stream;
-use super::plan::plan;
+use super::plan::{ROWS, over_rows};
 use super::stored_scale;
 use crate::error::Result;
 use crate::kernels::dst::OFFSET;
@@ -54,13 +54,14 @@ pub fn dst(
 ) -> Result<(Tensor, [Part; 2])> {
     let stream = Stream::current(labeled.0.device())?;
     let ((rows_l, cols_l), (rows_u, cols_u)) = (labeled.0.matrix()?, unlabeled.0.matrix()?);
-    let plan = plan(&stream, rows_l + rows_u, cols_l.max(cols_u));
+    let shape = (rows_l + rows_u, cols_l.max(cols_u));
+    let launch = over_rows(&stream, ("dst", "dst"), &ROWS, dtype, shape)?;
     // Second derivatives of one part need the predictions of both.
     let wanted = labeled.0.wants_grad() || unlabeled.0.wants_grad();
     let (heads_l, part_l) = heads(&stream, labeled, eta_prime, dtype, wanted)?;
     let (heads_u, part_u) = heads(&stream, unlabeled, 1.0, dtype, wanted)?;
     let loss = stream.empty(&[], out.kind())?;
-    let partials = Partials::new(&stream, plan.grid, 2)?;
+    let partials = Partials::new(&stream, launch.grid, 2)?;
     let args = Args {
         labeled: heads_l,
         unlabeled: heads_u,
@@ -69,7 +70,6 @@ pub fn dst(
         loss: Scalar::of(&loss, out),
         gathering: partials.args(),
     };
-    let launch = plan.launch("dst", "dst", dtype);
     // SAFETY: the inputs are matrices of this dtype on this device, both of a part of one shape; a
     // gradient is as large, labels have a place for each row; all tensors are alive.
     unsafe { stream.launch(launch, &args)? };
@@ -100,6 +100,6 @@ fn heads(
         grad: args::pointer(grad.as_ref()),
         labels: args::pointer(wanted.then_some(&labels)),
     };
-    let grad = grad.map(|tensor| StoredGrad::new(tensor, scale));
+    let grad = stream.stored(grad, scale);
     Ok((heads, Part { labels, grad }))
 }

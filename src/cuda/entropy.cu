@@ -16,14 +16,15 @@ template <int SIZE, int KEEP>
 __device__ __forceinline__ void entropy(const Entropy& a) {
   double total[1] = {0};
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
-    const Row<E, SIZE, KEEP> p(a.p, i, a.cols);
+    Row<E, SIZE, KEEP> p(a.p, i, a.cols, 0);
     E* grad = a.grad ? a.grad + i * a.cols : nullptr;
     float sum = 0;
-    columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
-      const float x = p.at(k, c), shifted = x + a.epsilon, log = logf(shifted);
+    const auto term = [&](int k, int c, bool there) {
+      const float x = p.at(k), shifted = x + a.epsilon, log = logf(shifted);
       sum -= x * log;
-      if (grad) store(grad[c], -(log + x / shifted) * a.weight);
-    });
+      if (grad && there) store(grad[c], -(log + x / shifted) * a.weight);
+    };
+    places<SIZE, KEEP>(a.cols, term, p);
     sum = Group<SIZE>::sum(sum);
     if (!a.mean && Group<SIZE>::lane() == 0) store(a.out, sum, i);
     total[0] += once<SIZE>(sum);

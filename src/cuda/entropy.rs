@@ -2,7 +2,7 @@
 
 use super::args::{self, Gathering, Matrix, Partials, Scalar};
 use super::device::Stream;
-use super::plan::plan;
+use super::plan::{ROWS, over_rows};
 use crate::error::Result;
 use crate::kernels::mcc::ENTROPY_EPSILON;
 use crate::torch::Dtype;
@@ -38,12 +38,12 @@ pub fn entropy(
 ) -> Result<(Tensor, Option<StoredGrad>)> {
     let (rows, cols) = p.matrix()?;
     let stream = Stream::current(p.device())?;
-    let plan = plan(&stream, rows, cols);
+    let launch = over_rows(&stream, ("entropy", "entropy"), &ROWS, dtype, (rows, cols))?;
     let grad = stream.gradient(p, dtype)?;
     let shape = if mean { &[][..] } else { &p.shape()[..1] };
     let result = stream.empty(shape, out.kind())?;
     let partials = mean
-        .then(|| Partials::new(&stream, plan.grid, 1))
+        .then(|| Partials::new(&stream, launch.grid, 1))
         .transpose()?;
     let args = Args {
         p: Matrix::of(p)?,
@@ -58,6 +58,6 @@ pub fn entropy(
     };
     // SAFETY: `p` is a matrix of this shape and dtype on this device, the gradient is as large, the result
     // has one place or one for each row; all tensors are alive.
-    unsafe { stream.launch(plan.launch("entropy", "entropy", dtype), &args)? };
-    Ok((result, grad.map(|tensor| StoredGrad::new(tensor, scale))))
+    unsafe { stream.launch(launch, &args)? };
+    Ok((result, stream.stored(grad, scale)))
 }

@@ -3,7 +3,7 @@
 
 use super::args::{self, Gathering, Matrix, Partials, Scalar};
 use super::device::{Launch, Stream};
-use super::plan::{WARP, plan, plan_columns};
+use super::plan::{FEW_ROWS, ROWS, WARP, holds, over_columns, over_rows};
 use super::stored_scale;
 use crate::error::Result;
 use crate::kernels::mcc::ENTROPY_EPSILON;
@@ -17,7 +17,7 @@ const STEM: &str = "mcc";
 /// Rows and columns up to which one block takes less time than two more launches.
 const SMALL: (usize, usize) = (128, 128);
 /// Blocks that leave sums of columns: with more, these would be as many as the logits.
-const MOST_PARTS: u32 = 512;
+const MOST_PARTS: u32 = 1024;
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -73,7 +73,7 @@ pub fn mcc(
     } else {
         in_turns(&stream, dtype, args, (rows, cols))?;
     }
-    Ok((loss, grad.map(|tensor| StoredGrad::new(tensor, scale))))
+    Ok((loss, stream.stored(grad, scale)))
 }
 
 fn in_one_block(
@@ -106,19 +106,19 @@ fn in_turns(
     mut args: Args,
     (rows, cols): (usize, usize),
 ) -> Result<()> {
-    let plan = plan(stream, rows, cols);
-    let mut sweep = plan.launch(STEM, "mcc_rows", dtype);
+    let mut sweep = over_rows(stream, (STEM, "mcc_rows"), &FEW_ROWS, dtype, (rows, cols))?;
     let mut parts = 0;
-    if plan.holds {
+    if holds(cols) {
         sweep.grid = sweep.grid.min(MOST_PARTS);
         parts = sweep.grid as usize;
     }
     let work = stream.empty(&[(4 * rows + 2 * cols * (parts + 1)) as i64], Kind::Float)?;
-    let columns = plan_columns(cols, if plan.holds { parts } else { rows });
+    let terms = if holds(cols) { parts } else { rows };
+    let columns = over_columns(stream, (STEM, "mcc_columns"), dtype, (terms, cols));
     let partials = Partials::new(stream, columns.grid, 2)?;
     args.parts = parts as i32;
     // Where sums of columns are left, only the gradient asks for the rows.
-    if !plan.holds || !args.grad.is_null() {
+    if !holds(cols) || !args.grad.is_null() {
         args.of_rows = work.data_ptr();
     }
     args.coefficients = args::place::<f32>(&work, 4 * rows);
@@ -127,9 +127,10 @@ fn in_turns(
     // SAFETY: as above, and the work has a place for the sums of each block of the first launch.
     unsafe {
         stream.launch(sweep, &args)?;
-        stream.launch(columns.launch(STEM, "mcc_columns", dtype), &args)?;
+        stream.launch(columns, &args)?;
         if !args.grad.is_null() && rows > 0 {
-            stream.launch(plan.launch(STEM, "mcc_grad", dtype), &args)?;
+            let grad = over_rows(stream, (STEM, "mcc_grad"), &ROWS, dtype, (rows, cols))?;
+            stream.launch(grad, &args)?;
         }
     }
     Ok(())

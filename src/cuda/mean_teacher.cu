@@ -13,13 +13,6 @@ struct MeanTeacher {  // mirrored by `Args` in src/cuda/mean_teacher.rs
   float keep, take;
 };
 
-// N elements that are read or written at once, 16 bytes at a time where there are as many.
-template <typename T, int N>
-struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
-  T at[N];
-  __device__ static __forceinline__ bool fits(const void* p) { return (unsigned long long)p % alignof(Pack) == 0; }
-};
-
 template <typename T, typename S>
 __device__ __forceinline__ void blend(T& t, S s, float keep, float take) {
   // Three roundings, as on the CPU and in torch's operations: whoever compares a run with one there sees

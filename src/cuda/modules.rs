@@ -16,15 +16,24 @@ use std::sync::{Mutex, PoisonError};
 
 type Name = (&'static str, &'static str);
 
+/// A kernel that is loaded.
+#[derive(Clone, Copy)]
+pub struct Function {
+    /// What the driver launches.
+    pub handle: Handle,
+    /// How many of its blocks, as large as the first launch made them, the device holds at once.
+    pub resident: u32,
+}
+
 /// What is loaded.
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<(i32, &'static str, &'static str), Handle>,
-    functions: HashMap<(i32, &'static str, &'static str, Name), Handle>,
+    functions: HashMap<(i32, &'static str, &'static str, Name), Function>,
 }
 
 /// The kernel of a launch, compiled for the device at first use.
-pub fn function(context: &Context, launch: &Launch) -> Result<Handle> {
+pub fn function(context: &Context, launch: &Launch) -> Result<Function> {
     static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
     let device = context.ordinal();
     let dtype = element(launch.dtype);
@@ -40,7 +49,11 @@ pub fn function(context: &Context, launch: &Launch) -> Result<Handle> {
         None => module(context, launch.stem, launch.dtype)?,
     };
     loaded.modules.insert((device, launch.stem, dtype), module);
-    let function = context.function(module, &kernel_name(launch.kernel))?;
+    let handle = context.function(module, &kernel_name(launch.kernel))?;
+    let function = Function {
+        handle,
+        resident: context.resident(handle, launch.block)?,
+    };
     loaded.functions.insert(name, function);
     Ok(function)
 }

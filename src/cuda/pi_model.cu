@@ -20,17 +20,18 @@ template <int SIZE, int KEEP>
 __device__ __forceinline__ void pi_model(const PiModel& a) {
   double total[1] = {0};
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
-    const Row<E, SIZE, KEEP> x(a.first, i, a.cols), y(a.second, i, a.cols);
+    Row<E, SIZE, KEEP> x(a.first, i, a.cols, 0), y(a.second, i, a.cols, 0);
     const float mask = a.mask.data ? a.mask.at(i) : a.number, factor = 2 * a.factor * mask;
     E* to_first = a.grad_first ? a.grad_first + i * a.cols : nullptr;
     E* to_second = a.grad_second ? a.grad_second + i * a.cols : nullptr;
     float distance = 0;
-    columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
-      const float difference = x.at(k, c) - y.at(k, c);
+    const auto term = [&](int k, int c, bool there) {
+      const float difference = x.at(k) - y.at(k);
       distance += difference * difference;
-      if (to_first) store(to_first[c], difference * factor);
-      if (to_second) store(to_second[c], difference * -factor);
-    });
+      if (to_first && there) store(to_first[c], difference * factor);
+      if (to_second && there) store(to_second[c], difference * -factor);
+    };
+    places<SIZE, KEEP>(a.cols, term, x, y);
     distance = Group<SIZE>::sum(distance);
     total[0] += once<SIZE>(distance * mask);
     if (Group<SIZE>::lane() != 0) continue;

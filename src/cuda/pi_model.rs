@@ -2,7 +2,7 @@
 
 use super::args::{self, Gathering, Matrix, Numbers, Partials, Scalar};
 use super::device::Stream;
-use super::plan::plan;
+use super::plan::{ROWS, over_rows};
 use crate::error::Result;
 use crate::torch::Dtype;
 use crate::torch::autograd::StoredGrad;
@@ -55,7 +55,13 @@ pub fn pi_model(
 ) -> Result<(Tensor, Vec<Option<StoredGrad>>)> {
     let (rows, cols) = first.matrix()?;
     let stream = Stream::current(first.device())?;
-    let plan = plan(&stream, rows, cols);
+    let launch = over_rows(
+        &stream,
+        ("pi_model", "pi_model"),
+        &ROWS,
+        dtype,
+        (rows, cols),
+    )?;
     let (to_first, to_second) = (
         stream.gradient(first, dtype)?,
         stream.gradient(second, dtype)?,
@@ -73,7 +79,7 @@ pub fn pi_model(
     };
     let result = stream.empty(shape, out.kind())?;
     let partials = (!weights.each)
-        .then(|| Partials::new(&stream, plan.grid, 1))
+        .then(|| Partials::new(&stream, launch.grid, 1))
         .transpose()?;
     let args = Args {
         first: Matrix::of(first)?,
@@ -94,14 +100,13 @@ pub fn pi_model(
     // SAFETY: both inputs are matrices of this shape and dtype on this device, gradients are as large as
     // what they belong to (the mask's, where wanted, has one number a row), the mask broadcasts to the
     // rows, the result has one place or one for each row; all tensors are alive.
-    unsafe { stream.launch(plan.launch("pi_model", "pi_model", dtype), &args)? };
-    let stored = |grad: Option<Tensor>, scale| grad.map(|tensor| StoredGrad::new(tensor, scale));
+    unsafe { stream.launch(launch, &args)? };
     Ok((
         result,
         vec![
-            stored(to_first, weights.scale),
-            stored(to_second, weights.scale),
-            stored(to_mask, 1.0),
+            stream.stored(to_first, weights.scale),
+            stream.stored(to_second, weights.scale),
+            stream.stored(to_mask, 1.0),
         ],
     ))
 }

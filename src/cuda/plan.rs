@@ -1,42 +1,38 @@
 //! How a kernel over rows, or over columns, is launched.
 
 use super::device::{Launch, Stream};
+use crate::error::Result;
 use crate::torch::Dtype;
 
-/// The forms that `ROW_KERNEL` in common.cuh makes of a kernel, by the columns that they hold.
-const FORMS: [Form; 4] = [
-    Form {
-        columns: 128,
-        suffix: "128",
-        threads: 256,
-        together: 8,
-    },
-    Form {
-        columns: 1024,
-        suffix: "1024",
-        threads: 128,
-        together: 1,
-    },
-    Form {
-        columns: 4096,
-        suffix: "4096",
-        threads: 512,
-        together: 1,
-    },
-    Form {
-        columns: usize::MAX,
-        suffix: "any",
-        threads: 1024,
-        together: 1,
-    },
+/// The forms of `ROW_KERNEL` in common.cuh, by the columns that they hold.
+pub static ROWS: [Form; 5] = [
+    Form::new(128, "128", 256, 8),
+    Form::new(512, "512", 128, 4),
+    Form::new(1024, "1024", 128, 4),
+    Form::new(HELD, "4096", 128, 1),
+    Form::new(usize::MAX, "any", 1024, 1),
 ];
+
+/// Those of `FEW_ROWS_KERNEL`.
+pub static FEW_ROWS: [Form; 4] = [
+    Form::new(128, "128", 256, 8),
+    Form::new(1024, "1024", 128, 1),
+    Form::new(HELD, "4096", 512, 1),
+    Form::new(usize::MAX, "any", 1024, 1),
+];
+
+/// Columns up to which the threads of a row hold it in registers.
+const HELD: usize = 4096;
 
 /// Threads of a warp, which has as many columns in a kernel over columns.
 pub const WARP: usize = 32;
 /// Terms of a column's sum for each warp: fewer, and a warp costs more than it adds up.
 const TERMS: usize = 4;
+/// Threads that the device could hold for each block over columns.
+const THREADS_OF_COLUMNS: usize = 256;
 
-struct Form {
+/// A form of a kernel over rows.
+pub struct Form {
     columns: usize,
     suffix: &'static str,
     /// Threads of a block.
@@ -45,55 +41,65 @@ struct Form {
     together: usize,
 }
 
-/// A launch over rows or columns.
-pub struct Plan {
-    /// What the kernel's name ends with.
-    pub suffix: &'static str,
-    /// Blocks. At least one, so that a loss of no rows is written too.
-    pub grid: u32,
-    /// Threads of a block.
-    pub block: u32,
-    /// Whether a row's threads hold it in registers.
-    pub holds: bool,
-}
-
-impl Plan {
-    /// The launch of `kernel`, as `ROW_KERNEL` or `KERNEL` calls it, in `<stem>.cu`.
-    pub fn launch(&self, stem: &'static str, kernel: &'static str, dtype: Dtype) -> Launch {
-        Launch {
-            stem,
-            dtype,
-            kernel: (kernel, self.suffix),
-            grid: self.grid,
-            block: self.block,
+impl Form {
+    const fn new(columns: usize, suffix: &'static str, threads: u32, together: usize) -> Self {
+        Self {
+            columns,
+            suffix,
+            threads,
+            together,
         }
     }
 }
 
-/// For `rows` rows of `cols` columns: as many blocks as the device can hold at once, so that blocks are
-/// started, and their sums gathered, once.
-pub fn plan(stream: &Stream, rows: usize, cols: usize) -> Plan {
-    let [warp, block, wide, any] = &FORMS;
-    let form = [warp, block, wide]
-        .into_iter()
-        .find(|form| cols <= form.columns)
-        .unwrap_or(any);
-    Plan {
-        suffix: form.suffix,
-        grid: stream.blocks(rows.div_ceil(form.together), form.threads),
-        block: form.threads,
-        holds: form.columns < usize::MAX,
-    }
+/// Whether the threads of a row of so many columns hold it in registers.
+pub fn holds(cols: usize) -> bool {
+    cols <= HELD
 }
 
-/// For sums of `terms` numbers in each of `cols` columns: blocks of as many warps as pay, which share the
-/// terms of `WARP` columns (`across_warps` in common.cuh).
-pub fn plan_columns(cols: usize, terms: usize) -> Plan {
+/// The launch of a kernel of `<stem>.cu` that has these `forms`, for `rows` rows of `cols` columns: as many
+/// blocks as the device holds at once, so that blocks are started, and their sums gathered, once. At least one,
+/// so that a loss of no rows is written too.
+pub fn over_rows(
+    stream: &Stream,
+    (stem, kernel): (&'static str, &'static str),
+    forms: &'static [Form],
+    dtype: Dtype,
+    (rows, cols): (usize, usize),
+) -> Result<Launch> {
+    let wide = &forms[forms.len() - 1];
+    let form = forms
+        .iter()
+        .find(|form| cols <= form.columns)
+        .unwrap_or(wide);
+    let mut launch = Launch {
+        stem,
+        dtype,
+        kernel: (kernel, form.suffix),
+        grid: 1,
+        block: form.threads,
+    };
+    let most = stream.resident(&launch)? as usize;
+    launch.grid = rows.div_ceil(form.together).clamp(1, most) as u32;
+    Ok(launch)
+}
+
+/// The launch of a kernel of `<stem>.cu` that sums `terms` numbers in each of `cols` columns: blocks of as many
+/// warps as pay, which share the terms of `WARP` columns at a time (`across_warps` in common.cuh).
+pub fn over_columns(
+    stream: &Stream,
+    (stem, kernel): (&'static str, &'static str),
+    dtype: Dtype,
+    (terms, cols): (usize, usize),
+) -> Launch {
     let warps = terms.div_ceil(TERMS).clamp(1, 32);
-    Plan {
-        suffix: "",
-        grid: cols.div_ceil(WARP).max(1) as u32,
+    // Many columns of few terms: a block less has its sums gathered in less time than it would spare.
+    let most = stream.threads_at_once() as usize / THREADS_OF_COLUMNS;
+    Launch {
+        stem,
+        dtype,
+        kernel: (kernel, ""),
+        grid: cols.div_ceil(WARP).clamp(1, most) as u32,
         block: (WARP * warps) as u32,
-        holds: false,
     }
 }

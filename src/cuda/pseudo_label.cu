@@ -7,6 +7,7 @@ struct PseudoLabel {  // mirrored by `Args` in src/cuda/pseudo_label.rs
   float threshold;  // rounded to E
   float weight;     // of the stored gradient
   E* grad;          // or null
+  unsigned char* chosen;  // for each row, or null
   float* mask;
   i64* labels;
   Scalar loss;
@@ -17,18 +18,18 @@ template <int SIZE, int KEEP>
 __device__ __forceinline__ void pseudo_label(const PseudoLabel& a) {
   double total[1] = {0};
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
-    const Row<E, SIZE, KEEP> z(a.logits, i, a.cols), t(a.targets, i, a.cols);
-    const float z_max = row_max<SIZE, KEEP>(z, a.cols), t_max = row_max<SIZE, KEEP>(t, a.cols);
-    const float t_total = row_sum_exp<SIZE, KEEP>(t, a.cols, t_max, 1);
-    const float confidence = rounded<E>(1 / t_total);
-    // Logits that round to one probability lie within two spacings of E there: of bf16, which has the
-    // coarsest, or of f16 below its normal numbers. It spares the exponentials of the others.
-    const float near = 0x1p-6f + 0x1p-23f * t_total;
+    Row<E, SIZE, KEEP> z(a.logits, i, a.cols), t(a.targets, i, a.cols);
+    const Normalizer of_t = normalizer<SIZE, KEEP>(t, a.cols);
+    const float confidence = rounded<E>(1 / of_t.sum);
+    // What rounds to one probability lies within two spacings of E there: of bf16, which has the coarsest, or of f16
+    // below its normal numbers. It spares the divisions of the others.
+    const float near = 1 - (0x1p-6f + 0x1p-23f * of_t.sum);
     // Where the total is NaN all probabilities are, and the first wins.
-    const int label = first_column<SIZE, KEEP>(t, a.cols, [&](float x) {
-      return t_total == t_total && t_max - x <= near &&
-             (x == t_max || rounded<E>(expf(x - t_max) / t_total) == confidence);
-    });
+    const auto as_confident = [&](int k) {
+      const float x = t.held_exponential(k, of_t.max);
+      return x >= near && (x == 1 || rounded<E>(x / of_t.sum) == confidence);
+    };
+    const int label = first_column<SIZE, KEEP>(a.cols, as_confident, t);
     const bool selected = confidence > a.threshold;
     if (Group<SIZE>::lane() == 0) {
       a.labels[i] = label;
@@ -36,11 +37,14 @@ __device__ __forceinline__ void pseudo_label(const PseudoLabel& a) {
     }
     const float z_label = z.again(label);
     E* grad = a.grad ? a.grad + i * a.cols : nullptr;
+    if (a.chosen && Group<SIZE>::lane() == 0) a.chosen[i] = selected;
+    float z_max;
     if (selected) {
-      const Split row = split<SIZE, KEEP>(z, a.cols, z_max, label, z_label);
+      const Split row = split<SIZE, KEEP>(z, a.cols, label, z_label, z_max);
       total[0] += once<SIZE>(row.log_total() + (z_max - z_label));
       if (grad) split_gradient<SIZE, KEEP>(z, a.cols, z_max, label, row, a.weight, grad);
     } else {
+      z_max = row_max<SIZE, KEEP>(z, a.cols);
       // 0 times the cross entropy: 0, or NaN where that is not finite.
       const float nothing = finite(z_max) ? 0 : nan32();
       total[0] += once<SIZE>(nothing + 0 * z_label);

@@ -2,7 +2,7 @@
 
 use super::args::{self, Gathering, Matrix, Partials, Scalar};
 use super::device::Stream;
-use super::plan::plan;
+use super::plan::{ROWS, over_rows};
 use super::{rounded, stored_scale};
 use crate::error::Result;
 use crate::torch::Dtype;
@@ -20,6 +20,7 @@ struct Args {
     threshold: f32,
     weight: f32,
     grad: *mut c_void,
+    chosen: *mut c_void,
     mask: *mut c_void,
     labels: *mut c_void,
     loss: Scalar,
@@ -50,14 +51,21 @@ pub fn pseudo_label(
 ) -> Result<Outputs> {
     let (rows, cols) = logits.matrix()?;
     let stream = Stream::current(logits.device())?;
-    let plan = plan(&stream, rows, cols);
+    let launch = over_rows(
+        &stream,
+        ("pseudo_label", "pseudo_label"),
+        &ROWS,
+        dtype,
+        (rows, cols),
+    )?;
     let weight = 1.0 / rows as f64;
     let scale = stored_scale(dtype, weight);
     let grad = stream.gradient(logits, dtype)?;
+    let chosen = stream.chosen(grad.as_ref(), rows)?;
     let loss = stream.empty(&[], Kind::Float)?;
     let mask = stream.empty(&[rows as i64], Kind::Float)?;
     let labels = stream.empty(&[rows as i64], Kind::Int64)?;
-    let partials = Partials::new(&stream, plan.grid, 1)?;
+    let partials = Partials::new(&stream, launch.grid, 1)?;
     let args = Args {
         logits: Matrix::of(logits)?,
         targets: Matrix::of(targets)?,
@@ -66,19 +74,21 @@ pub fn pseudo_label(
         threshold: rounded(dtype, threshold),
         weight: (weight * scale) as f32,
         grad: args::pointer(grad.as_ref()),
+        chosen: args::pointer(chosen.as_ref()),
         mask: mask.data_ptr(),
         labels: labels.data_ptr(),
         loss: Scalar::of(&loss, Dtype::F32),
         gathering: partials.args(),
     };
-    let launch = plan.launch("pseudo_label", "pseudo_label", dtype);
     // SAFETY: both inputs are matrices of this shape and dtype on this device, the gradient is as large,
-    // mask and labels have a place for each row, and all tensors are alive.
+    // mask, labels and `chosen` have a place for each row, and all tensors are alive.
     unsafe { stream.launch(launch, &args)? };
     Ok(Outputs {
         loss,
         mask,
         labels,
-        grad: grad.map(|tensor| StoredGrad::new(tensor, scale)),
+        grad: stream
+            .stored(grad, scale)
+            .map(|stored| StoredGrad { chosen, ..stored }),
     })
 }

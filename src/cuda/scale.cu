@@ -2,21 +2,77 @@
 
 struct Scale {  // mirrored by `Args` in src/cuda/scale.rs
   const E* grad;
-  E* out;  // may be grad
+  E* out;            // may be grad
   i64 length;
-  i64 per_incoming;  // elements of grad for each element of incoming
-  Numbers incoming;
+  i64 of_row;        // elements that one number of incoming, if there are several, and one of chosen belong to
+  Numbers incoming;  // one, or one for each row
   float factor;
-  const float* divisor;  // one number, or null
+  const float* divisor;         // one number, or null
+  const unsigned char* chosen;  // 0 where a row of grad is 0 or NaN throughout; or null
 };
+
+const int AHEAD = 4;  // units that are under way at once
+
+// Takes units of N elements, of which `of_row` make a row. A unit that would stay what it is is not even read.
+template <int N>
+__device__ __forceinline__ void scale_units(const Scale& a, i64 units, i64 of_row, float factor) {
+  typedef Pack<E, N> Unit;
+  const Unit* grad = (const Unit*)a.grad;
+  Unit* out = (Unit*)a.out;
+  const bool in_place = a.out == a.grad, one = a.incoming.stride == 0;
+  const float of_all = one ? a.incoming.at(0) * factor : 0;
+  const i64 step = (i64)gridDim.x * blockDim.x, first = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  // The row goes along, without a division for each unit.
+  const i64 further_rows = step / of_row, further = step % of_row;
+  i64 row = first / of_row, at = first % of_row;
+  for (i64 i = first; i < units; i += AHEAD * step) {
+    float times[AHEAD];
+    bool changes[AHEAD];
+    Unit held[AHEAD];
+#pragma unroll
+    for (int n = 0; n < AHEAD; ++n) {
+      const bool there = i + n * step < units;
+      const i64 here = there ? row : 0;
+      times[n] = one ? of_all : a.incoming.at(here) * factor;
+      const bool nothing = a.chosen && !a.chosen[here] && finite(times[n]);
+      changes[n] = there && !(in_place && (nothing || times[n] == 1));
+      row += further_rows;
+      at += further;
+      if (at >= of_row) {
+        at -= of_row;
+        ++row;
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < AHEAD; ++n) {
+      if (changes[n]) held[n] = grad[i + n * step];
+    }
+#pragma unroll
+    for (int n = 0; n < AHEAD; ++n) {
+      if (!changes[n]) continue;
+#pragma unroll
+      for (int e = 0; e < N; ++e) store(held[n].at[e], load(held[n].at[e]) * times[n]);
+      out[i + n * step] = held[n];
+    }
+  }
+}
 
 __device__ __forceinline__ void scale_all(const Scale& a) {
   const float factor = a.divisor ? a.factor / *a.divisor : a.factor;
-  const bool one = a.per_incoming == a.length;
-  const float of_all = one ? a.incoming.at(0) * factor : 0;
-  const i64 step = (i64)gridDim.x * blockDim.x;
-  for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < a.length; i += step) {
-    const float times = one ? of_all : a.incoming.at(i / a.per_incoming) * factor;
+  const bool rows = a.incoming.stride != 0 || a.chosen;
+  // As where backward() is called on the loss itself.
+  if (!rows && a.out == a.grad && a.incoming.at(0) * factor == 1) return;
+  const int N = 16 / sizeof(E);
+  const bool packed = Pack<E, N>::fits(a.grad) && Pack<E, N>::fits(a.out) && (!rows || a.of_row % N == 0);
+  if (!packed) {
+    scale_units<1>(a, a.length, a.of_row, factor);
+    return;
+  }
+  const i64 units = a.length / N;
+  scale_units<N>(a, units, rows ? a.of_row / N : units + 1, factor);
+  const float times = rows ? 1 : a.incoming.at(0) * factor;
+  // What does not fill a unit, where rows do not matter.
+  for (i64 i = units * N + (i64)blockIdx.x * blockDim.x + threadIdx.x; i < a.length; i += (i64)gridDim.x * blockDim.x) {
     store(a.out[i], load(a.grad[i]) * times);
   }
 }

@@ -9,8 +9,8 @@ use crate::torch::input::Input;
 use std::ffi::c_void;
 use tch::Tensor;
 
-/// Elements for each thread: fewer, and blocks cost more than what they do.
-const EACH: usize = 4;
+/// Bytes for each thread: fewer, and blocks cost more than what they do.
+const EACH: usize = 16;
 const THREADS: u32 = 256;
 
 #[repr(C)]
@@ -18,10 +18,11 @@ struct Args {
     grad: *const c_void,
     out: *mut c_void,
     length: i64,
-    per_incoming: i64,
+    of_row: i64,
     incoming: Numbers,
     factor: f32,
     divisor: *const c_void,
+    chosen: *const c_void,
 }
 
 // SAFETY: the fields of `Scale` in scale.cu.
@@ -38,15 +39,13 @@ pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Optio
         return Ok(None);
     };
     let length = stored.numel();
-    let per_incoming = match (incoming.shape(), stored.shape()) {
-        ([], _) => length,
-        ([n], [rows, ..]) if n == rows && length > 0 => length / *rows as usize,
-        _ => return Ok(None),
-    };
+    let rows = stored.shape().first().copied().unwrap_or(1);
+    if !matches!(incoming.shape(), [] | [_]) || incoming.shape().iter().any(|&n| n != rows) {
+        return Ok(None);
+    }
     let stream = Stream::current(stored.device())?;
-    // A graph that captures this pass alone may be replayed more than once.
-    let own = own && !stream.capturing()?;
-    let out = if own {
+    // A graph of this pass alone may be replayed more than once.
+    let out = if own && grad.capture == stream.capture() {
         grad.tensor.shallow_clone()
     } else {
         stream.empty(stored.shape(), dtype.kind())?
@@ -58,19 +57,23 @@ pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Optio
         grad: stored.data(),
         out: out.data_ptr(),
         length: length as i64,
-        per_incoming: per_incoming as i64,
+        of_row: length as i64 / rows,
         incoming: Numbers::broadcast(incoming)?,
         factor: (1.0 / grad.scale) as f32,
         divisor: args::pointer(grad.divisor.as_ref()),
+        chosen: args::pointer(grad.chosen.as_ref()),
     };
-    let launch = Launch {
+    let mut launch = Launch {
         stem: "scale",
         dtype,
         kernel: ("scale", ""),
-        grid: stream.blocks(length.div_ceil(THREADS as usize * EACH), THREADS),
+        grid: 1,
         block: THREADS,
     };
-    // SAFETY: `grad` is contiguous, `out` as large and on the same device as `incoming`; all are alive.
+    let work = (length * dtype.kind().elt_size_in_bytes()).div_ceil(THREADS as usize * EACH);
+    launch.grid = work.min(stream.resident(&launch)? as usize) as u32;
+    // SAFETY: `grad` is contiguous, `out` as large and on the same device as `incoming`, which is one number or has
+    // one for each row, as `chosen` has; all are alive.
     unsafe { stream.launch(launch, &args)? };
     Ok(Some(out))
 }

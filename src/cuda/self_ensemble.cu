@@ -29,43 +29,65 @@ __device__ __forceinline__ double settle(const ClassBalance& a, int c, double su
   return -(u * at_least(-100, log(m)) + (1 - u) * at_least(-100, log(1 - m))) / a.cols;
 }
 
-// Takes each warp's share of the sum of column c, in one block of those that have all columns.
-__device__ __forceinline__ void settle_all(const ClassBalance& a, int c, double (&sum)[1]) {
-  double loss[1] = {0};
-  across_warps(sum);
-  if (threadIdx.x < WARP && c < a.cols) loss[0] = settle(a, c, sum[0]);
-  if (gathered(a.gathering, loss) && threadIdx.x == 0) store(a.loss, (float)loss[0]);
-}
-
-// Blocks have WARP columns, and one part after the other has all columns.
-__device__ __forceinline__ void sums(const ClassBalance& a) {
+// The sum of column `c` over a part of the rows; in the threads of the first warp.
+__device__ __forceinline__ double sum_of_part(const ClassBalance& a, int part, int c) {
   const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-  const int tiles = gridDim.x / a.parts, part = blockIdx.x / tiles;
-  const int c = blockIdx.x % tiles * WARP + threadIdx.x % WARP;
   double sum[1] = {0};
   if (c < a.cols) {
 #pragma unroll 8
     for (i64 i = (i64)part * warps + warp; i < a.rows; i += (i64)a.parts * warps) sum[0] += a.p.at(i, c);
   }
-  if (a.parts == 1) {
-    settle_all(a, c, sum);
-    return;
+  across_warps(sum);
+  return sum[0];
+}
+
+// The same over the parts.
+__device__ __forceinline__ double sum_of_parts(const ClassBalance& a, int c) {
+  const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+  double sum[1] = {0};
+  if (c < a.cols) {
+#pragma unroll 4
+    for (int part = warp; part < a.parts; part += warps) sum[0] += a.partials[(i64)part * a.cols + c];
   }
   across_warps(sum);
-  if (warp == 0 && c < a.cols) a.partials[(i64)part * a.cols + c] = sum[0];
+  return sum[0];
+}
+
+// Runs f(c), in all threads, for the columns of this block, one of `blocks` that have all of them: WARP at a time, the
+// same in each warp.
+template <typename F>
+__device__ __forceinline__ void tiles(const ClassBalance& a, int block, int blocks, F f) {
+  for (int tile = block * WARP; tile < a.cols; tile += blocks * WARP) f(tile + (int)(threadIdx.x % WARP));
+}
+
+// Whether this thread writes what is known of column `c`.
+__device__ __forceinline__ bool writes(const ClassBalance& a, int c) { return threadIdx.x < WARP && c < a.cols; }
+
+__device__ __forceinline__ void store_loss(const ClassBalance& a, double (&loss)[1]) {
+  if (gathered(a.gathering, loss) && threadIdx.x == 0) store(a.loss, (float)loss[0]);
+}
+
+// One part after the other has all columns.
+__device__ __forceinline__ void sums(const ClassBalance& a) {
+  const int blocks = gridDim.x / a.parts, part = blockIdx.x / blocks;
+  double loss[1] = {0};
+  tiles(a, blockIdx.x % blocks, blocks, [&](int c) {
+    const double sum = sum_of_part(a, part, c);
+    if (!writes(a, c)) return;
+    if (a.parts == 1) loss[0] += settle(a, c, sum);
+    else a.partials[(i64)part * a.cols + c] = sum;
+  });
+  if (a.parts == 1) store_loss(a, loss);
 }
 KERNEL(1024, class_balance_sums, ClassBalance, sums(args))
 
 __device__ __forceinline__ void means(const ClassBalance& a) {
-  const int warps = blockDim.x / WARP, c = blockIdx.x * WARP + threadIdx.x % WARP;
-  double sum[1] = {0};
-  if (c < a.cols) {
-#pragma unroll 4
-    for (int part = threadIdx.x / WARP; part < a.parts; part += warps) {
-      sum[0] += a.partials[(i64)part * a.cols + c];
-    }
-  }
-  settle_all(a, c, sum);
+  double loss[1] = {0};
+  tiles(a, blockIdx.x, gridDim.x, [&](int c) {
+    const double sum = sum_of_parts(a, c);
+    if (writes(a, c)) loss[0] += settle(a, c, sum);
+  });
+  store_loss(a, loss);
 }
 KERNEL(1024, class_balance_means, ClassBalance, means(args))
 

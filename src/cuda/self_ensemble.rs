@@ -2,7 +2,7 @@
 
 use super::args::{self, Gathering, Matrix, Numbers, Partials, Scalar};
 use super::device::{Launch, Stream};
-use super::plan::plan_columns;
+use super::plan::over_columns;
 use super::serves;
 use crate::error::Result;
 use crate::torch::Dtype;
@@ -49,11 +49,11 @@ unsafe impl args::Args for Repeat {}
 pub fn class_balance(p: &Input<'_>, dtype: Dtype, out: Dtype) -> Result<(Tensor, Option<Tensor>)> {
     let (rows, cols) = p.matrix()?;
     let stream = Stream::current(p.device())?;
-    let plan = plan_columns(cols, rows);
+    let mut first = over_columns(&stream, (STEM, "class_balance_sums"), dtype, (rows, cols));
     let most = (rows / ROWS).max(1);
-    let resident = stream.threads_at_once() as usize / (plan.block as usize * plan.grid as usize);
+    let resident = stream.threads_at_once() as usize / (first.block as usize * first.grid as usize);
     let parts = most.min(resident.max(1));
-    let last = plan_columns(cols, parts);
+    let last = over_columns(&stream, (STEM, "class_balance_means"), dtype, (parts, cols));
 
     let loss = stream.empty(&[], out.kind())?;
     let slope = p
@@ -62,7 +62,7 @@ pub fn class_balance(p: &Input<'_>, dtype: Dtype, out: Dtype) -> Result<(Tensor,
         .transpose()?;
     let several = if parts > 1 { parts * cols } else { 0 };
     let sums = stream.empty(&[several as i64], Kind::Double)?;
-    let partials = Partials::new(&stream, plan.grid, 1)?;
+    let partials = Partials::new(&stream, first.grid, 1)?;
     let args = Args {
         p: Matrix::of(p)?,
         rows: rows as i64,
@@ -73,14 +73,13 @@ pub fn class_balance(p: &Input<'_>, dtype: Dtype, out: Dtype) -> Result<(Tensor,
         loss: Scalar::of(&loss, out),
         gathering: partials.args(),
     };
-    let mut first = plan.launch(STEM, "class_balance_sums", dtype);
     first.grid *= parts as u32;
     // SAFETY: the probabilities are a matrix of this shape and dtype on this device, the gradient has a place
     // for each column, the sums have one in each part, and all tensors are alive.
     unsafe {
         stream.launch(first, &args)?;
         if parts > 1 {
-            stream.launch(last.launch(STEM, "class_balance_means", dtype), &args)?;
+            stream.launch(last, &args)?;
         }
     }
     Ok((loss, slope))

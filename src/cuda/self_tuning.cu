@@ -41,20 +41,23 @@ __device__ __forceinline__ void forward(const Forward& a) {
     }
     if (a.kept_labels && lane == 0) a.kept_labels[i] = label;
     const float own = (float)Group<SIZE>::sum(dot);
-    const Row<f32, SIZE, KEEP> s(a.products, i, a.cols);
+    Row<f32, SIZE, KEEP> s(a.products, i, a.cols);
     const float max = larger(row_max<SIZE, KEEP>(s, a.cols), own);
-    const float others = row_sum_exp<SIZE, KEEP>(s, a.cols, max, a.inverse_t);
+    float others = 0;
+    places<SIZE, KEEP>(a.cols, [&](int k, int, bool) { others += expf((s.at(k) - max) * a.inverse_t); }, s);
+    others = Group<SIZE>::sum(others);
     const float log_total = logf(others + expf((own - max) * a.inverse_t));
     float* out = a.out + i * (a.cols + 1ll);
     if (lane == 0) out[0] = (own - max) * a.inverse_t - log_total;
     const int keys = a.of_class, before = (int)label * keys;
-    columns<SIZE, KEEP>(a.cols, [&](int k, int n) {
+    const auto put = [&](int k, int n) {
       const int place = n < before ? n + keys : n < before + keys ? n - before : n;
-      out[1 + (i64)place] = (s.at(k, n) - max) * a.inverse_t - log_total;
-    });
+      out[1 + (i64)place] = (s.at(k) - max) * a.inverse_t - log_total;
+    };
+    columns<SIZE, KEEP>(a.cols, put, s);
   }
 }
-ROW_KERNEL(forward, Forward)
+FEW_ROWS_KERNEL(forward, Forward)
 
 // ---- their gradient ----------------------------------------------------------------------------
 
@@ -75,24 +78,25 @@ template <int SIZE, int KEEP>
 __device__ __forceinline__ void backward(const Backward& a) {
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
     const i64 label = class_of(a.labels, i, (a.cols - 1) / a.of_class);
-    const Row<f32, SIZE, KEEP> g(a.incoming, i, a.cols);
+    Row<f32, SIZE, KEEP> g(a.incoming, i, a.cols, 0);
     double sum = 0;
-    columns<SIZE, KEEP>(a.cols, [&](int k, int j) { sum += g.at(k, j); });
+    places<SIZE, KEEP>(a.cols, [&](int k, int, bool) { sum += g.at(k); }, g);
     const float total = (float)Group<SIZE>::sum(sum);
     const float* out = a.out + i * a.cols;
     float* products = a.products + i * (a.cols - 1ll);
     const int keys = a.of_class, before = (int)label * keys;
-    columns<SIZE, KEEP>(a.cols, [&](int k, int j) {
+    const auto put = [&](int k, int j) {
       if (j == 0) return;
       // In the order of the output: the own class, the classes before it, the rest.
       const int n = j - 1, place = n < keys ? n + before : n < before + keys ? n - keys : n;
-      products[place] = (g.at(k, j) - expf(out[j]) * total) * a.inverse_t;
-    });
+      products[place] = (g.at(k) - expf(out[j]) * total) * a.inverse_t;
+    };
+    columns<SIZE, KEEP>(a.cols, put, g);
     const float own = (a.incoming.at(i, 0) - expf(out[0]) * total) * a.inverse_t;
     for (int c = Group<SIZE>::lane(); c < a.dim; c += SIZE) a.grad[i * a.dim + c] = own * a.keys.at(i, c);
   }
 }
-ROW_KERNEL(backward, Backward)
+FEW_ROWS_KERNEL(backward, Backward)
 
 // ---- the queue ---------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 use super::args::{self, Labels, Matrix};
 use super::device::{Launch, Stream};
-use super::plan::plan;
+use super::plan::{FEW_ROWS, over_rows};
 use crate::error::Result;
 use crate::kernels::self_tuning::Shape;
 use crate::torch::Dtype;
@@ -10,6 +10,7 @@ use crate::torch::input::Input;
 use std::ffi::c_void;
 use tch::{Kind, Tensor};
 
+const STEM: &str = "self_tuning";
 const THREADS: u32 = 256;
 const CLASS: &str = "SelfTuning";
 
@@ -82,8 +83,8 @@ pub fn forward(rows: &Rows<'_, '_>, queue: &Tensor, shape: Shape, keep: bool) ->
         kept_keys: args::pointer(kept.as_ref().map(|(keys, _)| keys)),
         kept_labels: args::pointer(kept.as_ref().map(|(_, labels)| labels)),
     };
-    let launch =
-        plan(&stream, count, columns as usize).launch("self_tuning", "forward", rows.dtype);
+    let shape = (count, columns as usize);
+    let launch = over_rows(&stream, (STEM, "forward"), &FEW_ROWS, rows.dtype, shape)?;
     // SAFETY: matrices and labels of these shapes and this dtype on this device, results as large as the kernel
     // writes them; all are alive.
     unsafe { stream.launch(launch, &args)? };
@@ -135,7 +136,13 @@ pub fn backward(
         products: products.data_ptr(),
         grad: grad.data_ptr(),
     };
-    let launch = plan(&stream, rows, cols).launch("self_tuning", "backward", keys.floating()?);
+    let launch = over_rows(
+        &stream,
+        (STEM, "backward"),
+        &FEW_ROWS,
+        keys.floating()?,
+        (rows, cols),
+    )?;
     // SAFETY: `out` is contiguous with the shape of `incoming`, keys have as many rows as labels; all are on this
     // device and alive.
     unsafe { stream.launch(launch, &args)? };
@@ -194,7 +201,7 @@ pub fn enqueue(
         done: done.place(),
     };
     let launch = Launch {
-        stem: "self_tuning",
+        stem: STEM,
         dtype: keys.floating()?,
         kernel: ("enqueue", ""),
         grid: stream.blocks(rows, THREADS),

@@ -9,15 +9,38 @@ struct First {
   template <typename T> __device__ static T identity() { return NONE; }
 };
 
-// The first column whose value `found` accepts, 0 where there is none.
-template <int SIZE, int KEEP, typename R, typename F>
-__device__ __forceinline__ int first_column(const R& z, int cols, F found) {
+// The first column of `read` that `found(k)` accepts, 0 where there is none.
+template <int SIZE, int KEEP, typename F, typename R>
+__device__ __forceinline__ int first_column(int cols, F found, R& read) {
   int first = NONE;
-  columns<SIZE, KEEP>(cols, [&](int k, int c) {
-    if (first == NONE && found(z.at(k, c))) first = c;
-  });
+  columns<SIZE, KEEP>(
+      cols,
+      [&](int k, int c) {
+        if (first == NONE && found(k)) first = c;
+      },
+      read);
   first = Group<SIZE>::template reduce<First>(first);
   return first == NONE ? 0 : first;
+}
+
+// The first column of the maximum; of NaN, where there is one.
+template <int SIZE, int KEEP, typename R>
+__device__ __forceinline__ int first_max(R& z, int cols) {
+  float best = -infinity32();
+  int first = NONE;
+  // A place that is no column has -inf, and a higher number than all columns.
+  places<SIZE, KEEP>(
+      cols,
+      [&](int k, int c, bool) {
+        const float x = z.at(k);
+        if (first == NONE || x > best || (x != x && best == best)) {
+          best = x;
+          first = c;
+        }
+      },
+      z);
+  const float max = Group<SIZE>::max(best);
+  return Group<SIZE>::template reduce<First>(best == max || best != best ? first : NONE);
 }
 
 // sum_c e^{z_c - max} in two parts: of one class and of all others, so that 1 - p, p - 1 and ln p keep
@@ -32,22 +55,19 @@ struct Split {
   __device__ __forceinline__ float remainder() const { return others / total(); }
 };
 
-// The row z seen from the class `label`, whose logit is `at_label`; `max` is the row's maximum.
+// The row z seen from the class `label`, whose logit is `at_label`; and the row's maximum.
 template <int SIZE, int KEEP, typename R>
-__device__ __forceinline__ Split split(const R& z, int cols, float max, int label, float at_label) {
-  float others = 0;
-  columns<SIZE, KEEP>(cols, [&](int k, int c) {
-    if (c != label) others += expf(z.at(k, c) - max);
-  });
-  return {expf(at_label - max), Group<SIZE>::sum(others)};
+__device__ __forceinline__ Split split(R& z, int cols, int label, float at_label, float& max) {
+  const Normalizer others = normalizer<SIZE, KEEP>(z, cols, 1, label);
+  max = others.max;
+  return {expf(at_label - max), others.sum};
 }
 
 // Writes weight (p - onehot) of a row that was split.
 template <int SIZE, int KEEP, typename R, typename T>
-__device__ __forceinline__ void split_gradient(const R& z, int cols, float max, int label, Split row,
-                                               float weight, T* grad) {
+__device__ __forceinline__ void split_gradient(R& z, int cols, float max, int label, Split row, float weight,
+                                               T* grad) {
   const float factor = weight / row.total(), own = -row.others * factor;
-  columns<SIZE, KEEP>(cols, [&](int k, int c) {
-    store(grad[c], c == label ? own : expf(z.at(k, c) - max) * factor);
-  });
+  columns<SIZE, KEEP>(
+      cols, [&](int k, int c) { store(grad[c], c == label ? own : z.held_exponential(k, max) * factor); }, z);
 }

@@ -25,28 +25,29 @@ struct Prepare {  // mirrored by `Prepare` in src/cuda/triplet.rs
 template <int SIZE, int KEEP>
 __device__ __forceinline__ void prepare(const Prepare& a) {
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
-    const Row<E, SIZE, KEEP> x(a.x, i, a.cols);
+    Row<E, SIZE, KEEP> x(a.x, i, a.cols, 0);
     float divisor = 1;
     if (a.norms) {
       double square = 0;
-      columns<SIZE, KEEP>(a.cols, [&](int k, int c) { square += (double)x.at(k, c) * x.at(k, c); });
+      places<SIZE, KEEP>(a.cols, [&](int k, int, bool) { square += (double)x.at(k) * x.at(k); }, x);
       const double norm = sqrt(Group<SIZE>::sum(square));
       const bool raised = norm < SMALLEST_NORM;
       divisor = (float)(raised ? SMALLEST_NORM : norm);
       if (Group<SIZE>::lane() == 0) a.norms[i] = raised ? -SMALLEST_NORM : norm;
     }
     double square = 0;
-    columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
-      const float u = x.at(k, c) / divisor;
+    const auto divide = [&](int k, int c, bool there) {
+      const float u = x.at(k) / divisor;
       square += (double)u * u;
-      if (a.out) a.out[i * a.cols + c] = u;
-    });
+      if (a.out && there) a.out[i * a.cols + c] = u;
+    };
+    places<SIZE, KEEP>(a.cols, divide, x);
     if (!a.squares) continue;
     square = Group<SIZE>::sum(square);
     if (Group<SIZE>::lane() == 0) a.squares[i] = (float)square;
   }
 }
-ROW_KERNEL(prepare, Prepare)
+FEW_ROWS_KERNEL(prepare, Prepare)
 
 // ---- mining and loss ---------------------------------------------------------------------------
 
@@ -76,21 +77,6 @@ struct Mine {  // mirrored by `Mine` in src/cuda/triplet.rs
 
 // What the first sweep over a row's keys finds. All are maxima.
 enum { SAME_FAR, OTHER_FAR, SAME_NEAR, OTHER_NEAR, MAGNITUDE, SQUARE, EXTREMES };
-
-// Maxima over the block, in all of its threads, which must all call it.
-__device__ void largest_of_block(float (&x)[EXTREMES]) {
-  __shared__ float of_warp[EXTREMES][WARPS];
-  const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-#pragma unroll
-  for (int n = 0; n < EXTREMES; ++n) {
-    x[n] = across_warp<Largest>(x[n]);
-    if (lane == 0) of_warp[n][warp] = x[n];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < EXTREMES; ++n) x[n] = across_warp<Largest>(of_warp[n][lane % WARPS]);
-  __syncthreads();  // of_warp may be written again
-}
 
 // |v_j|^2 - 2 u_i.v_j, by one instruction, so that both sweeps see the same bits.
 __device__ __forceinline__ float key_of(const Mine& a, const float* products, int j) {
@@ -270,7 +256,7 @@ __device__ __forceinline__ void mine_all(const Mine& a) {
       extreme[MAGNITUDE] = larger(extreme[MAGNITUDE], fabsf(key));
       extreme[SQUARE] = larger(extreme[SQUARE], a.v_squares[j]);
     }
-    largest_of_block(extreme);
+    across_block<Largest, WARPS>(extreme);
     // The same in all threads. Where a distance is not finite the pair is NaN, and its gradient.
     const bool sound = finite(extreme[MAGNITUDE]);
     if (sound) {

@@ -2,7 +2,7 @@
 
 use super::args::{self, Gathering, Labels, Matrix, Scalar};
 use super::device::{Launch, Stream};
-use super::plan::plan;
+use super::plan::{FEW_ROWS, over_rows};
 use crate::error::Result;
 use crate::kernels::reid_loss::mining::ERROR;
 use crate::kernels::reid_loss::triplet::Objective;
@@ -82,7 +82,13 @@ impl Features {
             squares: args::pointer(features.squares.as_ref()),
             norms: args::pointer(features.norms.as_ref()),
         };
-        let launch = plan(stream, rows, cols).launch("triplet", "prepare", dtype);
+        let launch = over_rows(
+            stream,
+            ("triplet", "prepare"),
+            &FEW_ROWS,
+            dtype,
+            (rows, cols),
+        )?;
         // SAFETY: a matrix of this shape and dtype on this device, the results have as many rows, and all
         // tensors are alive.
         unsafe { stream.launch(launch, &args)? };

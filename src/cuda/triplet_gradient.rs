@@ -84,9 +84,6 @@ pub fn pull(
     // SAFETY: the features and the gradient have these rows and columns, `found` and `weights` two entries for
     // each anchor, with candidates in range; all are on this device and alive.
     unsafe { stream.launch(launch, &args)? };
-    Ok(Some(StoredGrad {
-        tensor: grad,
-        scale,
-        divisor,
-    }))
+    let stored = stream.stored(Some(grad), scale);
+    Ok(stored.map(|stored| StoredGrad { divisor, ..stored }))
 }

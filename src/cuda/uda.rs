@@ -2,7 +2,7 @@
 
 use super::args::{self, Gathering, Matrix, Partials, Scalar};
 use super::device::Stream;
-use super::plan::plan;
+use super::plan::{ROWS, over_rows};
 use super::{rounded, stored_scale};
 use crate::error::Result;
 use crate::torch::Dtype;
@@ -21,6 +21,7 @@ struct Args {
     inverse_t: f32,
     factor: f32,
     grad: *mut c_void,
+    chosen: *mut c_void,
     loss: Scalar,
     selected: *mut c_void,
     gathering: Gathering,
@@ -39,12 +40,13 @@ pub fn uda(
 ) -> Result<(Tensor, Option<StoredGrad>)> {
     let (rows, cols) = strong.matrix()?;
     let stream = Stream::current(strong.device())?;
-    let plan = plan(&stream, rows, cols);
+    let launch = over_rows(&stream, ("uda", "uda"), &ROWS, dtype, (rows, cols))?;
     let scale = stored_scale(dtype, 1.0 / temperature);
     let grad = stream.gradient(strong, dtype)?;
+    let chosen = stream.chosen(grad.as_ref(), rows)?;
     let loss = stream.empty(&[], Kind::Float)?;
     let selected = stream.empty(&[], Kind::Float)?;
-    let partials = Partials::new(&stream, plan.grid, 2)?;
+    let partials = Partials::new(&stream, launch.grid, 2)?;
     let args = Args {
         strong: Matrix::of(strong)?,
         weak: Matrix::of(weak)?,
@@ -54,18 +56,18 @@ pub fn uda(
         inverse_t: (1.0 / temperature) as f32,
         factor: (scale / temperature) as f32,
         grad: args::pointer(grad.as_ref()),
+        chosen: args::pointer(chosen.as_ref()),
         loss: Scalar::of(&loss, Dtype::F32),
         selected: selected.data_ptr(),
         gathering: partials.args(),
     };
-    let launch = plan.launch("uda", "uda", dtype);
     // SAFETY: both inputs are matrices of this shape and dtype on this device, the gradient is as large,
-    // and all tensors are alive.
+    // `chosen` has a place for each row, and all tensors are alive.
     unsafe { stream.launch(launch, &args)? };
-    let grad = grad.map(|tensor| StoredGrad {
-        tensor,
-        scale,
+    let grad = stream.stored(grad, scale).map(|stored| StoredGrad {
         divisor: Some(selected),
+        chosen,
+        ..stored
     });
     Ok((loss, grad))
 }

@@ -46,6 +46,10 @@ pub struct StoredGrad {
     pub scale: f64,
     /// One more divisor, a float32 of no dimensions, where forward found it on a device and did not wait.
     pub divisor: Option<Tensor>,
+    /// The graph that forward was recorded into, where it was.
+    pub capture: Option<u64>,
+    /// On a device, where the gradient is large: a byte for each row, 0 where the row is 0 or NaN throughout.
+    pub chosen: Option<Tensor>,
 }
 
 impl StoredGrad {
@@ -55,6 +59,8 @@ impl StoredGrad {
             tensor,
             scale,
             divisor: None,
+            capture: None,
+            chosen: None,
         }
     }
 
@@ -64,6 +70,8 @@ impl StoredGrad {
             tensor: self.tensor.shallow_clone(),
             scale: self.scale,
             divisor: self.divisor.as_ref().map(Tensor::shallow_clone),
+            capture: self.capture,
+            chosen: self.chosen.as_ref().map(Tensor::shallow_clone),
         }
     }
 }
@@ -222,6 +230,7 @@ fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> 
         tensor: mut grad,
         scale,
         divisor,
+        ..
     } = stored;
     let on_cpu = Input::new("backward", "gradient", &grad)?;
     let rows = on_cpu.shape().first().copied().unwrap_or(1);

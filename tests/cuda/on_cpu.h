@@ -162,6 +162,7 @@ inline void __trap() {
 }
 
 #define __builtin_assume(fact)
+inline float __log2f(float x) { return std::log2(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline unsigned __float_as_uint(float x) { unsigned u; std::memcpy(&u, &x, 4); return u; }
