@@ -5,6 +5,9 @@
 // mcc_grad     the gradient, by rows
 // mcc_small    all of it in one block
 
+// What the gradient needs to know of a column: 1 - e_c / s_c, and 1 / s_c or 0 where no row has the class.
+struct alignas(8) Coefficients { float ratio, inverse; };
+
 struct Mcc {  // mirrored by `Args` in src/cuda/mcc.rs
   Matrix<E> logits;
   i64 rows;
@@ -15,7 +18,7 @@ struct Mcc {  // mirrored by `Args` in src/cuda/mcc.rs
   float factor;         // of the stored gradient
   float* of_rows;       // [4][rows]: maximum, 1 / sum of the exponentials, weight, 1 less the largest; or null
   float* partials;      // [parts][2][cols]: s_c and e_c over the rows of a block
-  float* coefficients;  // [2][cols]: 1 - e_c / s_c and 1 / s_c
+  Coefficients* coefficients;  // [cols]
   E* grad;              // or null
   Scalar loss;
   Gathering gathering;
@@ -117,8 +120,7 @@ __device__ __forceinline__ void settle(const Mcc& a, int c, double s, double e, 
   found[0] += off;
   found[1] += present;
   if (!a.grad) return;
-  a.coefficients[c] = 1 - off;
-  a.coefficients[a.cols + c] = present ? 1 / s : 0;
+  a.coefficients[c] = {(float)(1 - off), present ? (float)(1 / s) : 0};
 }
 
 // Of a row, some class is present.
@@ -128,13 +130,14 @@ __device__ __forceinline__ void store_loss(const Mcc& a, const double (&found)[2
 
 template <int SIZE, int KEEP>
 __device__ __forceinline__ void mcc_grad(const Mcc& a) {
-  const float* ratio = a.coefficients;
-  const float* inverse = a.coefficients + a.cols;
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
     Row<E, SIZE, KEEP> z(a.logits, i, a.cols);
     const Softmax softmax = softmax_of(a, i);
     const float times = a.factor * a.of_rows[2 * a.rows + i];
-    const auto slope = [&](float p, int c) { return inverse[c] * (p + p - ratio[c]); };
+    const auto slope = [&](float p, int c) {
+      const Coefficients of_c = a.coefficients[c];
+      return of_c.inverse * (p + p - of_c.ratio);
+    };
     // Any number in the place of `lead` gives the same gradient: with the slope of the class that has most of the
     // row it is a sum of small terms (src/kernels/mcc.rs).
     float lead = 0;
@@ -146,25 +149,19 @@ __device__ __forceinline__ void mcc_grad(const Mcc& a) {
       lead = Group<SIZE>::sum(lead);
     }
     const auto share = [&](float p, int c) { return p * (slope(p, c) - lead); };
-    float shares[KEEP > 0 ? KEEP : 1], total = 0;
+    float total = 0;
     const auto add = [&](int k, int c) {
-      const float p = softmax.of(z.at(k)), own = share(p, c);
-      total += own;
-      if constexpr (KEEP > 0) {
-        z.kept[k] = p;
-        shares[k] = own;
-      }
+      const float p = softmax.of(z.at(k));
+      total += share(p, c);
+      if constexpr (KEEP > 0) z.kept[k] = p;
     };
     columns<SIZE, KEEP>(a.cols, add, z);
     total = Group<SIZE>::sum(total);
     E* grad = a.grad + i * a.cols;
     const auto gradient = [&](int k, int c) {
-      if constexpr (KEEP > 0) {
-        store(grad[c], times * (shares[k] - z.kept[k] * total));
-      } else {
-        const float p = softmax.of(z.at(k));
-        store(grad[c], times * (share(p, c) - p * total));
-      }
+      // Its share once more: to hold them too would take as many registers as the row.
+      const float p = KEEP > 0 ? z.at(k) : softmax.of(z.at(k));
+      store(grad[c], times * (share(p, c) - p * total));
     };
     columns<SIZE, KEEP>(a.cols, gradient, z);
   }
