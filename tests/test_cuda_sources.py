@@ -91,6 +91,14 @@ def test_compiles(stem, capability, capsys):
         print(f"\nsm_{capability[0]}{capability[1]} {stem}.cu", *lines, sep="\n  ")
 
 
+@pytest.mark.parametrize("stem", ["uda", "triplet_gradient"])
+def test_compiles_for_the_oldest_device(stem):
+    """Where a maximum is not one instruction."""
+    if torch.version.cuda is None:
+        pytest.skip("NOT RUN: this build of torch brings no NVRTC")
+    assert figures(_core.cuda_compile(stem, "float32", (7, 5)))
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match='no source "nothing"'):
         _core.cuda_compile("nothing", "float32", (9, 0))

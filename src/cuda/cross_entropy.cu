@@ -61,6 +61,29 @@ struct Smooth {  // mirrored by `Smooth` in src/cuda/cross_entropy.rs
   float hit, rest, mass;
 };
 
+// `split`, and sum_c (z_c - max): in one sweep where the row is held, which has exponentials from then on.
+template <int SIZE, int KEEP, typename R>
+__device__ __forceinline__ Split shifted_split(R& z, int cols, int label, float at_label, float& max, float& shifted) {
+  if constexpr (KEEP > 0) {
+    max = row_max<SIZE, KEEP>(z, cols);
+    float sums[2] = {0, 0};
+    places<SIZE, KEEP>(cols, [&](int k, int c, bool there) {
+      sums[0] += there ? z.at(k) - max : 0;
+      const float x = z.exponential(k, max);
+      if (c != label) sums[1] += x;
+    });
+    Group<SIZE>::template reduce<Add>(sums);
+    shifted = sums[0];
+    return {expf(at_label - max), sums[1]};
+  } else {
+    const Split row = split<SIZE, KEEP>(z, cols, label, at_label, max);
+    float sum = 0;
+    places<SIZE, KEEP>(cols, [&](int k, int, bool there) { sum += there ? z.at(k) - max : 0; }, z);
+    shifted = Group<SIZE>::sum(sum);
+    return row;
+  }
+}
+
 template <int SIZE, int KEEP>
 __device__ __forceinline__ void smooth(const Smooth& a) {
   const int cols = a.rows.cols;
@@ -74,10 +97,8 @@ __device__ __forceinline__ void smooth(const Smooth& a) {
     const bool known = given >= 0 && given < cols;
     const int label = known ? (int)given : 0;
     const float z_label = known ? z.again(label) : nan32();
-    float max = row_max<SIZE, KEEP>(z, cols), shifted = 0;
-    places<SIZE, KEEP>(cols, [&](int k, int, bool there) { shifted += there ? z.at(k) - max : 0; }, z);
-    shifted = Group<SIZE>::sum(shifted);
-    const Split row = split<SIZE, KEEP>(z, cols, label, z_label, max);
+    float max, shifted;
+    const Split row = shifted_split<SIZE, KEEP>(z, cols, label, z_label, max, shifted);
     // Without smoothing rest is 0, and 0 times an infinite logarithm is NaN, as in tllib.
     total[0] += once<SIZE>(a.mass * row.log_total() - a.hit * (z_label - max) - a.rest * shifted);
     if (!a.rows.grad) continue;

@@ -134,7 +134,11 @@ impl Stream {
         let made = match self.runs_on {
             // Not of torch's allocator, which may be giving out the memory of a graph (torch.compile lets a
             // model run once in the memory that it will be captured in): nothing may be kept of that.
-            RunsOn::Device { context, stream } => context.zero(stream)?,
+            RunsOn::Device { context, stream } => match context.zero(stream) {
+                Ok(memory) => memory,
+                // torch may hold all memory, and gives of it.
+                Err(_) => return Ok(Counter::Own(self.zero()?)),
+            },
             RunsOn::Emulator(_) => Handle(ManuallyDrop::new(self.zero()?).data_ptr()),
         };
         // Another thread may have made one meanwhile: no lock is held while memory is asked for.

@@ -92,24 +92,24 @@ impl Context {
         unsafe { sys::cuCtxPushCurrent_v2(self.primary.0.cast()) }
             .result()
             .map_err(reason)?;
-        let outcome = body();
-        let mut popped = std::ptr::null_mut();
-        // SAFETY: it pops what was pushed above.
-        unsafe { sys::cuCtxPopCurrent_v2(&raw mut popped) }
-            .result()
-            .map_err(reason)?;
-        outcome
+        let _pushed = Pushed;
+        body()
     }
 
     /// Which graph launches on `stream` are recorded into, if into one.
     pub fn capture(&self, stream: Handle) -> Result<Option<u64>> {
         const NONE: sys::CUstreamCaptureStatus =
             sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        let (mut status, mut graph) = (NONE, 0);
-        let nothing = std::ptr::null_mut;
         self.within(|| {
-            // SAFETY: torch's stream of this device, and its streams live as long as the process; it writes two
-            // numbers, and nothing to the places that are null.
+            // SAFETY: torch's stream of this device; its streams live as long as the process.
+            let status = unsafe { result::stream::is_capturing(stream.0.cast()) };
+            if status.map_err(reason)? == NONE {
+                return Ok(None);
+            }
+            // Drivers before CUDA 12.3 have it not, and cudarc panics: asked only where there is a graph.
+            let (mut status, mut graph) = (NONE, 0);
+            let nothing = std::ptr::null_mut;
+            // SAFETY: as above; it writes two numbers, and nothing to the places that are null.
             unsafe {
                 sys::cuStreamGetCaptureInfo_v3(
                     stream.0.cast(),
@@ -122,15 +122,15 @@ impl Context {
                 )
             }
             .result()
-            .map_err(reason)
-        })?;
-        Ok((status != NONE).then_some(graph))
+            .map_err(reason)?;
+            Ok(Some(graph))
+        })
     }
 
     /// How many blocks of `block` threads of `function` the device holds at once.
     pub fn resident(&self, function: Handle, block: u32) -> Result<u32> {
         let mut of_each = 0;
-        self.within(|| {
+        self.beside_captures(|| {
             // SAFETY: a function of this context; it writes one number.
             unsafe {
                 sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
@@ -150,17 +150,8 @@ impl Context {
     /// it is no part of the graph.
     fn beside_captures<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
         self.within(|| {
-            let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-            // SAFETY: it exchanges the thread's mode with `mode`.
-            let exchange = |mode: &mut _| unsafe {
-                sys::cuThreadExchangeStreamCaptureMode(mode)
-                    .result()
-                    .map_err(reason)
-            };
-            exchange(&mut mode)?;
-            let outcome = body();
-            exchange(&mut mode)?;
-            outcome
+            let _relaxed = Relaxed::new()?;
+            body()
         })
     }
 
@@ -216,6 +207,38 @@ impl Context {
             unsafe { result::launch_kernel(function.0.cast(), grid, block, 0, stream, &mut [args]) }
                 .map_err(reason)
         })
+    }
+}
+
+/// A context that was pushed, and is popped whatever happens.
+struct Pushed;
+
+impl Drop for Pushed {
+    fn drop(&mut self) {
+        let mut popped = std::ptr::null_mut();
+        // SAFETY: it pops what was pushed before. There is nothing to do about a failure.
+        let _ = unsafe { sys::cuCtxPopCurrent_v2(&raw mut popped) };
+    }
+}
+
+/// A thread that may do what captures forbid; it holds the thread's mode of before.
+struct Relaxed(sys::CUstreamCaptureMode);
+
+impl Relaxed {
+    fn new() -> Result<Self> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: it exchanges the thread's mode with `mode`.
+        unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut mode) }
+            .result()
+            .map_err(reason)?;
+        Ok(Self(mode))
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // SAFETY: as above. There is nothing to do about a failure.
+        let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut self.0) };
     }
 }
 

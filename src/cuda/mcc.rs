@@ -4,7 +4,7 @@
 use super::args::{self, Gathering, Matrix, Partials, Scalar};
 use super::device::{Launch, Stream};
 use super::plan::{FEW_ROWS, ROWS, WARP, holds, over_columns, over_rows};
-use super::stored_scale;
+use super::{inverse, stored_scale};
 use crate::error::Result;
 use crate::kernels::mcc::ENTROPY_EPSILON;
 use crate::torch::Dtype;
@@ -58,7 +58,7 @@ pub fn mcc(
         rows: rows as i64,
         cols: cols as i32,
         parts: 0,
-        inverse_t: (1.0 / temperature) as f32,
+        inverse_t: inverse(temperature),
         epsilon: ENTROPY_EPSILON as f32,
         factor: (-scale / (cols as f64 * temperature)) as f32,
         of_rows: std::ptr::null_mut(),

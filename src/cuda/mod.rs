@@ -85,6 +85,11 @@ fn stored_scale(dtype: Dtype, bound: f64) -> f64 {
     by_dtype!(dtype, E => element::stored_scale::<E>(bound))
 }
 
+/// What differences of logits are multiplied by; not 0, which would make infinite ones NaN.
+fn inverse(temperature: f64) -> f32 {
+    ((1.0 / temperature) as f32).max(f32::MIN_POSITIVE)
+}
+
 /// `value` as a tensor of this dtype holds it.
 fn rounded(dtype: Dtype, value: f64) -> f32 {
     by_dtype!(dtype, E => element::round_to::<E>(<E as Element>::Acc::of(value)).to_f64() as f32)

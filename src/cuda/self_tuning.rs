@@ -2,6 +2,7 @@
 
 use super::args::{self, Labels, Matrix};
 use super::device::{Launch, Stream};
+use super::inverse;
 use super::plan::{FEW_ROWS, over_rows};
 use crate::error::Result;
 use crate::kernels::self_tuning::Shape;
@@ -78,7 +79,7 @@ pub fn forward(rows: &Rows<'_, '_>, queue: &Tensor, shape: Shape, keep: bool) ->
         cols: columns as i32,
         of_class: shape.keys as i32,
         labels: Labels::of(&Input::new(CLASS, "labels", rows.labels)?)?,
-        inverse_t: (1.0 / shape.temperature) as f32,
+        inverse_t: inverse(shape.temperature),
         out: out.data_ptr(),
         kept_keys: args::pointer(kept.as_ref().map(|(keys, _)| keys)),
         kept_labels: args::pointer(kept.as_ref().map(|(_, labels)| labels)),
@@ -130,7 +131,7 @@ pub fn backward(
         cols: cols as i32,
         of_class: shape.keys as i32,
         labels: Labels::of(&Input::new(CLASS, "labels", labels)?)?,
-        inverse_t: (1.0 / shape.temperature) as f32,
+        inverse_t: inverse(shape.temperature),
         keys: Matrix::of(keys)?,
         dim: dim as i32,
         products: products.data_ptr(),

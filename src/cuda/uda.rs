@@ -3,7 +3,7 @@
 use super::args::{self, Gathering, Matrix, Partials, Scalar};
 use super::device::Stream;
 use super::plan::{ROWS, over_rows};
-use super::{rounded, stored_scale};
+use super::{inverse, rounded, stored_scale};
 use crate::error::Result;
 use crate::torch::Dtype;
 use crate::torch::autograd::StoredGrad;
@@ -53,7 +53,7 @@ pub fn uda(
         rows: rows as i64,
         cols: cols as i32,
         threshold: rounded(dtype, threshold),
-        inverse_t: (1.0 / temperature) as f32,
+        inverse_t: inverse(temperature),
         factor: (scale / temperature) as f32,
         grad: args::pointer(grad.as_ref()),
         chosen: args::pointer(chosen.as_ref()),
