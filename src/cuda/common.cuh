@@ -414,8 +414,8 @@ template <int SIZE> __device__ __forceinline__ double once(float x) {
   RESIDENT_KERNEL(128, 4, name##_4096, Args, (name<128, 32>(args)))  \
   KERNEL(1024, name##_any, Args, (name<1024, 0>(args)))
 
-// The forms of one that holds more than a row for each column, or has few rows: more threads for each. Mirrored by
-// `FEW_ROWS` in src/cuda/plan.rs.
+// The forms of one that needs more than a row's number for each column, or has few rows: more threads for each.
+// Mirrored by `FEW_ROWS` in src/cuda/plan.rs.
 #define FEW_ROWS_KERNEL(name, Args)                     \
   KERNEL(256, name##_128, Args, (name<32, 4>(args)))    \
   KERNEL(128, name##_1024, Args, (name<128, 8>(args)))  \

@@ -166,7 +166,7 @@ __device__ __forceinline__ void mcc_grad(const Mcc& a) {
     columns<SIZE, KEEP>(a.cols, gradient, z);
   }
 }
-ROW_KERNEL(mcc_grad, Mcc)
+FEW_ROWS_KERNEL(mcc_grad, Mcc)
 
 template <int SIZE, int KEEP>
 __device__ __forceinline__ void mcc_rows(const Mcc& a) {

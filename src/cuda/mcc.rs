@@ -3,7 +3,7 @@
 
 use super::args::{self, Gathering, Matrix, Partials, Scalar};
 use super::device::{Launch, Stream};
-use super::plan::{FEW_ROWS, ROWS, WARP, holds, over_columns, over_rows};
+use super::plan::{FEW_ROWS, WARP, holds, over_columns, over_rows};
 use super::{inverse, stored_scale};
 use crate::error::Result;
 use crate::kernels::mcc::ENTROPY_EPSILON;
@@ -129,7 +129,7 @@ fn in_turns(
         stream.launch(sweep, &args)?;
         stream.launch(columns, &args)?;
         if !args.grad.is_null() && rows > 0 {
-            let grad = over_rows(stream, (STEM, "mcc_grad"), &ROWS, dtype, (rows, cols))?;
+            let grad = over_rows(stream, (STEM, "mcc_grad"), &FEW_ROWS, dtype, (rows, cols))?;
             stream.launch(grad, &args)?;
         }
     }
