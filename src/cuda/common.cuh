@@ -164,6 +164,13 @@ __device__ __forceinline__ void across_warps(double (&own)[N]) {
   __syncthreads();  // of_warp may be written again
 }
 
+// Runs f(c), in all threads, for the columns of block `block` of `blocks` that have all `cols` of them: WARP at a time,
+// the same in each warp.
+template <typename F>
+__device__ __forceinline__ void tiles(int cols, int block, int blocks, F f) {
+  for (int tile = block * WARP; tile < cols; tile += blocks * WARP) f(tile + (int)(threadIdx.x % WARP));
+}
+
 // SIZE threads that share a row: a warp, or the whole block (which then has SIZE threads).
 template <int SIZE>
 struct Group {

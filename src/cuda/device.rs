@@ -51,6 +51,24 @@ pub struct Launch {
     pub block: u32,
 }
 
+impl Launch {
+    /// One block.
+    pub fn of(
+        stem: &'static str,
+        dtype: Dtype,
+        kernel: (&'static str, &'static str),
+        block: u32,
+    ) -> Self {
+        Self {
+            stem,
+            dtype,
+            kernel,
+            grid: 1,
+            block,
+        }
+    }
+}
+
 /// A counter of blocks; see [`Stream::counter`].
 pub enum Counter {
     /// Of a stream: there for good.
@@ -182,13 +200,16 @@ impl Stream {
         }
     }
 
-    /// How many blocks of a launch the device holds at once, whatever its grid.
-    pub fn resident(&self, launch: &Launch) -> Result<u32> {
-        Ok(match self.runs_on {
-            RunsOn::Device { context, .. } => modules::function(context, launch)?.resident,
+    /// The launch with a block for each piece of `work`, at most as many as the device holds of this kernel at
+    /// once, so that they are started, and their sums gathered, once. At least one, so that a result of no rows is
+    /// written too. The kernel is one whose blocks have one size.
+    pub fn sized(&self, launch: Launch, work: usize) -> Result<Launch> {
+        let most = match self.runs_on {
+            RunsOn::Device { context, .. } => modules::function(context, &launch)?.resident,
             RunsOn::Emulator(_) => EMULATED / launch.block,
-        }
-        .max(1))
+        };
+        let grid = work.clamp(1, most.max(1) as usize) as u32;
+        Ok(Launch { grid, ..launch })
     }
 
     /// Whether that many elements are more than the device keeps at hand between one launch and the next, so that
@@ -198,8 +219,8 @@ impl Stream {
         elements / 16 > self.threads_at_once() as usize
     }
 
-    /// Blocks of `threads` threads where there is `work` for as many: at most those that the device holds at
-    /// once. At least one, so that a result of no rows is written too.
+    /// Blocks of `threads` threads where there is `work` for as many: at least one, and at most those that the
+    /// device holds at once of [`Self::threads_at_once`].
     pub fn blocks(&self, work: usize, threads: u32) -> u32 {
         work.clamp(1, (self.threads_at_once() / threads).max(1) as usize) as u32
     }

@@ -40,13 +40,8 @@ pub fn hardest(
         positive: positive.data_ptr(),
         negative: negative.data_ptr(),
     };
-    let launch = Launch {
-        stem: "hardest",
-        dtype,
-        kernel: ("hardest", ""),
-        grid: stream.blocks(rows, THREADS),
-        block: THREADS,
-    };
+    let launch = Launch::of("hardest", dtype, ("hardest", ""), THREADS);
+    let launch = stream.sized(launch, rows)?;
     // SAFETY: both are matrices of this shape and dtype on this device, there is one index of each kind for
     // every row, and all tensors are alive.
     unsafe { stream.launch(launch, &args)? };

@@ -179,9 +179,9 @@ __device__ __forceinline__ void mcc_rows(const Mcc& a) {
 }
 FEW_ROWS_KERNEL(mcc_rows, Mcc)
 
-// The block's warps share the rows or parts of columns that begin at `tile`.
-__device__ __forceinline__ void columns_of_tile(const Mcc& a, int tile, double (&found)[2]) {
-  const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP, c = tile + threadIdx.x % WARP;
+// The block's warps share the rows or parts of column `c`.
+__device__ __forceinline__ void column_of_all(const Mcc& a, int c, double (&found)[2]) {
+  const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   double sums[2] = {0, 0};
   if (c < a.cols && a.parts > 0) {
 #pragma unroll 4
@@ -208,7 +208,7 @@ __device__ __forceinline__ void columns_of_tile(const Mcc& a, int tile, double (
 
 __device__ __forceinline__ void columns_of_all(const Mcc& a) {
   double found[2] = {0, 0};
-  for (int tile = blockIdx.x * WARP; tile < a.cols; tile += gridDim.x * WARP) columns_of_tile(a, tile, found);
+  tiles(a.cols, blockIdx.x, gridDim.x, [&](int c) { column_of_all(a, c, found); });
   if (gathered(a.gathering, found) && threadIdx.x == 0) store_loss(a, found);
 }
 KERNEL(1024, mcc_columns, Mcc, columns_of_all(args))

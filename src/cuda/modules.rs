@@ -21,7 +21,7 @@ type Name = (&'static str, &'static str);
 pub struct Function {
     /// What the driver launches.
     pub handle: Handle,
-    /// How many of its blocks, as large as the first launch made them, the device holds at once.
+    /// How many of its blocks, of the size that the first launch had, the device holds at once.
     pub resident: u32,
 }
 

@@ -57,9 +57,7 @@ pub fn holds(cols: usize) -> bool {
     cols <= HELD
 }
 
-/// The launch of a kernel of `<stem>.cu` that has these `forms`, for `rows` rows of `cols` columns: as many
-/// blocks as the device holds at once, so that blocks are started, and their sums gathered, once. At least one,
-/// so that a loss of no rows is written too.
+/// The launch of a kernel of `<stem>.cu` that has these `forms`, for `rows` rows of `cols` columns.
 pub fn over_rows(
     stream: &Stream,
     (stem, kernel): (&'static str, &'static str),
@@ -72,16 +70,8 @@ pub fn over_rows(
         .iter()
         .find(|form| cols <= form.columns)
         .unwrap_or(wide);
-    let mut launch = Launch {
-        stem,
-        dtype,
-        kernel: (kernel, form.suffix),
-        grid: 1,
-        block: form.threads,
-    };
-    let most = stream.resident(&launch)? as usize;
-    launch.grid = rows.div_ceil(form.together).clamp(1, most) as u32;
-    Ok(launch)
+    let launch = Launch::of(stem, dtype, (kernel, form.suffix), form.threads);
+    stream.sized(launch, rows.div_ceil(form.together))
 }
 
 /// The launch of a kernel of `<stem>.cu` that sums `terms` numbers in each of `cols` columns: blocks of as many

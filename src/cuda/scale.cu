@@ -13,14 +13,14 @@ struct Scale {  // mirrored by `Args` in src/cuda/scale.rs
 
 const int AHEAD = 4;  // units that are under way at once
 
-// Takes units of N elements, of which `of_row` make a row. A unit that would stay what it is is not even read.
+// Takes units of N elements, of which `of_row` make a row; `of_all` is what all are multiplied by where incoming is one
+// number. A unit that would stay what it is is not even read.
 template <int N>
-__device__ __forceinline__ void scale_units(const Scale& a, i64 units, i64 of_row, float factor) {
+__device__ __forceinline__ void scale_units(const Scale& a, i64 units, i64 of_row, float factor, float of_all) {
   typedef Pack<E, N> Unit;
   const Unit* grad = (const Unit*)a.grad;
   Unit* out = (Unit*)a.out;
   const bool in_place = a.out == a.grad, one = a.incoming.stride == 0;
-  const float of_all = one ? a.incoming.at(0) * factor : 0;
   const i64 step = (i64)gridDim.x * blockDim.x, first = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   // The row goes along, without a division for each unit.
   const i64 further_rows = step / of_row, further = step % of_row;
@@ -59,21 +59,21 @@ __device__ __forceinline__ void scale_units(const Scale& a, i64 units, i64 of_ro
 
 __device__ __forceinline__ void scale_all(const Scale& a) {
   const float factor = a.divisor ? a.factor / *a.divisor : a.factor;
-  const bool rows = a.incoming.stride != 0 || a.chosen;
+  const bool one = a.incoming.stride == 0, rows = !one || a.chosen;
+  const float of_all = one ? a.incoming.at(0) * factor : 0;
   // As where backward() is called on the loss itself.
-  if (!rows && a.out == a.grad && a.incoming.at(0) * factor == 1) return;
+  if (!rows && a.out == a.grad && of_all == 1) return;
   const int N = 16 / sizeof(E);
   const bool packed = Pack<E, N>::fits(a.grad) && Pack<E, N>::fits(a.out) && (!rows || a.of_row % N == 0);
   if (!packed) {
-    scale_units<1>(a, a.length, a.of_row, factor);
+    scale_units<1>(a, a.length, a.of_row, factor, of_all);
     return;
   }
   const i64 units = a.length / N;
-  scale_units<N>(a, units, rows ? a.of_row / N : units + 1, factor);
-  const float times = rows ? 1 : a.incoming.at(0) * factor;
+  scale_units<N>(a, units, rows ? a.of_row / N : units + 1, factor, of_all);
   // What does not fill a unit, where rows do not matter.
   for (i64 i = units * N + (i64)blockIdx.x * blockDim.x + threadIdx.x; i < a.length; i += (i64)gridDim.x * blockDim.x) {
-    store(a.out[i], load(a.grad[i]) * times);
+    store(a.out[i], load(a.grad[i]) * of_all);
   }
 }
 KERNEL(256, scale, Scale, scale_all(args))

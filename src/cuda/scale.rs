@@ -63,15 +63,8 @@ pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Optio
         divisor: args::pointer(grad.divisor.as_ref()),
         chosen: args::pointer(grad.chosen.as_ref()),
     };
-    let mut launch = Launch {
-        stem: "scale",
-        dtype,
-        kernel: ("scale", ""),
-        grid: 1,
-        block: THREADS,
-    };
     let work = (length * dtype.kind().elt_size_in_bytes()).div_ceil(THREADS as usize * EACH);
-    launch.grid = work.min(stream.resident(&launch)? as usize) as u32;
+    let launch = stream.sized(Launch::of("scale", dtype, ("scale", ""), THREADS), work)?;
     // SAFETY: `grad` is contiguous, `out` as large and on the same device as `incoming`, which is one number or has
     // one for each row, as `chosen` has; all are alive.
     unsafe { stream.launch(launch, &args)? };

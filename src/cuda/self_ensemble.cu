@@ -29,35 +29,17 @@ __device__ __forceinline__ double settle(const ClassBalance& a, int c, double su
   return -(u * at_least(-100, log(m)) + (1 - u) * at_least(-100, log(1 - m))) / a.cols;
 }
 
-// The sum of column `c` over a part of the rows; in the threads of the first warp.
-__device__ __forceinline__ double sum_of_part(const ClassBalance& a, int part, int c) {
+// What number(i) adds up to over a part of the `count` numbers of column `c`; in the threads of the first warp.
+template <typename F>
+__device__ __forceinline__ double sum_of_part(const ClassBalance& a, int c, i64 count, int part, int parts, F number) {
   const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   double sum[1] = {0};
   if (c < a.cols) {
 #pragma unroll 8
-    for (i64 i = (i64)part * warps + warp; i < a.rows; i += (i64)a.parts * warps) sum[0] += a.p.at(i, c);
+    for (i64 i = (i64)part * warps + warp; i < count; i += (i64)parts * warps) sum[0] += number(i);
   }
   across_warps(sum);
   return sum[0];
-}
-
-// The same over the parts.
-__device__ __forceinline__ double sum_of_parts(const ClassBalance& a, int c) {
-  const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-  double sum[1] = {0};
-  if (c < a.cols) {
-#pragma unroll 4
-    for (int part = warp; part < a.parts; part += warps) sum[0] += a.partials[(i64)part * a.cols + c];
-  }
-  across_warps(sum);
-  return sum[0];
-}
-
-// Runs f(c), in all threads, for the columns of this block, one of `blocks` that have all of them: WARP at a time, the
-// same in each warp.
-template <typename F>
-__device__ __forceinline__ void tiles(const ClassBalance& a, int block, int blocks, F f) {
-  for (int tile = block * WARP; tile < a.cols; tile += blocks * WARP) f(tile + (int)(threadIdx.x % WARP));
 }
 
 // Whether this thread writes what is known of column `c`.
@@ -71,8 +53,8 @@ __device__ __forceinline__ void store_loss(const ClassBalance& a, double (&loss)
 __device__ __forceinline__ void sums(const ClassBalance& a) {
   const int blocks = gridDim.x / a.parts, part = blockIdx.x / blocks;
   double loss[1] = {0};
-  tiles(a, blockIdx.x % blocks, blocks, [&](int c) {
-    const double sum = sum_of_part(a, part, c);
+  tiles(a.cols, blockIdx.x % blocks, blocks, [&](int c) {
+    const double sum = sum_of_part(a, c, a.rows, part, a.parts, [&](i64 i) { return a.p.at(i, c); });
     if (!writes(a, c)) return;
     if (a.parts == 1) loss[0] += settle(a, c, sum);
     else a.partials[(i64)part * a.cols + c] = sum;
@@ -83,8 +65,8 @@ KERNEL(1024, class_balance_sums, ClassBalance, sums(args))
 
 __device__ __forceinline__ void means(const ClassBalance& a) {
   double loss[1] = {0};
-  tiles(a, blockIdx.x, gridDim.x, [&](int c) {
-    const double sum = sum_of_parts(a, c);
+  tiles(a.cols, blockIdx.x, gridDim.x, [&](int c) {
+    const double sum = sum_of_part(a, c, a.parts, 0, 1, [&](i64 part) { return a.partials[part * a.cols + c]; });
     if (writes(a, c)) loss[0] += settle(a, c, sum);
   });
   store_loss(a, loss);

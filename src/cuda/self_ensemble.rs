@@ -106,13 +106,8 @@ pub fn repeat(
         incoming: Numbers::broadcast(incoming)?,
         grad: grad.data_ptr(),
     };
-    let launch = Launch {
-        stem: STEM,
-        dtype,
-        kernel: ("class_balance_grad", ""),
-        grid: stream.blocks(length.div_ceil(THREADS as usize * EACH), THREADS),
-        block: THREADS,
-    };
+    let launch = Launch::of(STEM, dtype, ("class_balance_grad", ""), THREADS);
+    let launch = stream.sized(launch, length.div_ceil(THREADS as usize * EACH))?;
     // SAFETY: `slope` has a number for each column of `grad`, which is contiguous; `incoming` is one number
     // on the same device; all are alive.
     unsafe { stream.launch(launch, &args)? };

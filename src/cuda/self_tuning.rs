@@ -201,13 +201,8 @@ pub fn enqueue(
         moved: moved.data_ptr(),
         done: done.place(),
     };
-    let launch = Launch {
-        stem: STEM,
-        dtype: keys.floating()?,
-        kernel: ("enqueue", ""),
-        grid: stream.blocks(rows, THREADS),
-        block: THREADS,
-    };
+    let launch = Launch::of(STEM, keys.floating()?, ("enqueue", ""), THREADS);
+    let launch = stream.sized(launch, rows)?;
     // SAFETY: the queue has D rows and K columns for each of the pointers; labels beyond these stop the device
     // before anything is written for them. All tensors are on this device and alive.
     unsafe { stream.launch(launch, &args)? };

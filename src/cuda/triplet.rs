@@ -238,9 +238,10 @@ pub fn mine(stream: &Stream, mining: &Mining<'_>, dtype: Dtype) -> Result<Mined>
     let block = (KEPT * stream.threads_at_once() as usize / candidates).clamp(1, rows.max(1));
     let products = stream.empty(&[block as i64, m], Kind::Float)?;
     let transposed = mining.v.tensor.f_tr()?;
-    let grid = stream.blocks(block, THREADS);
+    let launch = Launch::of("triplet", dtype, ("mine", ""), THREADS);
+    let launch = stream.sized(launch, block)?;
     let loss = stream.empty(&[], Kind::Float)?;
-    let pairs = Pairs::new(stream, rows, grid as usize)?;
+    let pairs = Pairs::new(stream, rows, launch.grid as usize)?;
     let done = stream.counter()?;
     let labels = |tensor| Labels::of(&Input::new(CLASS, "labels", tensor)?);
     let (objective, margin) = match mining.objective {
@@ -290,13 +291,6 @@ pub fn mine(stream: &Stream, mining: &Mining<'_>, dtype: Dtype) -> Result<Mined>
             let factor = mining.u.tensor.f_narrow(0, first as i64, args.rows)?;
             let _ = factor.f_mm_out(&products.f_narrow(0, 0, args.rows)?, &transposed)?;
         }
-        let launch = Launch {
-            stem: "triplet",
-            dtype,
-            kernel: ("mine", ""),
-            grid,
-            block: THREADS,
-        };
         // SAFETY: all tensors are alive, on this device and of the shapes that the fields say; the launches
         // follow each other on one stream and use `products` in turn.
         unsafe { stream.launch(launch, &args)? };

@@ -74,13 +74,8 @@ pub fn pull(
         divisor: args::pointer(divisor.as_ref()),
         grad: grad.data_ptr(),
     };
-    let launch = Launch {
-        stem: "triplet_gradient",
-        dtype,
-        kernel: ("pull", ""),
-        grid: stream.blocks(rows, THREADS),
-        block: THREADS,
-    };
+    let launch = Launch::of("triplet_gradient", dtype, ("pull", ""), THREADS);
+    let launch = stream.sized(launch, rows)?;
     // SAFETY: the features and the gradient have these rows and columns, `found` and `weights` two entries for
     // each anchor, with candidates in range; all are on this device and alive.
     unsafe { stream.launch(launch, &args)? };
