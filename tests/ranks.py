@@ -8,7 +8,7 @@
     assert run_ranks(4, sums, 10) == [46] * 4
 
 The function is one that a module defines at its top, so that the ranks can import it. It finds the default
-process group ready, and leaves it alone: the processes end when it returns.
+process group ready on all ranks, and leaves it alone: the processes end when the last rank's has returned.
 """
 
 import datetime
@@ -80,11 +80,11 @@ def run_ranks(
 
 
 def _start(rank: int, *arguments: Any) -> tuple[Any, Connection]:
-    receiving, sending = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_rank, args=(sending, rank, *arguments), daemon=True)
+    ours, its = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_rank, args=(its, rank, *arguments), daemon=True)
     process.start()
-    sending.close()  # so that a rank's death is the end of its pipe
-    return process, receiving
+    its.close()  # so that a rank's death is the end of its pipe
+    return process, ours
 
 
 def _rank(
@@ -100,21 +100,26 @@ def _rank(
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=datetime.timedelta(seconds=group_timeout),
+        _connect(
+            rank, world_size, dist.FileStore(store, world_size), datetime.timedelta(seconds=group_timeout)
         )
         outcome = True, function(rank, *arguments)
     except BaseException:
         outcome = False, traceback.format_exc()
     # By value: a tensor in shared memory would end with this process.
     connection.send_bytes(pickle.dumps(outcome))
-    connection.close()
+    # A rank that left now would be a closed connection to those that still work, whose errors may be reported
+    # before the one that explains them. Killed, or alone: the pipe ends either way.
+    connection.poll(None)
     # Not through the interpreter's end, which may wait for ranks that are gone.
     os._exit(0)
+
+
+def _connect(rank: int, world_size: int, store: dist.Store, timeout: datetime.timedelta) -> None:
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # The first rank to be connected to all may be done, or dead, before another has heard from it.
+    store.set(f"connected/{rank}", "")
+    store.wait([f"connected/{other}" for other in range(world_size)], timeout)
 
 
 def _collect(ranks: Sequence[tuple[Any, Connection]], deadline: float, dying: set[int]) -> list[Any]:
