@@ -169,6 +169,7 @@ def test_nothing_selected_and_empty_batches_give_plain_zeros():
         CCConsistency(1.0, 0.9)(torch.zeros(2, 3), strong),
         CCConsistency(1.0, 0.9)(torch.full((2, 3), float("nan")), strong),
         CCConsistency(1.0)(torch.zeros(0, 3), torch.zeros(0, 3)),
+        CCConsistency(1.0, 0.9)(torch.zeros(2, 3, dtype=torch.float64), strong),
     ):
         assert outputs == (0, 0)
         assert [type(x) for x in outputs] == [int, int]

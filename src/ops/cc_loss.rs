@@ -28,8 +28,8 @@ pub struct Output {
     pub loss: Tensor,
     /// Scalar, float32: the fraction of rows that are selected.
     pub fraction: Tensor,
-    /// Their number, where the host knows it without waiting.
-    pub count: Option<usize>,
+    /// Whether there are none; false where the host would have to wait to know.
+    pub nothing: bool,
 }
 
 /// `ValueError` for a temperature that is not above 0 or a threshold that is NaN.
@@ -60,12 +60,13 @@ pub fn cc_loss(
     if weak.shape() != strong.shape() {
         return Err(strong.wrong(&format!("have the shape of logits, {:?}", weak.shape())));
     }
-    if !weak.on_cpu() || !strong.on_cpu() || dtype != strong_dtype {
+    let on_cpu = weak.on_cpu() && strong.on_cpu();
+    if !on_cpu || dtype != strong_dtype {
         let (loss, fraction) = composite(logits, logits_strong, temperature, thr)?;
         return Ok(Output {
+            nothing: rows == 0 || (on_cpu && fraction.f_double_value(&[])? == 0.0),
             loss,
             fraction,
-            count: (rows == 0).then_some(0),
         });
     }
     let (output, grad) = fused(&weak, &strong, dtype, (temperature, thr))?;
@@ -110,7 +111,7 @@ fn fused(
             // The number of selected rows is float32, and so promotes a half matrix, in tllib too.
             loss: scalar(loss, dtype.at_least_f32())?,
             fraction: scalar(fraction, Dtype::F32)?,
-            count: Some(chosen.len()),
+            nothing: chosen.is_empty(),
         };
         Ok((output, grad))
     })

@@ -5,8 +5,8 @@ use pyo3_tch::PyTensor;
 
 const CLASS: &str = "CCConsistency";
 
-/// Loss, fraction of the rows that are selected, and their number (`None` where only the device
-/// knows it). The differentiated input comes first.
+/// Loss, fraction of the rows that are selected, and whether there are none (false where only the device
+/// knows). The differentiated input comes first.
 #[pyfunction]
 pub fn cc_loss(
     py: Python<'_>,
@@ -14,7 +14,7 @@ pub fn cc_loss(
     logits: &Bound<'_, PyAny>,
     temperature: &Bound<'_, PyAny>,
     thr: &Bound<'_, PyAny>,
-) -> PyResult<(PyTensor, PyTensor, Option<usize>)> {
+) -> PyResult<(PyTensor, PyTensor, bool)> {
     let (weak, strong) = (
         tensor(CLASS, "logits", logits)?,
         tensor(CLASS, "logits_strong", logits_strong)?,
@@ -24,7 +24,7 @@ pub fn cc_loss(
     let out = without_gil(py, 2 * elements(&weak), move || {
         ops::cc_loss(&weak, &strong, temperature, thr)
     })?;
-    Ok((PyTensor(out.loss), PyTensor(out.fraction), out.count))
+    Ok((PyTensor(out.loss), PyTensor(out.fraction), out.nothing))
 }
 
 /// Raises unless the class accepts these arguments.

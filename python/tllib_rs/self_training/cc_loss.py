@@ -88,9 +88,9 @@ class CCConsistency(nn.Module):
         arguments = (logits_strong, logits, self.temperature, self.thr)
         if torch.compiler.is_compiling():
             return _compiled(*arguments)
-        loss, fraction, count = _core.cc_loss(*arguments)
+        loss, fraction, nothing = _core.cc_loss(*arguments)
         # Numbers, not tensors: scripts tell by them that there is nothing to train on.
-        return (0, 0) if count == 0 else (loss, fraction)
+        return (0, 0) if nothing else (loss, fraction)
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""
