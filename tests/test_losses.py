@@ -260,6 +260,20 @@ def test_compile_without_graph_break(loss, generator):
     assert_agree(got, expected, torch.float32, 1e-6)
 
 
+#: Those that take inputs of two dtypes.
+MIXED = "pseudo_label dst cc_loss pi_model pi_model_none pi_model_mask uda soft_triplet reid_cross_entropy"
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in MIXED.split()], ids=repr)
+def test_compile_of_a_composite(loss, generator):
+    """What serves inputs of two dtypes here, and all inputs on devices without kernels."""
+    inputs = leaves(loss, loss.inputs(generator), torch.float32)
+    inputs[1] = inputs[1].detach().double().requires_grad_(inputs[1].requires_grad)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *x: loss.first(loss.ours(*x)), fullgraph=True, backend="aot_eager")
+    assert_agree(run(loss, compiled, inputs), run(loss, loss.ours, inputs), torch.float32, 1e-6)
+
+
 @every_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(loss, generator, dtype):

@@ -6,8 +6,8 @@ implementation (shapes and dtypes only). :func:`register` is for losses, whose b
 gradients, as the eager autograd node does; :func:`define` for everything else.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -71,7 +71,7 @@ def register(
 
     def compute_here(*args):
         # The extension stores gradients only for tensors that require them: ask it with leaves.
-        with torch.enable_grad():
+        with _recorded():
             leaves = [x.detach().requires_grad_() for x in args[:count]]
             others = [x.detach() if isinstance(x, torch.Tensor) else x for x in args[count:]]
             outputs = call(*leaves, *others)
@@ -121,6 +121,16 @@ def register(
         return (loss, *rest[count:]) if extra else loss
 
     return compiled
+
+
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """As outside of any operator: what libtorch computes has a gradient. Where an operator has one of its own,
+    torch leaves out all others while it runs."""
+    keys = torch._C.DispatchKey
+    left_out = torch._C._SetExcludeDispatchKeyGuard
+    with left_out(keys.AutogradFunctionality, False), left_out(keys.AutogradOther, False), torch.enable_grad():
+        yield
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
