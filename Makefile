@@ -24,8 +24,9 @@ $(STAMPS)/venv: pyproject.toml
 	@touch $@
 
 $(STAMPS)/build: $(STAMPS)/venv $(RUST)
+	@touch $@.begun  # what changes from here on is newer
 	$(BIN)/maturin develop --release --quiet
-	@touch $@
+	@mv $@.begun $@
 
 build: $(STAMPS)/build  ## build the extension into .venv
 
