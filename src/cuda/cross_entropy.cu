@@ -47,7 +47,7 @@ __device__ __forceinline__ void soft(const Soft& a) {
     E* grad = a.rows.grad + i * cols;
     const float of_p = weight / z_total, of_q = weight / y_total;
     const auto difference = [&](int k, int c) {
-      store(grad[c], z.held_exponential(k, z_max) * of_p - y.held_exponential(k, y_max) * of_q);
+      store(grad[c], scaled(z.held_exponential(k, z_max), of_p) - scaled(y.held_exponential(k, y_max), of_q));
     };
     columns<SIZE, KEEP>(cols, difference, z, y);
   }

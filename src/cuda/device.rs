@@ -94,6 +94,7 @@ impl Stream {
             (Some(emulator), _) => (RunsOn::Emulator(emulator), None),
             (None, Device::Cuda(index)) => {
                 let (context, stream) = (Context::of(index)?, Handle(cuda_stream(index)?));
+                context.check_default(stream)?;
                 (RunsOn::Device { context, stream }, context.capture(stream)?)
             }
             (None, device) => {

@@ -22,6 +22,7 @@ unsafe impl Sync for Handle {}
 /// The primary context of a device: the one that torch uses.
 pub struct Context {
     ordinal: i32,
+    device: sys::CUdevice,
     primary: Handle,
     capability: (i32, i32),
     multiprocessors: u32,
@@ -60,6 +61,7 @@ impl Context {
         let of_each = attribute(A::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR)? as u32;
         Ok(Self {
             ordinal,
+            device,
             primary: Handle(context.cast()),
             capability: (
                 attribute(A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
@@ -98,33 +100,44 @@ impl Context {
 
     /// Which graph launches on `stream` are recorded into, if into one.
     pub fn capture(&self, stream: Handle) -> Result<Option<u64>> {
-        const NONE: sys::CUstreamCaptureStatus =
-            sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
         self.within(|| {
             // SAFETY: torch's stream of this device; its streams live as long as the process.
             let status = unsafe { result::stream::is_capturing(stream.0.cast()) };
-            if status.map_err(reason)? == NONE {
+            if status.map_err(reason)? == NOT_CAPTURING {
                 return Ok(None);
             }
-            // Drivers before CUDA 12.3 have it not, and cudarc panics: asked only where there is a graph.
-            let (mut status, mut graph) = (NONE, 0);
-            let nothing = std::ptr::null_mut;
-            // SAFETY: as above; it writes two numbers, and nothing to the places that are null.
-            unsafe {
-                sys::cuStreamGetCaptureInfo_v3(
-                    stream.0.cast(),
-                    &raw mut status,
-                    &raw mut graph,
-                    nothing(),
-                    nothing().cast(),
-                    nothing().cast(),
-                    nothing().cast(),
-                )
-            }
+            graph_of(stream).map(Some)
+        })
+    }
+
+    /// Refuses the default stream of a context that is current but not torch's usual one, as
+    /// `torch.cuda.green_contexts` makes them: it has no handle by which it could be told from this context's, where
+    /// launches would run beside what they belong behind.
+    pub fn check_default(&self, stream: Handle) -> Result<()> {
+        let mut current = std::ptr::null_mut();
+        if !stream.0.is_null() {
+            return Ok(());
+        }
+        // SAFETY: it writes one handle.
+        unsafe { sys::cuCtxGetCurrent(&raw mut current) }
             .result()
             .map_err(reason)?;
-            Ok(Some(graph))
-        })
+        if current.is_null() || current == self.primary.0.cast() {
+            return Ok(());
+        }
+        let mut device = 0;
+        // SAFETY: as above, one number.
+        unsafe { sys::cuCtxGetDevice(&raw mut device) }
+            .result()
+            .map_err(reason)?;
+        if device != self.device {
+            return Ok(());
+        }
+        Err(failed(&format!(
+            "the current context is not the primary one of cuda:{} (a green context?): select a stream of it by \
+             torch.cuda.stream",
+            self.ordinal
+        )))
     }
 
     /// How many blocks of `block` threads of `function` the device holds at once.
@@ -208,6 +221,56 @@ impl Context {
                 .map_err(reason)
         })
     }
+}
+
+const NOT_CAPTURING: sys::CUstreamCaptureStatus =
+    sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+
+/// The graph that `stream`, of the current context, is captured into.
+fn graph_of(stream: Handle) -> Result<u64> {
+    type Before12_3 = unsafe extern "C" fn(
+        sys::CUstream,
+        *mut sys::CUstreamCaptureStatus,
+        *mut u64,
+        *mut sys::CUgraph,
+        *mut *const sys::CUgraphNode,
+        *mut usize,
+    ) -> sys::CUresult;
+    let (mut status, mut graph) = (NOT_CAPTURING, 0);
+    let nothing = std::ptr::null_mut;
+    // SAFETY: the driver is loaded. The first is only asked for; the second has had this signature since CUDA 11.3.
+    let (newer, older) = unsafe {
+        let driver = sys::culib();
+        (
+            driver.get::<*mut c_void>(b"cuStreamGetCaptureInfo_v3\0"),
+            driver.get::<Before12_3>(b"cuStreamGetCaptureInfo_v2\0"),
+        )
+    };
+    // SAFETY: a stream of torch's, as in `Context::capture`; two numbers are written, and nothing to the places that are null.
+    let asked = unsafe {
+        match (newer, older) {
+            // cudarc binds only the newer one, and panics where a function is missing.
+            (Err(_), Ok(function)) => function(
+                stream.0.cast(),
+                &raw mut status,
+                &raw mut graph,
+                nothing(),
+                nothing().cast(),
+                nothing().cast(),
+            ),
+            _ => sys::cuStreamGetCaptureInfo_v3(
+                stream.0.cast(),
+                &raw mut status,
+                &raw mut graph,
+                nothing(),
+                nothing().cast(),
+                nothing().cast(),
+                nothing().cast(),
+            ),
+        }
+    };
+    asked.result().map_err(reason)?;
+    Ok(graph)
 }
 
 /// A context that was pushed, and is popped whatever happens.

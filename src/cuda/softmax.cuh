@@ -43,6 +43,10 @@ __device__ __forceinline__ int first_max(R& z, int cols) {
   return Group<SIZE>::template reduce<First>(best == max || best != best ? first : NONE);
 }
 
+// x factor, rounded, so that the difference of two that are equal is 0: otherwise the compiler takes the second one
+// exactly.
+__device__ __forceinline__ float scaled(float x, float factor) { return __fmul_rn(x, factor); }
+
 // sum_c e^{z_c - max} in two parts: of one class and of all others, so that 1 - p, p - 1 and ln p keep
 // their digits where p is near 1.
 struct Split {

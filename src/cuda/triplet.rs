@@ -249,7 +249,8 @@ pub fn mine(stream: &Stream, mining: &Mining<'_>, dtype: Dtype) -> Result<Mined>
         Objective::Margin(margin) => (1, margin),
         Objective::Taught => (2, 0.0),
     };
-    let rounding = ERROR * f64::from(f32::EPSILON);
+    // cuBLAS may add a pair's products up one after another.
+    let rounding = ERROR.max((dim as f64).sqrt()) * f64::from(f32::EPSILON);
     let mut args = Mine {
         products: products.data_ptr(),
         first: 0,

@@ -47,7 +47,7 @@ __device__ __forceinline__ void uda(const Uda& a) {
       const float of_p = a.factor / z_total, of_q = a.factor / y_total;
       const auto difference = [&](int k, int c) {
         const float p = z.held_exponential(k, z_max, a.inverse_t), q = y.held_exponential(k, y_max);
-        store(grad[c], p * of_p - q * of_q);
+        store(grad[c], scaled(p, of_p) - scaled(q, of_q));
       };
       columns<SIZE, KEEP>(a.cols, difference, z, y);
     } else {
