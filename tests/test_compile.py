@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 from tllib_rs.self_training.mean_teacher import EMATeacher
+from tllib_rs.self_training.pi_model import L2ConsistencyLoss
 from tllib_rs.self_training.self_tuning import Classifier, SelfTuning
 
 CLASSES, KEYS, ROWS, WIDTH = 5, 3, 7, 4
@@ -251,3 +252,24 @@ def test_teacher_in_a_compiled_step(backend, generator):
         for a, b in zip(*(teacher.state_dict().values() for teacher in teachers), strict=True):
             torch.testing.assert_close(a, b)
         torch.testing.assert_close(twins[0].weight, twins[1].weight)
+
+
+def test_gradients_of_a_composite_are_laid_out_as_inductor_expects(generator):
+    """Which looks at the strides of what an operator gives."""
+    p1, p2 = (torch.rand(3, 8, generator=generator, dtype=d).t() for d in (torch.float32, torch.float64))
+    loss, inputs = L2ConsistencyLoss(), (p1.requires_grad_(), p2.requires_grad_())
+    compiled = torch.compile(lambda *p: loss(*(2 * x for x in p)), fullgraph=True)
+    got, expected = (
+        torch.autograd.grad(f(*x), inputs) for f, x in ((compiled, inputs), (loss, [2 * x for x in inputs]))
+    )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_operators_with_state_are_no_part_of_cuda_graphs():
+    """Their tag says so, and where inductor does not look at it, its own list."""
+    module = DynamicThresholdingModule(0.95, True, lambda x: x, CLASSES, 40, "cpu")
+    torch.compile(module.get_threshold, backend="aot_eager")(torch.arange(CLASSES))
+    for name in ("ema_update", "self_tuning_momentum", "flexmatch_status", "flexmatch_update"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.tllib_rs, name).default.tags
+    assert "tllib_rs::flexmatch_status" in torch._inductor.config.custom_should_partition_ops

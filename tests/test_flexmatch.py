@@ -352,3 +352,17 @@ def _device_state(classes, samples):
     from tllib_rs import _core
 
     return _core.FlexMatch(classes, samples, False, "cpu", True)
+
+
+def test_counts_on_a_device_outlive_an_inference():
+    """What is made under inference mode can never be written outside of it."""
+    state = _device_state(5, 20)
+    ones, labels = torch.ones(3), torch.arange(3)
+    for step in range(3):
+        with torch.inference_mode():
+            state.status(labels, False)
+        state.update(labels + step, ones, labels)
+        assert torch.equal(state.counts(), torch.bincount(state.net_outputs + 1, minlength=6))
+        state.net_outputs[7:9] = step
+        if step == 1:
+            state.net_outputs = torch.zeros(20, dtype=torch.int64)

@@ -16,7 +16,12 @@ _library = torch.library.Library("tllib_rs", "DEF")
 
 
 def define(
-    name: str, schema: str, compute: Callable[..., Any], fake: Callable[..., Any], ordered: bool = False
+    name: str,
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    ordered: bool = False,
+    recorded: bool = True,
 ) -> Callable[..., Any]:
     """Define the opaque operator ``tllib_rs::name``, without a gradient, and return it.
 
@@ -26,10 +31,22 @@ def define(
         compute: what it does to real tensors.
         fake: empty tensors like the outputs of ``compute``, from fake inputs.
         ordered: for operators on state that is no argument: such calls stay, in the order of the program.
+        recorded: False for operators that keep memory between calls, or look at what is no tensor: the CUDA
+            graphs of ``torch.compile(mode="reduce-overhead")`` end before them, and go on behind.
     """
-    _library.define(f"{name}{schema}")
+    _library.define(f"{name}{schema}", tags=() if recorded else (torch.Tag.cudagraph_unsafe,))
     _library.impl(name, compute, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tllib_rs::{name}", fake, lib=_library)
+
+    def traced(*args):
+        from torch._inductor import config  # loaded only by who compiles
+
+        # Inductor does not see the tag of an operator that is ordered.
+        if f"tllib_rs::{name}" not in config.custom_should_partition_ops:
+            config.custom_should_partition_ops = [*config.custom_should_partition_ops, f"tllib_rs::{name}"]
+        return fake(*args)
+
+    unseen = ordered and not recorded
+    torch.library.register_fake(f"tllib_rs::{name}", traced if unseen else fake, lib=_library)
     if ordered:
         _library._register_effectful_op(f"tllib_rs::{name}", torch.library.EffectType.ORDERED)
     return getattr(torch.ops.tllib_rs, name).default
@@ -79,7 +96,8 @@ def register(
             # In this thread: in another, a graph that is captured knows nothing of the gradients' memory.
             with torch.autograd.set_multithreading_enabled(False):
                 grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss)) if leaves else ()
-        return (loss.detach(), *grads, *rest)
+        # A composite's are laid out like the inputs.
+        return (loss.detach(), *(grad.contiguous() for grad in grads), *rest)
 
     def fake_compute(*args):
         loss, *rest = fake(*args[:-1])
@@ -125,11 +143,10 @@ def register(
 
 @contextmanager
 def _recorded() -> Iterator[None]:
-    """As outside of any operator: what libtorch computes has a gradient. Where an operator has one of its own,
-    torch leaves out all others while it runs."""
-    keys = torch._C.DispatchKey
-    left_out = torch._C._SetExcludeDispatchKeyGuard
-    with left_out(keys.AutogradFunctionality, False), left_out(keys.AutogradOther, False), torch.enable_grad():
+    """As outside of any operator: what libtorch computes has a gradient. Where an operator has one of its
+    own, torch leaves out all others while it runs."""
+    key, excluded = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
+    with excluded(key.AutogradFunctionality, False), excluded(key.AutogradOther, False), torch.enable_grad():
         yield
 
 

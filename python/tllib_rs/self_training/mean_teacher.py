@@ -49,6 +49,7 @@ _compiled_update = define(
     "(Tensor(a!)[] teachers, Tensor[] students, float alpha) -> ()",
     _core.ema_update_parameters,
     lambda teachers, students, alpha: None,
+    recorded=False,
 )
 
 

@@ -250,6 +250,7 @@ _momentum = define(
     f"Tensor queue_ptr, {_SETTINGS}) -> ()",
     _check_and_average,
     lambda *_: None,
+    recorded=False,
 )
 
 

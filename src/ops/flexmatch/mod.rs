@@ -70,7 +70,13 @@ impl FlexMatch {
         let stored = Stored::of(&input)?;
         stored.holds(classes)?;
         let on_host = !counts_on_device.unwrap_or(!on_cpu || cuda::emulated());
-        let tally = on_host.then(|| Tally::Host(Counts::unlabelled(samples, classes)));
+        // On a device too from the start, in memory that stays: a first step may be one that a graph records, or
+        // of an inference, whose memory nothing else may write to.
+        let tally = if on_host {
+            Tally::Host(Counts::unlabelled(samples, classes))
+        } else {
+            Tally::Device(device::count(&net_outputs, classes)?)
+        };
         let version = version(&net_outputs);
         Ok(Self {
             net_outputs,
@@ -79,7 +85,7 @@ impl FlexMatch {
             samples,
             warmup,
             on_host,
-            tally,
+            tally: Some(tally),
             totals: None,
             version,
             exposed: false,
@@ -106,7 +112,7 @@ impl FlexMatch {
             moved = moved.f_contiguous()?;
         }
         self.net_outputs = moved;
-        self.tally = None;
+        self.exposed = true;
         Ok(())
     }
 
@@ -128,8 +134,11 @@ impl FlexMatch {
         copy.f_copy_(&here)?;
         self.version = version(&copy);
         self.net_outputs = copy;
-        self.tally = self.on_host.then_some(Tally::Host(counts));
-        (self.exposed, self.shared) = (false, false);
+        if self.on_host {
+            self.tally = Some(Tally::Host(counts));
+        }
+        // On a device they are counted again, where the counts are.
+        (self.exposed, self.shared) = (!self.on_host, false);
         Ok(())
     }
 
