@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.losses import LOSSES
+from tests.on_device import DEVICE, on_cpu, somewhere
 from tests.plain.mcc import mcc as plain
 from tests.test_losses import assert_agree, run
-from tests.test_on_device import DEVICE, HERE, on_cpu
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 
-pytestmark = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU and TLLIB_RS_CUDA=1")
+pytestmark = somewhere
 MCC = next(loss for loss in LOSSES if loss.name == "mcc")
 #: One block, and each form with several rows in a block.
 SHAPES = [(128, 128), (129, 17), (300, 7), (70, 345), (12, 1500), (5, 5003)]

@@ -1,6 +1,4 @@
-"""The fused CUDA kernels: every form of each, in every element type, by the rule of the CPU.
-
-On a machine with a GPU they run there. Without one, tests/test_cuda_sources.py runs them on the CPU."""
+"""The fused CUDA kernels: every form of each, in every element type, by the rule of the CPU."""
 
 import os
 import subprocess
@@ -10,6 +8,17 @@ import pytest
 import torch
 
 from tests.losses import LOSSES
+from tests.on_device import (
+    DEVICE,
+    EMULATED,
+    ROUNDING,
+    gpu,
+    inductor,
+    never_waiting,
+    on_cpu,
+    placed,
+    somewhere,
+)
 from tests.test_losses import assert_agree, leaves, run
 from tllib_rs.modules.entropy import entropy
 from tllib_rs.self_training.dst import WorstCaseEstimationLoss
@@ -17,22 +26,14 @@ from tllib_rs.self_training.pi_model import L2ConsistencyLoss
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
 from tllib_rs.vision.models.reid.loss import CrossEntropyLossWithLabelSmooth
 
-EMULATED = bool(os.environ.get("TLLIB_RS_CUDA_EMULATOR"))
-ENABLED = os.environ.get("TLLIB_RS_CUDA") == "1"
-HERE = ENABLED and (EMULATED or torch.cuda.is_available())
-ON_GPU = HERE and not EMULATED
-
-pytestmark = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU and TLLIB_RS_CUDA=1")
-gpu = pytest.mark.skipif(not ON_GPU, reason="NOT RUN: needs a GPU")
+pytestmark = somewhere
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 
-DEVICE = "cpu" if EMULATED else "cuda"
 #: One for each form of a kernel over rows, and a batch that is more than the blocks of a grid.
 SHAPES = [(9, 100), (300, 7), (7, 345), (6, 1000), (5, 1500), (3, 5003)]
 every_form = pytest.mark.parametrize("shape", SHAPES, ids=str)
 #: Losses that are means over rows of logits.
 LOGITS = ("uda", "pseudo_label", "reid_cross_entropy", "label_smooth", "dst")
-ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def made(loss, generator, dtype, *shape):
@@ -40,10 +41,6 @@ def made(loss, generator, dtype, *shape):
     held = [x.to(dtype) if x.is_floating_point() else x for x in loss.inputs(generator, *shape)]
     exact = leaves(loss, [x.double() if x.is_floating_point() else x for x in held])
     return exact, leaves(loss, [x.to(DEVICE) for x in held], dtype)
-
-
-def on_cpu(result):
-    return result[0].cpu(), tuple(g.cpu() for g in result[1])
 
 
 @every_loss
@@ -115,6 +112,31 @@ def test_logits_that_are_not_finite(loss, generator, shape):
         got = run(loss, loss.ours, leaves(loss, [x.to(DEVICE) for x in one], torch.float32))
         for a, b in zip([got[0], *got[1]], [expected[0], *expected[1]], strict=True):
             torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "one element in": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],
+    "every second": lambda x: x.repeat_interleave(2, 0).repeat_interleave(2, 1)[1::2, 1::2],
+    "one row": lambda x: x[:1].expand(x.shape),
+}
+
+
+@every_loss
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(9, 101), (3, 5003)], ids=str)
+def test_layouts(loss, generator, layout, dtype, shape):
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in loss.inputs(generator, *shape)]
+    views = [LAYOUTS[layout](x) if x.dim() == 2 else x for x in inputs]
+
+    def of(tensors):
+        for k, x in enumerate(tensors):
+            x.requires_grad_(k not in loss.constant and x.is_floating_point())
+        return run(loss, loss.ours, tensors)
+
+    got, expected = of([placed(x) for x in views]), of([x.contiguous().to(DEVICE) for x in views])
+    assert_agree(got, expected, dtype, 2e-6)
 
 
 @every_loss
@@ -202,7 +224,7 @@ def test_pi_model_with_masks_of_any_kind(shape, reduction, mask, generator):
     rows = torch.randint(0, 3, shape[:1], generator=generator)
     made = {
         "bool": rows.bool().to(DEVICE),
-        "int64": torch.stack((rows, rows), dim=1)[:, 0].to(DEVICE),
+        "int64": placed(torch.stack((rows, rows), dim=1)[:, 0]),
         "float16 with gradient": rows.half().to(DEVICE).requires_grad_(),
         "one float64": torch.tensor(0.7, dtype=torch.float64, device=DEVICE),
         "one on the CPU": torch.tensor(0.7),
@@ -245,12 +267,8 @@ def test_entropy_under_autocast(reduction, generator):
 def test_never_waits_for_the_device(loss, generator, dtype):
     _, inputs = made(loss, generator, dtype, 64, 31)
     run(loss, loss.ours, inputs)  # compiles
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         run(loss, loss.ours, inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @gpu
@@ -328,6 +346,7 @@ def test_backward_that_is_captured_alone_can_be_replayed(loss, generator):
 
 
 @gpu
+@inductor
 @every_loss
 def test_compiled_with_graphs(loss, generator):
     """Where everything that is kept must be memory that the graph knows."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.on_device import DEVICE, ROUNDING, gpu, somewhere
 from tests.plain import reid_loss as plain
-from tests.test_on_device import DEVICE, HERE, ROUNDING, gpu
 from tllib_rs.vision.models.reid.loss import (
     SoftTripletLoss,
     TripletLoss,
@@ -13,7 +13,7 @@ from tllib_rs.vision.models.reid.loss import (
     hard_examples_mining,
 )
 
-pytestmark = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU and TLLIB_RS_CUDA=1")
+pytestmark = somewhere
 
 
 def grads_of(function, *inputs):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.losses import LOSSES
+from tests.on_device import DEVICE, ROUNDING, on_cpu, somewhere
 from tests.test_losses import assert_agree, run
-from tests.test_on_device import DEVICE, HERE, ROUNDING, on_cpu
 from tllib_rs.self_training.self_ensemble import ClassBalanceLoss
 
-pytestmark = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU and TLLIB_RS_CUDA=1")
+pytestmark = somewhere
 BALANCE = next(loss for loss in LOSSES if loss.name == "class_balance")
 
 

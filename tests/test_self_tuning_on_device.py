@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.on_device import DEVICE, ROUNDING, gpu, never_waiting, somewhere
 from tests.plain import self_tuning as plain
-from tests.test_on_device import DEVICE, HERE, ROUNDING, gpu
 from tllib_rs import _core
 
-pytestmark = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU and TLLIB_RS_CUDA=1")
+pytestmark = somewhere
 
 T = 0.3
 #: Rows, width of projections, classes, keys per class: one for each form of a kernel over rows; a class that
@@ -171,12 +171,8 @@ def test_never_waits_for_the_device(dtype, generator):
     twins = Twins(generator, 48, 64, 20, 8, dtype)
     _, batch = twins.batch()
     step(twins, batch)  # compiles
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         step(twins, batch)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 @gpu

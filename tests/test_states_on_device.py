@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from tests.on_device import DEVICE, gpu, inductor, never_waiting, placed, somewhere
 from tests.plain.flexmatch import DynamicThresholdingModule as Plain
-from tests.test_on_device import DEVICE, HERE, gpu
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 from tllib_rs.self_training.mean_teacher import EMATeacher
 
-pytestmark = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU and TLLIB_RS_CUDA=1")
+pytestmark = somewhere
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Less than 16 bytes, chunks of one element more than they may have, and many chunks.
@@ -21,7 +21,7 @@ SIZES = (1, 3, 8, 2048, 2049, 30_011)
 
 
 def parameters(tensors):
-    return nn.ParameterList([nn.Parameter(t.to(DEVICE)) for t in tensors])
+    return nn.ParameterList([nn.Parameter(placed(t)) for t in tensors])
 
 
 def averaged(teacher, student, alpha):
@@ -131,12 +131,22 @@ def test_mean_teacher_never_waits(generator):
     ema = start(*every_mix(generator), 0.9)
     ema.update()
     ema.model[0].data = ema.model[0].data.clone()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         ema.update()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+
+
+@gpu
+@inductor
+def test_mean_teacher_compiled_with_graphs(generator):
+    """What the update keeps is not among what a graph gives to others."""
+    teachers, students = every_mix(generator)
+    ema = start(teachers, students, 0.9)
+    update = torch.compile(ema.update, mode="reduce-overhead", fullgraph=True)
+    expected = [t.clone() for t in teachers]
+    for _ in range(4):  # a first run, one that is recorded, and replays
+        update()
+        expected = [averaged(t, s, 0.9) for t, s in zip(expected, students, strict=True)]
+    assert_values(ema.teacher, expected)
 
 
 def convex(x):
@@ -189,7 +199,7 @@ def test_flexmatch_of_large_batches_full_of_equal_indices(batch, warmup, generat
         # Few labels, so that those come back that were there before.
         labels = torch.randint(4, (3, batch), generator=generator).t()[:, 1] * 499
         mask = (torch.rand(batch, generator=generator) < 0.6).float()
-        ours.update(*(x.to(DEVICE) for x in (idxes, mask, labels)))
+        ours.update(*(placed(x) for x in (idxes, mask, labels)))
         # One by one: torch's own assignment leaves open which of equal indices stays, if there are many.
         for index, chosen, label in zip(idxes.tolist(), mask.tolist(), labels.tolist(), strict=True):
             if chosen == 1:
@@ -222,7 +232,7 @@ def test_flexmatch_status_of_labels_of_any_shape(generator):
         labels[:0],
     ):
         for kind in (torch.int32, torch.int64):
-            got = ours.get_threshold(view.to(kind).to(DEVICE))
+            got = ours.get_threshold(placed(view.to(kind)))
             assert torch.equal(got.cpu(), plain.get_threshold(view))
             assert got.shape == view.shape
 
@@ -289,12 +299,23 @@ def test_flexmatch_never_waits(generator):
     ours, _ = both(10, 200)
     batch = random_batch(generator)
     flexmatch_step(ours, *batch)
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waiting():
         flexmatch_step(ours, *batch)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+
+
+@gpu
+@inductor
+def test_flexmatch_compiled_with_graphs(generator):
+    """Its steps are no part of a graph: a write from outside is noticed."""
+    ours, plain = both(10, 200)
+    step = torch.compile(lambda *batch: flexmatch_step(ours, *batch), mode="reduce-overhead", fullgraph=True)
+    for turn in range(6):
+        batch = random_batch(generator)
+        expected = flexmatch_step(plain, *(x.cpu() for x in batch))
+        torch.testing.assert_close(step(*batch).cpu(), expected)
+        ours.net_outputs[turn:9] = turn
+        plain.net_outputs[turn:9] = turn
+    assert_same(ours, plain, batch[2].cpu())
 
 
 @gpu

@@ -1,0 +1,50 @@
+"""What the tests of the CUDA kernels share. On a machine with a GPU they run there; without one,
+tests/test_cuda_sources.py runs them on the CPU, where kernels are emulated."""
+
+import os
+import shutil
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._triton import has_triton
+
+EMULATED = bool(os.environ.get("TLLIB_RS_CUDA_EMULATOR"))
+HERE = os.environ.get("TLLIB_RS_CUDA") == "1" and (EMULATED or torch.cuda.is_available())
+ON_GPU = HERE and not EMULATED
+DEVICE = "cpu" if EMULATED else "cuda"
+
+somewhere = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU and TLLIB_RS_CUDA=1")
+gpu = pytest.mark.skipif(not ON_GPU, reason="NOT RUN: needs a GPU")
+inductor = pytest.mark.skipif(
+    not (has_triton() and any(map(shutil.which, ("cc", "gcc", "clang")))),
+    reason="NOT RUN: needs Triton and a C compiler",
+)
+
+#: What a result may be off by, of the largest number.
+ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def on_cpu(result):
+    """A loss and its gradients."""
+    return result[0].cpu(), tuple(g.cpu() for g in result[1])
+
+
+def placed(view):
+    """``view`` on the device with its strides, and as far into what it is a view of: ``to`` would lay out anew what
+    it copies."""
+    whole = view.new_empty(0).set_(view.untyped_storage())
+    return whole.to(DEVICE).as_strided(view.shape, view.stride(), view.storage_offset())
+
+
+@contextmanager
+def never_waiting():
+    """An error where something waits for the device."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the mode is said to be a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
