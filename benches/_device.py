@@ -23,12 +23,14 @@ from benches._case import (
     PLAIN,
     Bar,
     Case,
+    Disagreement,
     Method,
     Provider,
     Verdict,
     faster,
     within,
 )
+from benches._losses import MATRIX
 from benches._measure import Effort, Result, measure
 from benches._providers import prepare
 
@@ -49,6 +51,8 @@ SMALL, SMALL_BARS = "(64, 100)", [faster(PLAIN, 4)]
 COPIED, COPY_BARS = "(65536, 1000)", [within(COPY, 1.5)]
 #: Losses that have no kernel on a device.
 COMPOSITES = ("cc_loss",)
+#: What may be the fault of one case.
+FAILURES = (Disagreement, torch.OutOfMemoryError)
 HEADS = ["", "", "", "wall", "device", "of ours", "launches", "host forward", "host backward"]
 
 
@@ -65,23 +69,47 @@ class Cost:
 
 
 def run(methods: Iterable[Method], effort: Effort, device: str) -> list[Verdict]:
-    """Time every case on ``device``; print a table, and the verdicts."""
-    rows, verdicts = [], []
+    """Time every case on ``device``; print a table of each method, and the verdicts."""
+    verdicts = []
     for method in methods:
+        rows, found = [], []
         for case in method.cases:
-            if not (case.quick or effort.thorough):
+            if not (case.quick or effort.thorough) or _too_large(method.stem, case):
                 continue
             case = dataclasses.replace(case, bars=_bars(method.stem, case))
-            providers, left_out = prepare(case, thorough=effort.thorough, device=device)
-            measured = measure(providers, effort, label=method.stem, sub_label=case.setting)
-            result = Result(case, measured, {}, left_out)
-            costs = {name: cost(provider, device) for name, provider in providers.items()}
-            rows += [_row(method.stem, result, name, costs[name]) for name in providers]
-            found = [*result.verdicts(), *_host_verdicts(case, costs[OURS])]
-            _report.print_verdicts(found)
-            verdicts += found
-    print(tabulate(rows, HEADS, disable_numparse=True))
+            try:
+                of_case, judged = _run_case(method.stem, case, effort, device)
+            except FAILURES as error:
+                of_case, judged = [], [failure(case, error)]
+            rows += of_case
+            found += judged
+        print(tabulate(rows, HEADS, disable_numparse=True))
+        _report.print_verdicts(found)
+        verdicts += found
     return verdicts
+
+
+def failure(case: Case, error: Exception) -> Verdict:
+    """That a case could not be measured, which is no reason not to measure the others."""
+    text = str(error).strip().partition(chr(10))[0]
+    return Verdict(f"{case.setting}: not measured: {type(error).__name__}: {text}", False)
+
+
+def _run_case(
+    stem: str, case: Case, effort: Effort, device: str
+) -> tuple[list[Sequence[str]], Sequence[Verdict]]:
+    """Rows of the table, and verdicts."""
+    providers, left_out = prepare(case, thorough=effort.thorough, device=device)
+    measured = measure(providers, effort, label=stem, sub_label=case.setting)
+    result = Result(case, measured, {}, left_out)
+    costs = {name: cost(provider, device) for name, provider in providers.items()}
+    rows = [_row(stem, result, name, costs[name]) for name in providers]
+    return rows, [*result.verdicts(), *_host_verdicts(case, costs[OURS])]
+
+
+def _too_large(stem: str, case: Case) -> bool:
+    """Several matrices of C x C are more than a device holds."""
+    return stem in COMPOSITES and case.sizes.get("C", 0) > MATRIX
 
 
 def _bars(stem: str, case: Case) -> list[Bar]:

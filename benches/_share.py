@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from benches import _report
 from benches._case import OURS, PLAIN, Case, Method, Provider
+from benches._device import FAILURES, failure
 from benches._measure import Effort, measure
 from benches._providers import prepare
 
@@ -28,15 +29,23 @@ def run(methods: Iterable[Method], effort: Effort, device: str) -> None:
     rows = []
     for method in methods:
         for case in _chosen(method):
-            providers, _ = prepare(case, thorough=False, device=device)
-            network = network_step(device)
-            steps = {name: Provider(_both(network, providers[name].step), None) for name in (PLAIN, OURS)}
-            steps[BASE] = Provider(network, None)
-            times = measure(steps, effort, label=method.stem, sub_label=case.setting)
-            base, plain, ours = (times[name].median for name in (BASE, PLAIN, OURS))
-            shares = (f"{max(0.0, 1 - base / whole):.1%}" for whole in (plain, ours))
-            rows.append([method.stem, case.setting, *map(_report.seconds, (base, plain, ours)), *shares])
+            try:
+                rows.append([method.stem, case.setting, *_figures(method.stem, case, effort, device)])
+            except FAILURES as error:
+                _report.print_verdicts([failure(case, error)])
     print(tabulate(rows, HEADS, disable_numparse=True))
+
+
+def _figures(stem: str, case: Case, effort: Effort, device: str) -> list[str]:
+    """Of a row of the table."""
+    providers, _ = prepare(case, thorough=False, device=device)
+    network = network_step(device)
+    steps = {name: Provider(_both(network, providers[name].step), None) for name in (PLAIN, OURS)}
+    steps[BASE] = Provider(network, None)
+    times = measure(steps, effort, label=stem, sub_label=case.setting)
+    base, plain, ours = (times[name].median for name in (BASE, PLAIN, OURS))
+    shares = (f"{max(0.0, 1 - base / whole):.1%}" for whole in (plain, ours))
+    return [*map(_report.seconds, (base, plain, ours)), *shares]
 
 
 def _chosen(method: Method) -> list[Case]:

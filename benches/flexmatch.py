@@ -42,11 +42,15 @@ def _case(samples: int) -> Case:
         def integers(high, size):
             return torch.randint(high, (size,), generator=generator)
 
+        def distinct(size):
+            # Of equal indices it is left open, on a device, which one plain keeps.
+            drawn = integers(samples, 2 * size).unique()
+            return drawn[torch.randperm(len(drawn), generator=generator)[:size]]
+
         # Half of the samples are not selected yet.
         state = integers(2 * CLASSES, samples).sub_(CLASSES).clamp_(min=-1)
         batches = [
-            (integers(samples, BATCH), integers(2, BATCH).float(), integers(CLASSES, BATCH))
-            for _ in range(BATCHES)
+            (distinct(BATCH), integers(2, BATCH).float(), integers(CLASSES, BATCH)) for _ in range(BATCHES)
         ]
 
         def provider(kind):

@@ -53,6 +53,26 @@ def test_device_run(capsys):
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried to\nallocate"), Disagreement("off by 1")])
+@pytest.mark.parametrize("way", ["--device=cpu", "--share"])
+def test_a_case_that_cannot_be_measured_leaves_the_others(error, way, monkeypatch, capsys):
+    """And is no case that met its bars."""
+
+    def fail():
+        raise error
+
+    first, *others = self_ensemble.METHOD.cases
+    cases = [dataclasses.replace(first, setting="x (64, 100)", set_up=fail), *others]
+    method = dataclasses.replace(self_ensemble.METHOD, cases=cases)
+    monkeypatch.setattr("benches.__main__.methods", lambda: {"self_ensemble": method})
+    status = main(["--quick", "--check", way])
+    printed = capsys.readouterr().out
+    assert f"MISSED  x (64, 100): not measured: {type(error).__name__}: {str(error)[:8]}\n" in printed
+    assert sum(line.startswith("self_ensemble  (64, 100)") for line in printed.splitlines()) in (1, 3)
+    assert status == 1 or way == "--share"
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_share_of_a_step(capsys):
     assert main(["flexmatch", "--quick", "--share"]) == 0
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("flexmatch")]
