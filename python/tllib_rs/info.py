@@ -27,6 +27,7 @@ def report() -> dict[str, str]:
         "instruction set": f"{build['isa']} (torch: {torch.backends.cpu.get_cpu_capability()})",
         "TLLIB_RS_ISA": os.environ.get("TLLIB_RS_ISA", "not set"),
         "TLLIB_RS_CUDA": os.environ.get("TLLIB_RS_CUDA", "not set"),
+        "TLLIB_RS_COMPOSITE": os.environ.get("TLLIB_RS_COMPOSITE", "not set"),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
         "devices": ", ".join(devices),
     }

@@ -131,7 +131,7 @@ pub fn update(
     let batch = idxes.numel();
     let inputs = [&tally, &stored, &idxes, &mask, &labels];
     let served = inputs.iter().all(|input| reaches(input));
-    if !served || batch > MOST_ROWS || mask.real().is_err() {
+    if !served || batch > MOST_ROWS {
         return Ok(false);
     }
     let stream = Stream::current(idxes.device())?;

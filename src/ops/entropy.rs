@@ -10,7 +10,7 @@ use crate::kernels::reduce::sum;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const CLASS: &str = "entropy";
 
@@ -21,22 +21,22 @@ pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
     if input.shape().len() < 2 {
         return Err(input.wrong("have shape (minibatch, C, ...)"));
     }
+    // Autocast runs the logarithm in float32 on devices, and leaves it alone on the CPU.
+    let out_dtype = if predictions.device() == Device::Cpu {
+        dtype
+    } else {
+        loss_dtype(&input, dtype)
+    };
     let (out, grad) = match place(&[&input]) {
-        _ if input.shape().len() != 2 => return composite(predictions, mean),
+        _ if input.shape().len() != 2 => return composite(predictions, mean, out_dtype),
         Place::Cuda => {
-            // Autocast runs the logarithm in float32 on devices, and leaves it alone on the CPU.
-            let out = if input.on_cuda() {
-                loss_dtype(&input, dtype)
-            } else {
-                dtype
-            };
-            cuda::entropy::entropy(&input, mean, weight(&input, dtype, mean), dtype, out)?
+            cuda::entropy::entropy(&input, mean, weight(&input, dtype, mean), dtype, out_dtype)?
         }
         Place::Cpu => fused(&input, dtype, mean)?,
-        Place::Composite => return composite(predictions, mean),
+        Place::Composite => return composite(predictions, mean, out_dtype),
     };
     if let Some(grad) = grad {
-        let formula = Box::new(move |t: &[Tensor]| composite(&t[0], mean));
+        let formula = Box::new(move |t: &[Tensor]| composite(&t[0], mean, out_dtype));
         attach(
             c"EntropyBackward",
             &out,
@@ -79,16 +79,17 @@ fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<
     })
 }
 
-/// The same in libtorch operations.
-fn composite(predictions: &Tensor, mean: bool) -> Result<Tensor> {
-    let p = predictions;
-    let plogp = p.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(p)?;
+/// The same in libtorch operations, in float32 inside for half precision.
+fn composite(predictions: &Tensor, mean: bool, out: Dtype) -> Result<Tensor> {
+    let p = predictions.f_to_kind(out.at_least_f32().kind())?;
+    let plogp = p.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(&p)?;
     let each = plogp.f_sum_dim_intlist(1, false, None::<Kind>)?.f_neg()?;
-    Ok(if mean {
+    let entropy = if mean {
         each.f_mean(None::<Kind>)?
     } else {
         each
-    })
+    };
+    Ok(entropy.f_to_kind(out.kind())?)
 }
 
 /// tllib averages for exactly `"mean"` and returns rows for everything else; a name that is neither

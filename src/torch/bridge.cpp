@@ -84,6 +84,15 @@ struct Surroundings {
   bool autocast_cpu = at::autocast::is_autocast_enabled(at::kCPU);
 };
 
+// Whether TLLIB_RS_COMPOSITE=1 asks for libtorch's operations in place of all kernels, to compare.
+bool composites_only() {
+  static const bool asked = [] {
+    const char* value = std::getenv("TLLIB_RS_COMPOSITE");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  return asked;
+}
+
 bool readable(const Tensor& t, const Surroundings& now) {
   return !now.observed && (t.key_set() | ordinary_keys()) == ordinary_keys() && t.has_storage() &&
       !(now.forward_ad && t._fw_grad(/*level=*/0).defined());
@@ -104,7 +113,7 @@ struct tllib_facts {
   int32_t device_index;
   bool strided;  // where it is not, nothing else is filled in
   bool readable;  // its memory is what it seems to be
-  bool ordinary;  // and operations on it give such tensors
+  bool ordinary;  // and operations on it give such tensors, which kernels may read
   bool contiguous;  // known of a readable tensor only
   bool wants_grad;  // grad mode is on and the tensor requires it
   bool autocast;    // an autocast region is active for the tensor's device
@@ -121,7 +130,7 @@ void describe(const Tensor& t, const Surroundings& now, tllib_facts& out) {
   TORCH_CHECK(!t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(),
               "tensors with symbolic shapes are served under torch.compile only");
   out.readable = readable(t, now);
-  out.ordinary = out.readable && !now.in_transform;
+  out.ordinary = out.readable && !now.in_transform && !composites_only();
   out.sizes = t.sizes().data();
   out.strides = out.readable ? t.strides().data() : nullptr;
   out.ndim = t.dim();

@@ -25,6 +25,7 @@ impl<'a> Batch<'a> {
         let label = Input::new(CLASS, "pseudo_labels", labels)?;
         index.integer()?;
         label.integer()?;
+        selected.real()?;
         index.vector()?;
         for other in [&selected, &label] {
             if other.shape() != index.shape() {

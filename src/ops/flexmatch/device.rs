@@ -73,9 +73,10 @@ fn sort_and_write(
         .f_lt(0)?
         .f_to_kind(Kind::Int64)?
         .f_mul_scalar(samples)?;
-    let idxes = idxes.f_add(&wrapped)?;
     let unselected = mask.f_ne(1)?;
-    // Unselected rows sort behind every sample.
+    // The indices of unselected rows are not looked at: they may be of no sample.
+    let idxes = idxes.f_add(&wrapped)?.f_masked_fill(&unselected, 0)?;
+    // Such rows sort behind every sample.
     let (keys, order) = idxes
         .f_masked_fill(&unselected, samples)?
         .f_sort_stable(true, 0, false)?;

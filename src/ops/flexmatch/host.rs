@@ -142,7 +142,6 @@ fn out_of_range(name: &str, value: i64, low: i64, above: usize) -> Error {
 
 /// `mask == 1`, for masks of any numeric dtype.
 fn selected(mask: &Input<'_>) -> Result<Vec<bool>> {
-    mask.real()?;
     let contiguous = mask.in_memory()?;
     let len = mask.numel();
     if len == 0 {

@@ -14,7 +14,7 @@ use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::kernels::self_tuning::{Shape, log_probabilities};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, Stored};
+use crate::torch::{Dtype, Owned, Stored, Without};
 use check::{Checked, Pointers};
 use node::{Held, Node};
 use plan::Plan;
@@ -72,9 +72,12 @@ impl Batch<'_> {
     /// waiting for it.
     fn beside(&self, labels: &Tensor) -> Result<Tensor> {
         let device = self.h_q.device();
-        // The other way round the host would read them before they are there.
-        let no_wait = device != Device::Cpu;
-        Ok(labels.f_to_device_(device, Kind::Int64, no_wait, false)?)
+        if device == Device::Cpu || labels.device() != Device::Cpu {
+            return Ok(labels.f_to_device_(device, Kind::Int64, false, false)?);
+        }
+        // Page-locked memory is read when the device comes to it, by when the caller may have filled it anew.
+        let own = labels.f_to_device_(Device::Cpu, Kind::Int64, false, true)?;
+        Ok(own.f_to_device_(device, Kind::Int64, true, false)?)
     }
 }
 
@@ -206,11 +209,12 @@ fn formula(
     } else {
         Kind::Float
     };
+    let _guard = Without::autocast();
     let q = h_q.f_to_kind(inside)?;
     let own = q
         .f_mul(&h_k.f_to_kind(inside)?)?
         .f_sum_dim_intlist(1, true, inside)?;
-    let scores = q.f_mm(&queue.f_to_kind(inside)?)?.f_to_kind(inside)?;
+    let scores = q.f_mm(&queue.f_to_kind(inside)?)?;
     let scores = scores.f_gather(1, &order(labels, settings)?, false)?;
     let scores = Tensor::f_cat(&[own, scores], 1)?.f_div_scalar(settings.temperature)?;
     Ok(scores.f_log_softmax(1, inside)?.f_to_kind(kind)?)

@@ -1,0 +1,60 @@
+"""The composites, libtorch's operations in place of kernels: what serves CUDA unless TLLIB_RS_CUDA=1. They pass the
+methods' own tests, here on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+#: Of each method, the tests that are about a kernel or about the CPU: digits that the plain formulation loses too;
+#: products in a backward pass inside of an autocast region; inputs that are needed once more for second derivatives;
+#: values that the host would have to wait for.
+EXCEPT = {
+    "losses": "changed_before_create_graph or (layouts and float16) or (test_autocast and (cc_loss or pairwise))",
+    "cc_loss": "through_and_around or second_derivatives_notice or nothing_selected",
+    "dst": "",
+    "entropy": "",
+    "mcc": "certain_rows_keep",
+    "pi_model": "",
+    "pseudo_label": "",
+    "reid_loss": "near_duplicates or targets_that_changed or bad_input",
+    "self_ensemble": "large_batch or mean_above_1 or bad_probabilities",
+    "uda": "noticed_by_second_derivatives",
+    "flexmatch": "bad_update or bad_get_threshold or hundred_million",
+    "self_tuning": "strides_and_autocast or writes_between or bad_batches or bad_queues",
+    "compile": "refuses_before_anything_changes",
+    "compiled_training": "",
+    "training": "",
+}
+
+
+@pytest.mark.parametrize("stem", EXCEPT)
+def test_composites_pass_the_tests_of_kernels(stem):
+    command = [sys.executable, "-m", "pytest", "-q", f"tests/test_{stem}.py"]
+    if EXCEPT[stem]:
+        command += ["-k", f"not ({EXCEPT[stem]})"]
+    environment = os.environ | {"TLLIB_RS_COMPOSITE": "1"}
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def test_they_serve_where_they_are_asked_for():
+    code = (
+        "import torch; from tllib_rs.modules.entropy import entropy\n"
+        "print(entropy(torch.rand(2, 3, requires_grad=True)).grad_fn.name())"
+    )
+    names = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"TLLIB_RS_COMPOSITE": asked},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for asked in "01"
+    ]
+    assert names == ["EntropyBackward", "NegBackward0"]
