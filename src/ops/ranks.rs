@@ -41,13 +41,10 @@ impl Exchanged<'_> {
         Ok(Vec::try_from(self.sums.f_contiguous()?)?)
     }
 
-    /// The sums with the gradient of `own`, this rank's part of them.
+    /// The sums, the same numbers on every rank, with the gradient of `own`, this rank's part of them.
     pub fn through(&self, own: &Tensor) -> Result<Tensor> {
-        let others = self
-            .sums
-            .f_to_kind(own.f_kind()?)?
-            .f_sub(&own.f_detach()?)?;
-        Ok(own.f_add(&others)?)
+        let nothing = own.f_sub(&own.f_detach()?)?;
+        Ok(self.sums.f_to_kind(own.f_kind()?)?.f_add(&nothing)?)
     }
 
     /// Makes `loss` differentiable with respect to `input`, once: the ranks' second derivatives
