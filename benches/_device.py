@@ -32,7 +32,7 @@ from benches._case import (
 )
 from benches._losses import MATRIX
 from benches._measure import Effort, Result, measure
-from benches._providers import prepare
+from benches._providers import prepare, reason
 
 #: Microseconds of the host: for a forward pass, and for a backward pass.
 FORWARD_HOST, BACKWARD_HOST = 30.0, 20.0
@@ -91,8 +91,7 @@ def run(methods: Iterable[Method], effort: Effort, device: str) -> list[Verdict]
 
 def failure(case: Case, error: Exception) -> Verdict:
     """That a case could not be measured, which is no reason not to measure the others."""
-    text = str(error).strip().partition(chr(10))[0]
-    return Verdict(f"{case.setting}: not measured: {type(error).__name__}: {text}", False)
+    return Verdict(f"{case.setting}: not measured: {reason(error)}", False)
 
 
 def _run_case(

@@ -48,6 +48,11 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def prepare(case: Case, *, thorough: bool, device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]:
     """Set a case up and compare its providers; those that run, and why the others do not (inductor does
     not take every formula). Compiling takes seconds, so it is done only where ``thorough`` asks for it."""
@@ -61,7 +66,7 @@ def prepare(case: Case, *, thorough: bool, device: str = "cpu") -> tuple[dict[st
                 warnings.simplefilter("ignore")  # torch's own
                 providers[COMPILED].step()
         except Exception as error:
-            left_out[COMPILED] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            left_out[COMPILED] = reason(error)
             del providers[COMPILED]
     check(case, providers)
     return providers, left_out

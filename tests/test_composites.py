@@ -4,9 +4,10 @@ methods' own tests, here on the CPU."""
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.again import passes_again
 
 #: Of each method, the tests that are about a kernel or about the CPU: digits that the plain formulation loses too;
 #: products in a backward pass inside of an autocast region; inputs that are needed once more for second derivatives;
@@ -33,14 +34,8 @@ EXCEPT = {
 
 @pytest.mark.parametrize("stem", EXCEPT)
 def test_composites_pass_the_tests_of_kernels(stem):
-    command = [sys.executable, "-m", "pytest", "-q", f"tests/test_{stem}.py"]
-    if EXCEPT[stem]:
-        command += ["-k", f"not ({EXCEPT[stem]})"]
-    environment = os.environ | {"TLLIB_RS_COMPOSITE": "1"}
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    which = f"not ({EXCEPT[stem]})" if EXCEPT[stem] else ""
+    passes_again([f"test_{stem}.py"], which, {"TLLIB_RS_COMPOSITE": "1"})
 
 
 def test_they_serve_where_they_are_asked_for():

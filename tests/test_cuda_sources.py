@@ -1,15 +1,12 @@
 """The CUDA kernels without a device: every source compiles for every architecture, and what it computes is
 checked by the methods' own tests, on the CPU, through the same launches."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.again import passes_again
 from tests.cuda import ELEMENTS, SOURCES, bounds_watch, build_emulator
 from tllib_rs import _core
 
@@ -118,20 +115,12 @@ def test_methods_through_the_kernels(stem, emulator, tmp_path):
     <stem>.cu and <stem>_*.cu), in each of its element types, was launched. A race ends the process, as does
     an access out of bounds."""
     launches = tmp_path / "launches"
-    environment = (
-        os.environ
-        | bounds_watch()
-        | {
-            "TLLIB_RS_CUDA": "1",
-            "TLLIB_RS_CUDA_EMULATOR": str(emulator),
-            "TLLIB_EMULATED_LAUNCHES": str(launches),
-        }
-    )
-    root = Path(__file__).parents[1]
-    files, which = METHODS[stem]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/{file}" for file in files), "-k", which]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    environment = bounds_watch() | {
+        "TLLIB_RS_CUDA": "1",
+        "TLLIB_RS_CUDA_EMULATOR": str(emulator),
+        "TLLIB_EMULATED_LAUNCHES": str(launches),
+    }
+    passes_again(*METHODS[stem], environment)
     launched = {line.split()[0] for line in launches.read_text().splitlines()}
     for own in (s for s in STEMS if s == stem or s.startswith(f"{stem}_")):
         source = (SOURCES / f"{own}.cu").read_text()

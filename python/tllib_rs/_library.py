@@ -30,11 +30,13 @@ def define(
         schema: arguments and outputs, as in ``(Tensor h_k, Tensor(a!) queue_list) -> ()``.
         compute: what it does to real tensors.
         fake: empty tensors like the outputs of ``compute``, from fake inputs.
-        ordered: for operators on state that is no argument: such calls stay, in the order of the program.
-        recorded: False for operators that keep memory between calls, or look at what is no tensor: the CUDA
-            graphs of ``torch.compile(mode="reduce-overhead")`` end before them, and go on behind.
+        ordered: for operators on state that is no argument: such calls stay, in the order of the program, and
+            are never recorded.
+        recorded: False for operators that keep memory between calls: the CUDA graphs of
+            ``torch.compile(mode="reduce-overhead")`` end before them, and go on behind.
     """
-    _library.define(f"{name}{schema}", tags=() if recorded else (torch.Tag.cudagraph_unsafe,))
+    apart = ordered or not recorded
+    _library.define(f"{name}{schema}", tags=(torch.Tag.cudagraph_unsafe,) if apart else ())
     _library.impl(name, compute, "CompositeExplicitAutograd")
 
     def traced(*args):
@@ -45,8 +47,7 @@ def define(
             config.custom_should_partition_ops = [*config.custom_should_partition_ops, f"tllib_rs::{name}"]
         return fake(*args)
 
-    unseen = ordered and not recorded
-    torch.library.register_fake(f"tllib_rs::{name}", traced if unseen else fake, lib=_library)
+    torch.library.register_fake(f"tllib_rs::{name}", traced if ordered else fake, lib=_library)
     if ordered:
         _library._register_effectful_op(f"tllib_rs::{name}", torch.library.EffectType.ORDERED)
     return getattr(torch.ops.tllib_rs, name).default

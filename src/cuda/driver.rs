@@ -246,7 +246,8 @@ fn graph_of(stream: Handle) -> Result<u64> {
             driver.get::<Before12_3>(b"cuStreamGetCaptureInfo_v2\0"),
         )
     };
-    // SAFETY: a stream of torch's, as in `Context::capture`; two numbers are written, and nothing to the places that are null.
+    // SAFETY: a stream of torch's, as in `Context::capture`; two numbers are written, and nothing to the places that
+    // are null.
     let asked = unsafe {
         match (newer, older) {
             // cudarc binds only the newer one, and panics where a function is missing.

@@ -29,7 +29,6 @@ _compiled_status = define(
         pseudo_labels, dtype=torch.float32, memory_format=torch.contiguous_format
     ),
     ordered=True,
-    recorded=False,
 )
 _compiled_update = define(
     "flexmatch_update",
@@ -37,7 +36,6 @@ _compiled_update = define(
     lambda module, *inputs: _modules[module]._ranks.update(*inputs),
     lambda *_: None,
     ordered=True,
-    recorded=False,
 )
 
 
