@@ -260,6 +260,22 @@ def test_compile_without_graph_break(loss, generator):
     assert_agree(got, expected, torch.float32, 1e-6)
 
 
+#: Those that take any number of dimensions, with classes along dimension 1.
+ANY_SHAPE = "entropy entropy_mean pi_model pi_model_none reid_cross_entropy"
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in ANY_SHAPE.split()], ids=repr)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_more_than_two_dimensions(loss, generator, compiled):
+    images = [x.reshape(4, 3, 3, 5).transpose(1, 3) for x in loss.inputs(generator, 36, 5)]
+    each = loss.name in ("entropy", "pi_model_none")
+    weight = torch.rand(4, 3, 3, generator=generator, dtype=torch.float64) if each else 0.37
+    torch._dynamo.reset()
+    call = torch.compile(loss.ours, fullgraph=True, backend="aot_eager") if compiled else loss.ours
+    expected = run(loss, loss.plain, leaves(loss, images), weight)
+    assert_agree(run(loss, call, leaves(loss, images), weight), expected, torch.float64, 1e-10)
+
+
 #: Those that take inputs of two dtypes.
 MIXED = "pseudo_label dst cc_loss pi_model pi_model_none pi_model_mask uda soft_triplet reid_cross_entropy"
 

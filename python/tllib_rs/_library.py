@@ -117,13 +117,9 @@ def register(
 
     def backward(ctx, incoming, *_):
         def scaled(grad):
-            # A loss per row scales the rows.
-            rows = (
-                incoming.reshape(incoming.shape + (1,) * (grad.dim() - incoming.dim()))
-                if incoming.dim()
-                else incoming
-            )
-            return (grad * rows).to(grad.dtype)
+            # A loss for each row scales what is along dimension 1.
+            each = incoming.unsqueeze(1) if 0 < incoming.dim() < grad.dim() else incoming
+            return (grad * each).to(grad.dtype)
 
         return tuple(map(scaled, ctx.saved_tensors)) + (None,) * (ctx.arguments - count)
 
