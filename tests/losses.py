@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.plain import reid_loss as plain_reid_loss
 from tests.plain.cc_loss import cc_loss as plain_cc_loss
@@ -26,6 +27,13 @@ from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
 from tllib_rs.self_training.self_ensemble import ClassBalanceLoss
 from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
 from tllib_rs.vision.models.reid import loss as reid_loss
+
+
+class Observed(TorchDispatchMode):
+    """While a mode is active the composites run, in libtorch's operations that autograd differentiates."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.losses import Observed
 from tests.ranks import Died, run_ranks
 from tllib_rs import _core
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
@@ -387,13 +387,6 @@ def test_second_derivatives_raise():
     assert all(run_ranks(2, second_derivatives, 2))
 
 
-class Anything(TorchDispatchMode):
-    """While a mode is active the formulation in libtorch's operations runs, as on a device."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)]
 )
@@ -405,7 +398,7 @@ def test_parts_are_a_whole_in_every_dtype(dtype, tolerance, composite):
     for x, one in ((z, MinimumClassConfusionLoss(2.5)), (p, ClassBalanceLoss(CLASSES))):
         expected, whole = with_gradient(lambda x, one=one: one(x[0]), (x,), 1.0)
         leaves = [part.clone().requires_grad_() for part in x.split([4, 0, 5])]
-        mode = Anything() if composite else torch.enable_grad()
+        mode = Observed() if composite else torch.enable_grad()
         with mode:
             if x is z:
                 parts = [_core.MccPart(leaf, 2.5) for leaf in leaves]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.losses import LOSSES
+from tests.losses import LOSSES, Observed
 from tllib_rs.modules.entropy import entropy
 from tllib_rs.vision.models.reid.loss import pairwise_euclidean_distance
 
@@ -47,6 +47,19 @@ def test_awkward_shapes(loss, generator, shape):
     inputs = loss.inputs(generator, *shape)
     expected = run(loss, loss.plain, leaves(loss, inputs))
     assert_agree(run(loss, loss.ours, leaves(loss, inputs)), expected, torch.float64, 1e-10)
+
+
+@every_loss
+@pytest.mark.parametrize("shape", [(5, 7), (7, 2), (13, 11), (3, 1031)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=str
+)
+def test_composites(loss, generator, shape, dtype, rtol):
+    inputs = [x.to(dtype).double() if x.is_floating_point() else x for x in loss.inputs(generator, *shape)]
+    expected = run(loss, loss.plain, leaves(loss, inputs))
+    with Observed():
+        got = run(loss, loss.ours, leaves(loss, inputs, dtype))
+    assert_agree(got, expected, dtype, rtol)
 
 
 @every_loss
@@ -281,7 +294,7 @@ MIXED = "pseudo_label dst cc_loss pi_model pi_model_none pi_model_mask uda soft_
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in MIXED.split()], ids=repr)
-def test_compile_of_a_composite(loss, generator):
+def test_compile_without_a_kernel(loss, generator):
     """What serves inputs of two dtypes here, and all inputs on devices without kernels."""
     inputs = leaves(loss, loss.inputs(generator), torch.float32)
     inputs[1] = inputs[1].detach().double().requires_grad_(inputs[1].requires_grad)

@@ -213,21 +213,20 @@ impl Pairs {
         args::place::<f32>(self.work.get(), 2 * self.narrow + times * self.anchors)
     }
 
-    /// Of the positives, then of the negatives: candidates (int64) and what tllib adds to their distances. Then
-    /// the teacher's references, which are arbitrary numbers where there is none.
-    pub fn parts(&self) -> Result<([(Tensor, Tensor); 2], Tensor)> {
+    /// The candidates of the positives, then of the negatives (int64), and what tllib's offsets add to the
+    /// differences of their distances. Then the teacher's references, arbitrary numbers where there is none.
+    pub fn parts(&self) -> Result<([Tensor; 2], Tensor)> {
         let n = self.anchors as i64;
         let behind = self.work.get().size1()? - self.narrow as i64;
         let numbers = self.work.get().f_narrow(0, self.narrow as i64, behind)?;
-        let part = |times: usize, kind| {
+        let part = |times: usize, len: usize, kind| {
             let numbers = numbers.f_view_dtype(kind)?;
-            numbers.f_narrow(0, times as i64 * n, n)
+            numbers.f_narrow(0, times as i64 * n, len as i64 * n)
         };
-        let end = |k: usize| -> Result<_> {
-            let index = part(FOUND + k, Kind::Int)?.f_to_kind(Kind::Int64)?;
-            Ok((index, part(OFFSETS + k, Kind::Float)?))
-        };
-        Ok(([end(0)?, end(1)?], part(REFERENCES, Kind::Float)?))
+        let index = part(FOUND, 2, Kind::Int)?.f_to_kind(Kind::Int64)?;
+        let offset = |k: usize| part(OFFSETS + k, 1, Kind::Float);
+        let offset = offset(0)?.f_sub(&offset(1)?)?;
+        Ok(([index, offset], part(REFERENCES, 1, Kind::Float)?))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Worst-case estimation on tensors. The mathematics is in [`crate::kernels::dst`].
 
-use super::{Place, loss_dtype, place, threads};
+use super::{Place, inside, loss_dtype, nll_gradient, place, stored, threads};
 use crate::cuda;
 use crate::cuda::dst::Part;
 use crate::error::{Error, Result};
@@ -82,6 +82,7 @@ pub fn dst(
     ]) {
         Place::Cuda => cuda::dst::dst(labeled.pair(), unlabeled.pair(), eta_prime, dtype, out)?,
         Place::Cpu => fused(&labeled, &unlabeled, eta_prime, dtype, out)?,
+        Place::Operations => operations(&labeled, &unlabeled, eta_prime, out.kind())?,
         Place::Composite => {
             let (labels_l, labels_u) = (predictions(y_l)?, predictions(y_u)?);
             return composite(
@@ -153,30 +154,113 @@ fn composite(
     eta_prime: f64,
     kind: Kind,
 ) -> Result<Tensor> {
-    let inside = if kind == Kind::Double {
-        Kind::Double
-    } else {
-        Kind::Float
-    };
-    let (z_l, z_u) = (logits[0].f_to_kind(inside)?, logits[1].f_to_kind(inside)?);
-    let agree = z_l.f_cross_entropy_loss(labels[0], None::<Tensor>, Reduction::Mean, -100, 0.0)?;
-    let p = z_u.f_softmax(1, inside)?;
-    let index = labels[1].f_unsqueeze(1)?;
-    let own = p.f_gather(1, &index, false)?.f_squeeze_dim(1)?;
-    let others = p
-        .f_scatter_value(1, &index, 0.0)?
-        .f_sum_dim_intlist(1, false, inside)?;
+    let agree = agreement(&logits[0].f_log_softmax(1, inside(kind))?, labels[0])?;
+    let Split { own, others, .. } = Split::of(logits[1], labels[1], inside(kind))?;
     // Each form of 1 - p_a where it does not cancel, gradients included.
-    let difference = own.f_neg()?.f_add_scalar(1.0)?;
-    let remainder = difference.f_where_self(&own.f_lt(0.5)?, &others)?;
-    let disagree = remainder
-        .f_add_scalar(OFFSET)?
-        .f_clamp_max(1.0)?
-        .f_log()?
-        .f_neg()?
-        .f_mean(inside)?;
-    Ok(agree
-        .f_mul_scalar(eta_prime)?
-        .f_add(&disagree)?
-        .f_to_kind(kind)?)
+    let remainder = own
+        .f_rsub_scalar(1.0)?
+        .f_where_self(&own.f_lt(0.5)?, &others)?;
+    let disagree = disagreement(&remainder.f_add_scalar(OFFSET)?)?;
+    together(&agree, &disagree, eta_prime, kind)
+}
+
+/// `mean_i -ln p_ia`
+fn agreement(log_p: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    Ok(log_p.f_nll_loss(labels, None::<Tensor>, Reduction::Mean, -100)?)
+}
+
+/// `mean_i ln min(u_i, 1)`
+fn disagreement(u: &Tensor) -> Result<Tensor> {
+    Ok(u.f_clamp_max(1.0)?.f_log()?.f_mean(u.f_kind()?)?)
+}
+
+fn together(agree: &Tensor, disagree: &Tensor, eta_prime: f64, kind: Kind) -> Result<Tensor> {
+    let loss = agree.f_mul_scalar(eta_prime)?.f_sub(disagree)?;
+    Ok(loss.f_to_kind(kind)?)
+}
+
+/// The probability of each row's label, and those of the other classes.
+struct Split {
+    /// (minibatch, 1)
+    index: Tensor,
+    /// (minibatch)
+    own: Tensor,
+    /// The probabilities with 0 for the label, (minibatch, C).
+    rest: Tensor,
+    /// The sum of `rest`, (minibatch).
+    others: Tensor,
+}
+
+impl Split {
+    fn of(logits: &Tensor, labels: &Tensor, kind: Kind) -> Result<Self> {
+        let p = logits.f_softmax(1, kind)?;
+        let index = labels.f_unsqueeze(1)?;
+        let own = p.f_gather(1, &index, false)?.f_squeeze_dim(1)?;
+        let rest = p.f_scatter_value(1, &index, 0.0)?;
+        let others = rest.f_sum_dim_intlist(1, false, kind)?;
+        Ok(Self {
+            index,
+            own,
+            rest,
+            others,
+        })
+    }
+}
+
+/// Loss and parts in libtorch operations.
+fn operations(
+    labeled: &Heads<'_>,
+    unlabeled: &Heads<'_>,
+    eta_prime: f64,
+    kind: Kind,
+) -> Result<(Tensor, [Part; 2])> {
+    let labels = predictions(labeled.main.tensor)?;
+    let log_p = labeled
+        .adversarial
+        .tensor
+        .f_detach()?
+        .f_log_softmax(1, inside(kind))?;
+    let agree = agreement(&log_p, &labels)?;
+    let grad = if labeled.adversarial.wants_grad() {
+        let each = eta_prime / labels.size1()? as f64;
+        let weight = log_p.f_new_full([labels.size1()?], each, (inside(kind), log_p.device()))?;
+        Some(nll_gradient(&log_p, &labels, &weight)?)
+    } else {
+        None
+    };
+    let part_l = Part { labels, grad };
+
+    let labels = predictions(unlabeled.main.tensor)?;
+    let z = unlabeled.adversarial.tensor.f_detach()?;
+    let split = Split::of(&z, &labels, inside(kind))?;
+    let u = split.others.f_add_scalar(OFFSET)?;
+    let disagree = disagreement(&u)?;
+    let grad = if unlabeled.adversarial.wants_grad() {
+        Some(disagreement_gradient(&split, &u)?)
+    } else {
+        None
+    };
+    let part_u = Part { labels, grad };
+    Ok((
+        together(&agree, &disagree, eta_prime, kind)?,
+        [part_l, part_u],
+    ))
+}
+
+/// `p_a / u_i (onehot_a - p) / B`, 0 where `u_i > 1`, which `p_a` tells best.
+fn disagreement_gradient(split: &Split, u: &Tensor) -> Result<StoredGrad> {
+    let slope = split
+        .own
+        .f_div(u)?
+        .f_mul_scalar(-1.0 / split.own.size1()? as f64)?
+        .f_masked_fill(&split.own.f_lt(OFFSET)?, 0.0)?
+        .f_unsqueeze(1)?;
+    // 1 - p_a without a difference.
+    let at_label = split.others.f_unsqueeze(1)?.f_neg()?.f_mul(&slope)?;
+    stored(
+        &split
+            .rest
+            .f_mul(&slope)?
+            .f_scatter_(1, &split.index, &at_label)?,
+    )
 }

@@ -1,6 +1,6 @@
 //! Entropy of probabilities on tensors. The mathematics is in [`crate::kernels::entropy`].
 
-use super::{Place, loss_dtype, place, threads};
+use super::{Place, loss_dtype, place, stored, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::stored_scale;
@@ -28,11 +28,11 @@ pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
         loss_dtype(&input, dtype)
     };
     let (out, grad) = match place(&[&input]) {
-        _ if input.shape().len() != 2 => return composite(predictions, mean, out_dtype),
         Place::Cuda => {
             cuda::entropy::entropy(&input, mean, weight(&input, dtype, mean), dtype, out_dtype)?
         }
         Place::Cpu => fused(&input, dtype, mean)?,
+        Place::Operations => operations(&input, mean, out_dtype)?,
         Place::Composite => return composite(predictions, mean, out_dtype),
     };
     if let Some(grad) = grad {
@@ -80,16 +80,55 @@ fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<
 }
 
 /// The same in libtorch operations, in float32 inside for half precision.
+struct Formula {
+    p: Tensor,
+    /// `p` and the epsilon.
+    shifted: Tensor,
+    log: Tensor,
+    entropy: Tensor,
+}
+
+impl Formula {
+    fn of(predictions: &Tensor, mean: bool, out: Dtype) -> Result<Self> {
+        let p = predictions.f_to_kind(out.at_least_f32().kind())?;
+        let shifted = p.f_add_scalar(ENTROPY_EPSILON)?;
+        let log = shifted.f_log()?;
+        let each = log.f_mul(&p)?.f_sum_dim_intlist(1, false, None::<Kind>)?;
+        let sum = if mean {
+            each.f_mean(None::<Kind>)?
+        } else {
+            each
+        };
+        Ok(Self {
+            entropy: sum.f_neg()?.f_to_kind(out.kind())?,
+            p,
+            shifted,
+            log,
+        })
+    }
+}
+
 fn composite(predictions: &Tensor, mean: bool, out: Dtype) -> Result<Tensor> {
-    let p = predictions.f_to_kind(out.at_least_f32().kind())?;
-    let plogp = p.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(&p)?;
-    let each = plogp.f_sum_dim_intlist(1, false, None::<Kind>)?.f_neg()?;
-    let entropy = if mean {
-        each.f_mean(None::<Kind>)?
+    Ok(Formula::of(predictions, mean, out)?.entropy)
+}
+
+fn operations(input: &Input<'_>, mean: bool, out: Dtype) -> Result<(Tensor, Option<StoredGrad>)> {
+    let Formula {
+        p,
+        shifted,
+        log,
+        entropy,
+    } = Formula::of(&input.tensor.f_detach()?, mean, out)?;
+    if !input.wants_grad() {
+        return Ok((entropy, None));
+    }
+    let slope = log.f_addcdiv(&p, &shifted)?;
+    let grad = if mean {
+        slope.f_mul_scalar(-(input.shape()[1] as f64) / input.numel() as f64)?
     } else {
-        each
+        slope.f_neg()?
     };
-    Ok(entropy.f_to_kind(out.kind())?)
+    Ok((entropy, Some(stored(&grad)?)))
 }
 
 /// tllib averages for exactly `"mean"` and returns rows for everything else; a name that is neither

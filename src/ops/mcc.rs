@@ -1,7 +1,7 @@
 //! Minimum class confusion on tensors. The mathematics is in [`crate::kernels::mcc`].
 
 use super::ranks::{Exchanged, gradient, leaf};
-use super::{Place, loss_dtype, place, positive, threads};
+use super::{Place, inside, loss_dtype, place, positive, stored, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::mcc::{ENTROPY_EPSILON, finish, mcc as kernel, sweep};
@@ -29,6 +29,7 @@ pub fn mcc(logits: &Tensor, temperature: f64) -> Result<Tensor> {
     let (loss, grad) = match place(&[&input]) {
         Place::Cuda => cuda::mcc::mcc(&input, dtype, temperature, out)?,
         Place::Cpu => fused(&input, dtype, temperature)?,
+        Place::Operations => operations(&input, temperature, out.kind())?,
         Place::Composite => return composite(logits, temperature, out.kind()),
     };
     if grad.is_some() {
@@ -101,7 +102,8 @@ impl Part {
 
     fn composite(input: &Input<'_>, temperature: f64, kind: Kind) -> Result<Self> {
         let (leaf, logits) = (leaf(input)?, input.tensor.shallow_clone());
-        let own = Tensor::f_cat(&sums(&leaf, temperature, kind)?, 0)?;
+        let rows = Weighted::of(&leaf, temperature, inside(kind))?;
+        let own = Tensor::f_cat(&rows.sums()?, 0)?;
         Ok(Self {
             sums: own.f_detach()?.f_to_kind(Kind::Double)?,
             second: Box::new(move |all: &Exchanged<'_>| {
@@ -111,7 +113,9 @@ impl Part {
                 // No class is present in no row.
                 let rows = s.f_detach()?.f_sum(s.f_kind()?)?;
                 let nothing = rows.f_eq(0.0)?;
-                let loss = of_sums(s, e)?.f_masked_fill(&nothing, f64::NAN)?;
+                let loss = Classes::of(s, e)?
+                    .mean()?
+                    .f_masked_fill(&nothing, f64::NAN)?;
                 let grad = gradient(&loss, &leaf)?;
                 let loss = loss.f_detach()?.f_to_kind(kind)?;
                 all.attach(LABEL, CLASS, &loss, &logits, grad)?;
@@ -129,10 +133,102 @@ impl Part {
 
 /// The same loss in libtorch operations, `O(B C)` too.
 fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
-    let [s, e] = sums(logits, temperature, kind)?;
-    let loss = of_sums(&s, &e)?;
-    let empty = logits.size().first() == Some(&0);
-    let loss = if empty {
+    let rows = Weighted::of(logits, temperature, inside(kind))?;
+    let [s, e] = rows.sums()?;
+    finished(&Classes::of(&s, &e)?, logits.size()[0], kind)
+}
+
+/// Its gradient in closed form: `w_i / (C T) (1 - r_c - 2 p_ic) / s_c` with respect to `p`, where `r` is
+/// `e / s`, and through the softmax.
+fn operations(
+    input: &Input<'_>,
+    temperature: f64,
+    kind: Kind,
+) -> Result<(Tensor, Option<StoredGrad>)> {
+    let rows = Weighted::of(&input.tensor.f_detach()?, temperature, inside(kind))?;
+    let [s, e] = rows.sums()?;
+    let classes = Classes::of(&s, &e)?;
+    let loss = finished(&classes, input.shape()[0], kind)?;
+    if !input.wants_grad() {
+        return Ok((loss, None));
+    }
+    let each = classes
+        .present
+        .f_reciprocal()?
+        .f_mul_scalar(1.0 / (temperature * input.shape()[1] as f64))?;
+    let constant = classes.ratio.f_rsub_scalar(1.0)?.f_mul(&each)?;
+    let of_p = constant.f_addcmul(&rows.p, &each.f_mul_scalar(-2.0)?)?;
+    // The weights come last: before, they would round what cancels in the softmax.
+    let grad = Tensor::f_internal_softmax_backward_data(&of_p, &rows.p, 1, inside(kind))?
+        .f_mul(&rows.weight)?;
+    Ok((loss, Some(stored(&grad)?)))
+}
+
+/// The probabilities of rows, with their entropy weights.
+pub(super) struct Weighted {
+    /// (minibatch, C)
+    pub p: Tensor,
+    /// (minibatch, 1), not differentiated.
+    pub weight: Tensor,
+    /// Their product.
+    pub wp: Tensor,
+}
+
+impl Weighted {
+    /// Of `logits`, in `kind`.
+    pub fn of(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Self> {
+        let z = logits.f_to_kind(kind)?.f_div_scalar(temperature)?;
+        Self::of_probabilities(z.f_softmax(1, kind)?)
+    }
+
+    /// Of `p`. A row of zeros weighs nothing.
+    pub fn of_probabilities(p: Tensor) -> Result<Self> {
+        let kind = p.f_kind()?;
+        let held = p.f_detach()?;
+        let plogp = held.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(&held)?;
+        let weight = plogp
+            .f_sum_dim_intlist(1, true, kind)?
+            .f_exp()?
+            .f_add_scalar(1.0)?;
+        let wp = p.f_mul(&weight)?;
+        Ok(Self { p, weight, wp })
+    }
+
+    /// `s_c` and `e_c`.
+    fn sums(&self) -> Result<[Tensor; 2]> {
+        let kind = self.p.f_kind()?;
+        let s = self.wp.f_sum_dim_intlist(0, false, kind)?;
+        let not = self.p.f_rsub_scalar(1.0)?;
+        let e = self.wp.f_mul(&not)?.f_sum_dim_intlist(0, false, kind)?;
+        Ok([s, e])
+    }
+}
+
+/// What becomes of the sums.
+struct Classes {
+    /// `s_c`, or 1 for a class that no row predicts.
+    present: Tensor,
+    /// `e_c / s_c`, or its limit 1 there: 0/0. A divisor of 1 keeps NaN out of the gradient as well.
+    ratio: Tensor,
+}
+
+impl Classes {
+    fn of(s: &Tensor, e: &Tensor) -> Result<Self> {
+        let absent = s.f_eq(0.0)?;
+        let present = s.f_masked_fill(&absent, 1.0)?;
+        let ratio = e.f_div(&present)?.f_masked_fill(&absent, 1.0)?;
+        Ok(Self { present, ratio })
+    }
+
+    fn mean(&self) -> Result<Tensor> {
+        Ok(self.ratio.f_mean(self.ratio.f_kind()?)?)
+    }
+}
+
+/// The loss of `rows` rows: NaN without any.
+fn finished(classes: &Classes, rows: i64, kind: Kind) -> Result<Tensor> {
+    let loss = classes.mean()?;
+    let loss = if rows == 0 {
         loss.f_mul_scalar(f64::NAN)?
     } else {
         loss
@@ -140,54 +236,13 @@ fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
     Ok(loss.f_to_kind(kind)?)
 }
 
-/// `s_c` and `e_c`.
-fn sums(logits: &Tensor, temperature: f64, kind: Kind) -> Result<[Tensor; 2]> {
-    let inside = if kind == Kind::Double {
-        Kind::Double
-    } else {
-        Kind::Float
-    };
-    let (p, wp) = weighted(logits, temperature, inside)?;
-    let s = wp.f_sum_dim_intlist(0, false, inside)?;
-    let not = p.f_neg()?.f_add_scalar(1.0)?;
-    let e = wp.f_mul(&not)?.f_sum_dim_intlist(0, false, inside)?;
-    Ok([s, e])
-}
-
-fn of_sums(s: &Tensor, e: &Tensor) -> Result<Tensor> {
-    // A class that no row predicts: 0/0, whose limit is 1. A divisor of 1 keeps NaN out of the
-    // gradient as well.
-    let absent = s.f_eq(0.0)?;
-    let of_classes = e.f_div(&s.f_masked_fill(&absent, 1.0)?)?;
-    Ok(of_classes
-        .f_masked_fill(&absent, 1.0)?
-        .f_mean(s.f_kind()?)?)
-}
-
-/// The probabilities of `logits`, and the same times their row's entropy weight, which is not
-/// differentiated.
-pub(super) fn weighted(logits: &Tensor, temperature: f64, kind: Kind) -> Result<(Tensor, Tensor)> {
-    let p = logits
-        .f_to_kind(kind)?
-        .f_div_scalar(temperature)?
-        .f_softmax(1, kind)?;
-    let held = p.f_detach()?;
-    let plogp = held.f_add_scalar(ENTROPY_EPSILON)?.f_log()?.f_mul(&held)?;
-    let weight = plogp
-        .f_sum_dim_intlist(1, true, kind)?
-        .f_exp()?
-        .f_add_scalar(1.0)?;
-    let wp = p.f_mul(&weight)?;
-    Ok((p, wp))
-}
-
 /// The confusion matrix of probabilities and weighted probabilities, columns of sum 1; a class that
-/// no row predicts has a column of zeros.
-pub(super) fn confusion(p: &Tensor, wp: &Tensor) -> Result<Tensor> {
+/// no row predicts has a column of zeros. Besides, what the columns were divided by.
+pub(super) fn confusion(p: &Tensor, wp: &Tensor) -> Result<(Tensor, Tensor)> {
     let _full = Without::autocast();
     let s = wp.f_sum_dim_intlist(0, false, p.f_kind()?)?;
-    let absent = s.f_eq(0.0)?;
-    Ok(wp.f_tr()?.f_mm(p)?.f_div(&s.f_masked_fill(&absent, 1.0)?)?)
+    let present = s.f_masked_fill(&s.f_eq(0.0)?, 1.0)?;
+    Ok((wp.f_tr()?.f_mm(p)?.f_div(&present)?, present))
 }
 
 /// The normalised class confusion matrix of `logits`, for reading: C x C, without a gradient.
@@ -196,10 +251,12 @@ pub fn confusion_matrix(logits: &Tensor, temperature: f64) -> Result<Tensor> {
     check_temperature(temperature)?;
     let dtype = input.floating()?;
     input.matrix()?;
-    let (p, wp) = weighted(
+    let rows = Weighted::of(
         &logits.f_detach()?,
         temperature,
         dtype.at_least_f32().kind(),
     )?;
-    Ok(confusion(&p, &wp)?.f_to_kind(loss_dtype(&input, dtype).kind())?)
+    Ok(confusion(&rows.p, &rows.wp)?
+        .0
+        .f_to_kind(loss_dtype(&input, dtype).kind())?)
 }

@@ -1,8 +1,9 @@
 //! The methods on tensors: checks first, then the CPU kernel, the CUDA kernel or the libtorch composite.
 //!
-//! A fused loss is four things: checks, a kernel call that yields loss and gradient, an autograd
-//! node over both ([`crate::torch::autograd::attach`]), and a composite in libtorch operations for
-//! everything else: other devices, `torch.func`, second derivatives.
+//! A fused loss is four things: checks, a call that yields loss and gradient, an autograd node over both
+//! ([`crate::torch::autograd::attach`]), and a composite in libtorch operations for everything else: other
+//! devices, `torch.func`, second derivatives. The call is one of a kernel, or where none serves a tensor that
+//! is not wrapped, of libtorch operations that compute the gradient in closed form: fewer than autograd would.
 
 pub mod cc_loss;
 pub mod dst;
@@ -21,9 +22,11 @@ pub mod uda;
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::parallel::threads_for;
+use crate::torch::autograd::StoredGrad;
 use crate::torch::input::Input;
 use crate::torch::{Dtype, max_threads};
 use std::num::NonZeroUsize;
+use tch::{Kind, Reduction, Tensor};
 
 /// Elements of exponential and logarithm that one thread computes in the time that makes another
 /// thread worth starting.
@@ -36,22 +39,61 @@ enum Place {
     Cpu,
     /// [`crate::cuda`]
     Cuda,
-    /// libtorch operations, for everything else.
+    /// libtorch operations for loss and gradient.
+    Operations,
+    /// libtorch operations that autograd differentiates, for everything else.
     Composite,
 }
 
-/// The place of a call whose kernels read these tensors: one device, one dtype, no wrappers.
+/// The place of a call on these tensors. Kernels take matrices of one device and one dtype, without wrappers.
 fn place(inputs: &[&Input<'_>]) -> Place {
-    let same = inputs
-        .windows(2)
-        .all(|two| two[0].dtype() == two[1].dtype());
-    if same && cuda::serves(inputs) {
+    let kernels = inputs.iter().all(|input| input.shape().len() == 2)
+        && inputs
+            .windows(2)
+            .all(|two| two[0].dtype() == two[1].dtype());
+    if kernels && cuda::serves(inputs) {
         Place::Cuda
-    } else if same && inputs.iter().all(|input| input.on_cpu()) {
+    } else if kernels && inputs.iter().all(|input| input.on_cpu()) {
         Place::Cpu
+    } else if inputs.iter().all(|input| input.plain()) {
+        Place::Operations
     } else {
         Place::Composite
     }
+}
+
+/// What operations compute in, where the result is of `kind`.
+fn inside(kind: Kind) -> Kind {
+    if kind == Kind::Double {
+        kind
+    } else {
+        Kind::Float
+    }
+}
+
+/// The gradient of the sum of `-weight_i log_p_i,label(i)` over the rows with respect to the logits; all in one
+/// dtype.
+fn nll_gradient(log_p: &Tensor, labels: &Tensor, weight: &Tensor) -> Result<StoredGrad> {
+    let kind = log_p.f_kind()?;
+    // Read where the reduction is a mean only.
+    let total = weight.f_new_empty([1], (kind, weight.device()))?;
+    let of_log = log_p.f_nll_loss_backward(
+        weight,
+        labels,
+        None::<Tensor>,
+        Reduction::None,
+        -100,
+        &total,
+    )?;
+    stored(&Tensor::f_internal_log_softmax_backward_data(
+        &of_log, log_p, 1, kind,
+    )?)
+}
+
+/// A gradient that libtorch operations computed, in the dtype they computed in. Autograd converts what a node
+/// returns to the dtype of its input.
+fn stored(grad: &Tensor) -> Result<StoredGrad> {
+    Ok(StoredGrad::new(grad.f_contiguous()?, 1.0))
 }
 
 /// Threads for a row loss over `elements` logits.

@@ -1,6 +1,6 @@
 //! L2 consistency on tensors. The mathematics is in [`crate::kernels::pi_model`].
 
-use super::{Place, loss_dtype, place, threads};
+use super::{Place, inside, loss_dtype, place, stored, threads};
 use crate::cuda;
 use crate::cuda::pi_model::Weights;
 use crate::error::{Error, Result};
@@ -69,6 +69,7 @@ pub fn pi_model(p1: &Tensor, p2: &Tensor, mask: &Mask, reduction: Reduction) -> 
     let (loss, mut grads) = match call.place() {
         Place::Cuda => call.launched(dtype)?,
         Place::Cpu => call.fused(dtype)?,
+        Place::Operations => call.operations()?,
         Place::Composite => {
             let tensor = call.mask.as_ref().map(|m| m.tensor);
             return composite(p1, p2, tensor, number, reduction, kind);
@@ -84,6 +85,12 @@ pub fn pi_model(p1: &Tensor, p2: &Tensor, mask: &Mask, reduction: Reduction) -> 
         attach(c"L2ConsistencyBackward", &loss, &inputs, grads, formula)?;
     }
     Ok(loss)
+}
+
+/// The shape of the losses before they are reduced: all dimensions but 1.
+fn row_shape(p1: &Input<'_>) -> Vec<i64> {
+    let (batch, rest) = p1.shape().split_at(1);
+    [batch, &rest[1..]].concat()
 }
 
 impl<'a> Call<'a> {
@@ -103,9 +110,7 @@ impl<'a> Call<'a> {
         };
         if let Some(mask) = &mask {
             mask.real()?;
-            let mut rows = p1.shape().to_vec();
-            rows.remove(1);
-            mask.broadcasts_to(&rows)?;
+            mask.broadcasts_to(&row_shape(&p1))?;
             // A tensor of no dimensions is a number to torch: on the CPU whatever the device of the others,
             // and of no weight in the dtype.
             let number = mask.shape().is_empty();
@@ -132,15 +137,15 @@ impl<'a> Call<'a> {
 
     /// What computes it.
     fn place(&self) -> Place {
+        let mask = |takes: &dyn Fn(&Input<'_>) -> bool| self.mask.as_ref().is_none_or(takes);
         let fits = |reached: fn(&Facts) -> bool| {
-            self.mask.as_ref().is_none_or(|mask| {
-                reached(mask) && (!mask.wants_grad() || mask.shape() == &self.p1.shape()[..1])
-            })
+            mask(&|m| reached(m) && (!m.wants_grad() || m.shape() == &self.p1.shape()[..1]))
         };
         match place(&[&self.p1, &self.p2]) {
-            _ if self.p1.shape().len() != 2 => Place::Composite,
             Place::Cuda if fits(cuda::reaches) && self.out != Dtype::F64 => Place::Cuda,
             Place::Cpu if fits(Facts::on_cpu) => Place::Cpu,
+            Place::Composite => Place::Composite,
+            _ if mask(&|m| m.plain() && !m.wants_grad()) => Place::Operations,
             _ => Place::Composite,
         }
     }
@@ -148,7 +153,7 @@ impl<'a> Call<'a> {
     /// What the sum of the rows is multiplied by.
     fn mean(&self) -> f64 {
         match self.reduction {
-            Reduction::Mean => 1.0 / self.p1.shape()[0] as f64,
+            Reduction::Mean => 1.0 / row_shape(&self.p1).iter().product::<i64>() as f64,
             _ => 1.0,
         }
     }
@@ -187,6 +192,42 @@ impl<'a> Call<'a> {
             scale: by_dtype!(dtype, E => self.scale::<E>(self.number)),
         };
         cuda::pi_model::pi_model(&self.p1, &self.p2, &weights, dtype, self.out)
+    }
+
+    /// [`Self::fused`] in libtorch operations, for a mask that is not differentiated.
+    fn operations(&self) -> Result<(Tensor, Vec<Option<StoredGrad>>)> {
+        let difference = difference(&self.p1.tensor.f_detach()?, &self.p2.tensor.f_detach()?)?;
+        let mask = self
+            .mask
+            .as_ref()
+            .map(|m| m.tensor.f_detach())
+            .transpose()?;
+        let (number, kind) = (self.number, self.out.kind());
+        let loss = of_difference(&difference, mask.as_ref(), number, self.reduction, kind)?;
+        let [a, b] = [self.p1.wants_grad(), self.p2.wants_grad()];
+        if !(a || b) {
+            return Ok((loss, Vec::new()));
+        }
+        let weight = 2.0 * self.mean() * number;
+        let grad = match mask {
+            None => difference.f_mul_scalar(weight)?,
+            Some(mask) => {
+                let weights = mask.f_to_kind(difference.f_kind()?)?.f_mul_scalar(weight)?;
+                // One of no dimensions may be on the CPU, where it has to stay a number.
+                difference.f_mul(&if weights.dim() == 0 {
+                    weights
+                } else {
+                    weights
+                        .f_expand(row_shape(&self.p1), false)?
+                        .f_unsqueeze(1)?
+                })?
+            }
+        };
+        let other = b.then(|| stored(&grad.f_neg()?)).transpose()?;
+        Ok((
+            loss,
+            vec![a.then(|| stored(&grad)).transpose()?, other, None],
+        ))
     }
 
     /// The loss, and the gradients for `p1`, `p2` and the mask.
@@ -267,20 +308,28 @@ fn composite(
     reduction: Reduction,
     kind: Kind,
 ) -> Result<Tensor> {
-    let inside = |p: &Tensor| {
-        let kind = if p.f_kind()? == Kind::Double {
-            Kind::Double
-        } else {
-            Kind::Float
-        };
-        p.f_to_kind(kind)
-    };
-    let difference = inside(p1)?.f_sub(&inside(p2)?)?;
+    of_difference(&difference(p1, p2)?, mask, number, reduction, kind)
+}
+
+fn difference(p1: &Tensor, p2: &Tensor) -> Result<Tensor> {
+    // The difference promotes the other.
+    Ok(p1.f_to_kind(inside(p1.f_kind()?))?.f_sub(p2)?)
+}
+
+fn of_difference(
+    difference: &Tensor,
+    mask: Option<&Tensor>,
+    number: f64,
+    reduction: Reduction,
+    kind: Kind,
+) -> Result<Tensor> {
     let distance = difference
         .f_square()?
         .f_sum_dim_intlist(1, false, None::<Kind>)?;
     let each = match mask {
         Some(mask) => distance.f_mul(mask)?,
+        #[allow(clippy::float_cmp, reason = "exactly one changes nothing")]
+        None if number == 1.0 => distance,
         None => distance.f_mul_scalar(number)?,
     };
     let loss = match reduction {

@@ -1,6 +1,6 @@
 //! Pseudo labels on tensors. The mathematics is in [`crate::kernels::pseudo_label`].
 
-use super::{Place, place, threads};
+use super::{Place, nll_gradient, place, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::pseudo_label::{Outputs, pseudo_label as kernel};
@@ -49,6 +49,7 @@ pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Out
     let (output, grad) = match place(&[&input, &target]) {
         Place::Cuda => launched(&input, &target, dtype, threshold)?,
         Place::Cpu => fused(&input, &target, dtype, threshold)?,
+        Place::Operations => operations(&input, y_target, threshold, dtype)?,
         Place::Composite => return composite(y, y_target, threshold, dtype),
     };
     if let Some(grad) = grad {
@@ -113,21 +114,56 @@ fn fused(
 struct Held(Constant, Constant);
 
 impl Held {
-    fn loss(&self, y: &Tensor, dtype: Dtype) -> Result<Tensor> {
-        let (labels, mask) = (self.0.get(), self.1.get());
-        let y = y.f_to_kind(dtype.at_least_f32().kind())?;
-        let each = y.f_cross_entropy_loss(labels, None::<Tensor>, Reduction::None, -100, 0.0)?;
-        Ok(each.f_mul(mask)?.f_mean(dtype.at_least_f32().kind())?)
+    /// In libtorch operations, from the logits of `target`.
+    fn of(target: &Tensor, threshold: f64) -> Result<Self> {
+        let q = target.f_detach()?.f_softmax(1, None::<Kind>)?;
+        let (confidence, labels) = q.f_max_dim(1, false)?;
+        let mask = confidence.f_gt(threshold)?.f_to_kind(Kind::Float)?;
+        Ok(Self(Constant(labels), Constant(mask)))
     }
+
+    fn loss(&self, y: &Tensor, dtype: Dtype) -> Result<Tensor> {
+        self.of_log(&log_softmax(y, dtype)?)
+    }
+
+    fn of_log(&self, log_p: &Tensor) -> Result<Tensor> {
+        let (labels, mask) = (self.0.get(), self.1.get());
+        let each = log_p.f_nll_loss(labels, None::<Tensor>, Reduction::None, -100)?;
+        Ok(each.f_mul(mask)?.f_mean(log_p.f_kind()?)?)
+    }
+
+    fn output(self, loss: Tensor) -> Output {
+        let Self(Constant(labels), Constant(mask)) = self;
+        Output { loss, mask, labels }
+    }
+}
+
+fn log_softmax(y: &Tensor, dtype: Dtype) -> Result<Tensor> {
+    Ok(y.f_log_softmax(1, dtype.at_least_f32().kind())?)
 }
 
 /// The same in libtorch operations.
 fn composite(y: &Tensor, y_target: &Tensor, threshold: f64, dtype: Dtype) -> Result<Output> {
-    let q = y_target.f_detach()?.f_softmax(1, None::<Kind>)?;
-    let (confidence, labels) = q.f_max_dim(1, false)?;
-    let mask = confidence.f_gt(threshold)?.f_to_kind(Kind::Float)?;
-    let held = Held(Constant(labels), Constant(mask));
+    let held = Held::of(y_target, threshold)?;
     let loss = held.loss(y, dtype)?;
-    let Held(Constant(labels), Constant(mask)) = held;
-    Ok(Output { loss, mask, labels })
+    Ok(held.output(loss))
+}
+
+fn operations(
+    input: &Input<'_>,
+    target: &Tensor,
+    threshold: f64,
+    dtype: Dtype,
+) -> Result<(Output, Option<StoredGrad>)> {
+    let held = Held::of(target, threshold)?;
+    let log_p = log_softmax(&input.tensor.f_detach()?, dtype)?;
+    let loss = held.of_log(&log_p)?;
+    let grad = if input.wants_grad() {
+        let mask = held.1.get().f_to_kind(log_p.f_kind()?)?;
+        let weight = mask.f_mul_scalar(1.0 / input.shape()[0] as f64)?;
+        Some(nll_gradient(&log_p, held.0.get(), &weight)?)
+    } else {
+        None
+    };
+    Ok((held.output(loss), grad))
 }

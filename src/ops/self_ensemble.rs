@@ -1,14 +1,14 @@
 //! Class balance on tensors. The mathematics is in [`crate::kernels::self_ensemble`].
 
 use super::ranks::{Exchanged, gradient, leaf};
-use super::{Place, loss_dtype, place, threads};
+use super::{Place, inside, loss_dtype, place, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::self_ensemble::{
     LOG_FLOOR, SLOPE_FLOOR, class_balance as kernel, column_means, column_sums, repeat_row,
 };
-use crate::torch::autograd::{Backward, StoredGrad, attach, attach_with};
+use crate::torch::autograd::{Backward, Composite, StoredGrad, attach, attach_with};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, vector};
 use std::ffi::CStr;
@@ -33,20 +33,15 @@ pub fn check_num_classes(num_classes: i64) -> Result<()> {
 pub fn class_balance(p: &Tensor, num_classes: i64) -> Result<Tensor> {
     let (input, dtype) = checked(p, num_classes)?;
     let out = loss_dtype(&input, dtype);
-    let formula = Box::new(move |t: &[Tensor]| composite(&t[0], out.kind()));
+    let formula: Composite = Box::new(move |t: &[Tensor]| composite(&t[0], out.kind()));
     match place(&[&input]) {
         Place::Cuda => {
             let (loss, slope) = cuda::self_ensemble::class_balance(&input, dtype, out)?;
-            if let Some(slope) = slope {
-                let shape = input.shape().to_vec();
-                let same = SameRows {
-                    slope,
-                    shape,
-                    dtype,
-                };
-                attach_with(LABEL, &loss, &[p], Box::new(same), formula)?;
-            }
-            Ok(loss)
+            same_rows(&input, dtype, loss, slope, formula)
+        }
+        Place::Operations => {
+            let (loss, slope) = operations(&input, out.kind())?;
+            same_rows(&input, dtype, loss, slope, formula)
         }
         Place::Cpu => {
             let (loss, grad) = fused(&input, dtype, out)?;
@@ -59,9 +54,29 @@ pub fn class_balance(p: &Tensor, num_classes: i64) -> Result<Tensor> {
     }
 }
 
+/// `loss`, attached to its graph where there is a slope.
+fn same_rows(
+    input: &Input<'_>,
+    dtype: Dtype,
+    loss: Tensor,
+    slope: Option<Tensor>,
+    formula: Composite,
+) -> Result<Tensor> {
+    if let Some(slope) = slope {
+        let shape = input.shape().to_vec();
+        let same = SameRows {
+            slope,
+            shape,
+            dtype,
+        };
+        attach_with(LABEL, &loss, &[input.tensor], Box::new(same), formula)?;
+    }
+    Ok(loss)
+}
+
 /// The backward pass on a device: there, rows that are all the same are written when they are wanted.
 struct SameRows {
-    /// The gradient with respect to any row, float32.
+    /// The gradient with respect to any row, in what the loss was computed in.
     slope: Tensor,
     shape: Vec<i64>,
     dtype: Dtype,
@@ -74,9 +89,9 @@ impl Backward for SameRows {
         if grad.is_some() {
             return Ok(vec![grad]);
         }
-        let row = self.slope.f_mul(incoming)?.f_to_kind(self.dtype.kind())?;
+        let rows = self.slope.f_expand(&self.shape, false)?.f_mul(incoming)?;
         Ok(vec![Some(
-            row.f_expand(&self.shape, false)?.f_contiguous()?,
+            rows.f_to_kind(self.dtype.kind())?.f_contiguous()?,
         )])
     }
 }
@@ -181,13 +196,34 @@ fn of_means<E: Element + Stored>(
 /// wait for the device. (torch's own `binary_cross_entropy` aborts the device context there, and
 /// refuses to run under CUDA autocast.)
 fn composite(p: &Tensor, kind: Kind) -> Result<Tensor> {
-    let inside = if kind == Kind::Double {
-        Kind::Double
-    } else {
-        Kind::Float
-    };
-    let mean = p.f_to_kind(inside)?.f_mean_dim(0, false, inside)?;
-    Ok(of_mean(&mean)?.f_to_kind(kind)?)
+    Ok(of_mean(&mean(p, kind)?)?.f_to_kind(kind)?)
+}
+
+fn mean(p: &Tensor, kind: Kind) -> Result<Tensor> {
+    Ok(p.f_mean_dim(0, false, inside(kind))?)
+}
+
+/// The loss, and the gradient with respect to any row: NaN where a mean is outside [0, 1].
+fn operations(input: &Input<'_>, kind: Kind) -> Result<(Tensor, Option<Tensor>)> {
+    let p = input.tensor.f_detach()?;
+    let mean = mean(&p, kind)?;
+    let (rows, u) = (input.shape()[0] as f64, 1.0 / input.shape()[1] as f64);
+    let rest = mean.f_rsub_scalar(1.0)?;
+    // NaN of a number below 0 stays.
+    let log = |m: &Tensor| m.f_log()?.f_clamp_min(LOG_FLOOR);
+    let each = log(&rest)?.f_lerp(&log(&mean)?, u)?;
+    let loss = each.f_mean(inside(kind))?.f_neg()?.f_to_kind(kind)?;
+    if !input.wants_grad() {
+        return Ok((loss, None));
+    }
+    let spread = rest.f_mul(&mean)?;
+    let outside = spread.f_lt(0.0)?;
+    let slope = mean
+        .f_sub_scalar(u)?
+        .f_mul_scalar(u / rows)?
+        .f_div(&spread.f_clamp_min(SLOPE_FLOOR)?)?
+        .f_masked_fill(&outside, f64::NAN)?;
+    Ok((loss, Some(slope)))
 }
 
 /// The loss of the mean probabilities.

@@ -1,6 +1,6 @@
 //! Strong-weak consistency on tensors. The mathematics is in [`crate::kernels::uda`].
 
-use super::{Place, place, positive, threads};
+use super::{Place, place, positive, stored, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::uda::uda as kernel;
@@ -41,6 +41,7 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
     let (loss, grad) = match place(&[&strong, &weak]) {
         Place::Cuda => cuda::uda::uda(&strong, &weak, dtype, threshold, temperature)?,
         Place::Cpu => fused(&strong, &weak, dtype, threshold, temperature)?,
+        Place::Operations => operations(&strong, &weak, threshold, temperature, out.kind())?,
         Place::Composite => return composite(y_strong, y, threshold, temperature, out.kind()),
     };
     if grad.is_some() {
@@ -73,6 +74,51 @@ fn fused(
 }
 
 /// The same in libtorch operations.
+struct Formula {
+    q: Tensor,
+    log_p: Tensor,
+    /// 1 over the number of selected rows for each of these, else 0.
+    weight: Tensor,
+    loss: Tensor,
+}
+
+impl Formula {
+    fn of(
+        y_strong: &Tensor,
+        y: &Tensor,
+        threshold: f64,
+        temperature: f64,
+        kind: Kind,
+    ) -> Result<Self> {
+        let y = y.f_detach()?;
+        // In the dtype of y, which decides what is selected.
+        let own = y.f_softmax(1, None::<Kind>)?;
+        let mask = own
+            .f_amax([1].as_slice(), false)?
+            .f_gt(threshold)?
+            .f_to_kind(kind)?;
+        let q = if own.f_kind()? == kind {
+            own
+        } else {
+            y.f_softmax(1, kind)?
+        };
+        let log_p = y_strong
+            .f_to_kind(kind)?
+            .f_div_scalar(temperature)?
+            .f_log_softmax(1, kind)?;
+        let weight = mask.f_div(&mask.f_sum(kind)?.f_clamp_min(1.0)?)?;
+        let terms = q.f_xlogy(&q)?.f_sub(&q.f_mul(&log_p)?)?;
+        let each = terms.f_sum_dim_intlist(1, false, kind)?;
+        let loss = each.f_mul(&weight)?.f_sum(kind)?;
+        Ok(Self {
+            q,
+            log_p,
+            weight,
+            loss,
+        })
+    }
+}
+
 fn composite(
     y_strong: &Tensor,
     y: &Tensor,
@@ -80,18 +126,25 @@ fn composite(
     temperature: f64,
     kind: Kind,
 ) -> Result<Tensor> {
-    let y = y.f_detach()?;
-    // In the dtype of y, which decides what is selected.
-    let (confidence, _) = y.f_softmax(1, None::<Kind>)?.f_max_dim(1, false)?;
-    let mask = confidence.f_gt(threshold)?.f_to_kind(kind)?;
-    let q = y.f_to_kind(kind)?.f_softmax(1, kind)?;
-    let log_p = y_strong
-        .f_to_kind(kind)?
-        .f_div_scalar(temperature)?
-        .f_log_softmax(1, kind)?;
-    let terms = q.f_xlogy(&q)?.f_sub(&q.f_mul(&log_p)?)?;
-    let each = terms.f_sum_dim_intlist(1, false, kind)?.f_mul(&mask)?;
-    Ok(each
-        .f_sum(kind)?
-        .f_div(&mask.f_sum(kind)?.f_clamp_min(1.0)?)?)
+    Ok(Formula::of(y_strong, y, threshold, temperature, kind)?.loss)
+}
+
+fn operations(
+    strong: &Input<'_>,
+    weak: &Input<'_>,
+    threshold: f64,
+    temperature: f64,
+    kind: Kind,
+) -> Result<(Tensor, Option<StoredGrad>)> {
+    let y_strong = strong.tensor.f_detach()?;
+    let formula = Formula::of(&y_strong, weak.tensor, threshold, temperature, kind)?;
+    if !strong.wants_grad() {
+        return Ok((formula.loss, None));
+    }
+    let weight = formula
+        .weight
+        .f_mul_scalar(1.0 / temperature)?
+        .f_unsqueeze(1)?;
+    let grad = formula.log_p.f_exp()?.f_sub(&formula.q)?.f_mul(&weight)?;
+    Ok((formula.loss, Some(stored(&grad)?)))
 }

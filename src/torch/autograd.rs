@@ -263,12 +263,9 @@ fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> 
     }
     let kind = grad.f_kind()?;
     let mut incoming = incoming.tensor.shallow_clone();
-    // A loss per row scales the rows.
-    for _ in incoming.dim()..grad.dim() {
-        if incoming.dim() == 0 {
-            break;
-        }
-        incoming = incoming.f_unsqueeze(-1)?;
+    // A loss for each row scales what is along dimension 1.
+    if (1..grad.dim()).contains(&incoming.dim()) {
+        incoming = incoming.f_unsqueeze(1)?;
     }
     if matches!(kind, Kind::Half | Kind::BFloat16) {
         grad = grad.f_to_kind(Kind::Float)?;

@@ -113,7 +113,8 @@ struct tllib_facts {
   int32_t device_index;
   bool strided;  // where it is not, nothing else is filled in
   bool readable;  // its memory is what it seems to be
-  bool ordinary;  // and operations on it give such tensors, which kernels may read
+  bool plain;     // and operations on it give such tensors
+  bool ordinary;  // and kernels may read it
   bool contiguous;  // known of a readable tensor only
   bool wants_grad;  // grad mode is on and the tensor requires it
   bool autocast;    // an autocast region is active for the tensor's device
@@ -130,7 +131,8 @@ void describe(const Tensor& t, const Surroundings& now, tllib_facts& out) {
   TORCH_CHECK(!t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(),
               "tensors with symbolic shapes are served under torch.compile only");
   out.readable = readable(t, now);
-  out.ordinary = out.readable && !now.in_transform && !composites_only();
+  out.plain = out.readable && !now.in_transform;
+  out.ordinary = out.plain && !composites_only();
   out.sizes = t.sizes().data();
   out.strides = out.readable ? t.strides().data() : nullptr;
   out.ndim = t.dim();

@@ -27,6 +27,7 @@ pub struct Facts {
     device_index: i32,
     strided: bool,
     readable: bool,
+    plain: bool,
     ordinary: bool,
     contiguous: bool,
     wants_grad: bool,
@@ -101,6 +102,12 @@ impl Facts {
     /// Whether its memory is on the CPU and can be read and written, inside a transform of `torch.func` too.
     pub fn in_cpu_memory(&self) -> bool {
         self.readable && self.device_type == CPU
+    }
+
+    /// Whether it is a dense tensor of the CPU or of CUDA, and operations on it give such tensors. A kernel may
+    /// read it unless `TLLIB_RS_COMPOSITE=1` asks for none.
+    pub fn plain(&self) -> bool {
+        self.plain
     }
 
     /// Whether it is an ordinary dense CUDA tensor, which kernels there may read directly.

@@ -4,7 +4,7 @@ use super::triplet::{Arguments, Objective};
 use super::{finite, integral};
 use crate::error::{Error, Result};
 use crate::torch::Dtype;
-use crate::torch::input::Input;
+use crate::torch::input::{Facts, Input};
 
 /// `ValueError` unless the margin is finite.
 pub fn check_margin(class: &str, margin: f64) -> Result<()> {
@@ -90,16 +90,20 @@ impl<'a> Inputs<'a> {
         Ok(())
     }
 
-    /// Whether kernels may read everything.
+    /// Whether the kernels of the CPU may read everything.
     pub fn fusible(&self) -> bool {
-        let labels = |i: &Input<'_>| i.on_cpu() && i.tensor.f_kind().is_ok_and(integral);
-        self.features.on_cpu()
-            && labels(&self.labels)
-            && self
-                .memory
-                .as_ref()
-                .is_none_or(|(f, l)| f.on_cpu() && labels(l))
-            && self.teacher.as_ref().is_none_or(|teacher| teacher.on_cpu())
+        let labels = [Some(&self.labels), self.memory.as_ref().map(|(_, l)| l)];
+        let integral = |i: &Input<'_>| i.tensor.f_kind().is_ok_and(integral);
+        self.all(Facts::on_cpu) && labels.into_iter().flatten().all(integral)
+    }
+
+    /// Whether that is so of every argument.
+    pub fn all(&self, is: fn(&Facts) -> bool) -> bool {
+        let memory = self.memory.as_ref();
+        is(&self.features)
+            && is(&self.labels)
+            && memory.is_none_or(|(features, labels)| is(features) && is(labels))
+            && self.teacher.as_ref().is_none_or(|teacher| is(teacher))
     }
 }
 

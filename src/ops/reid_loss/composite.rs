@@ -1,7 +1,7 @@
 //! The triplet losses in libtorch operations: mining outside the graph, then the 2N pairs in it.
 
 use super::triplet::{Arguments, Objective};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::reid_loss::mining::Hardest;
 use crate::kernels::reid_loss::{CLAMP, OFFSET, SMALLEST_NORM};
 use crate::torch::Without;
@@ -16,21 +16,42 @@ pub fn composite(call: &Arguments<'_>, kind: Kind, out: Kind) -> Result<Tensor> 
         call.normalize,
         kind,
     )?;
-    let labels = call.labels.1;
-    let pairs = Pairs::mined(&u, &v, (labels, call.memory.map_or(labels, |(_, l)| l)))?;
-    let reference = match (call.teacher, call.objective) {
-        (Some(teacher), Objective::Taught) => {
-            let (w, _) = sides(&teacher.f_detach()?, None, call.normalize, out)?;
-            let positive = distances(&w, &w, &pairs.positive.0)?;
-            Some(
-                positive
-                    .f_sub(&distances(&w, &w, &pairs.negative.0)?)?
-                    .f_sigmoid()?,
-            )
-        }
-        _ => None,
-    };
+    let pairs = Pairs::mined(&u, &v, call)?;
+    let reference = reference(call, &pairs, out)?;
     of_pairs(&u, &v, &pairs, call.objective, reference.as_ref(), out)
+}
+
+/// What a teacher says of the pairs, in `kind`.
+pub fn reference(call: &Arguments<'_>, pairs: &Pairs, kind: Kind) -> Result<Option<Tensor>> {
+    let (Some(teacher), Objective::Taught) = (call.teacher, call.objective) else {
+        return Ok(None);
+    };
+    let w = Side::of(&teacher.f_detach()?, call.normalize, kind)?.unit;
+    let t = Distances::of(&w, &w, &pairs.index)?.difference()?;
+    Ok(Some(t.f_sigmoid()?))
+}
+
+/// Features, divided by their norms if they are to be.
+pub struct Side {
+    /// (N, F)
+    pub unit: Tensor,
+    /// (N, 1), before it is raised to [`SMALLEST_NORM`].
+    pub norm: Option<Tensor>,
+}
+
+impl Side {
+    /// Of `features`, in `kind`.
+    pub fn of(features: &Tensor, normalize: bool, kind: Kind) -> Result<Self> {
+        let unit = features.f_to_kind(kind)?;
+        if !normalize {
+            return Ok(Self { unit, norm: None });
+        }
+        let norm = unit.f_norm_scalaropt_dim(2.0, 1, true)?;
+        Ok(Self {
+            unit: unit.f_div(&norm.f_clamp_min(SMALLEST_NORM)?)?,
+            norm: Some(norm),
+        })
+    }
 }
 
 /// The features and the memory, normalised if they are to be.
@@ -40,28 +61,46 @@ pub fn sides(
     normalize: bool,
     kind: Kind,
 ) -> Result<(Tensor, Tensor)> {
-    let side = |x: &Tensor| -> Result<Tensor> {
-        let x = x.f_to_kind(kind)?;
-        if !normalize {
-            return Ok(x);
-        }
-        Ok(x.f_div(
-            &x.f_norm_scalaropt_dim(2.0, 1, true)?
-                .f_clamp_min(SMALLEST_NORM)?,
-        )?)
-    };
+    let side = |x: &Tensor| Side::of(x, normalize, kind).map(|side| side.unit);
     let u = side(features)?;
     let v = memory.map_or_else(|| Ok(u.shallow_clone()), side)?;
     Ok((u, v))
 }
 
-/// `|u_i - v_index(i)|`
-fn distances(u: &Tensor, v: &Tensor, index: &Tensor) -> Result<Tensor> {
-    let difference = u.f_sub(&v.f_index_select(0, index)?)?;
-    let square = difference
-        .f_square()?
-        .f_sum_dim_intlist(1, false, u.f_kind()?)?;
-    Ok(square.f_clamp_min(CLAMP)?.f_sqrt()?)
+/// Of each anchor from its positive, then of each from its negative.
+pub struct Distances {
+    /// `u_i - v_index(i)`, (2, N, F).
+    pub between: Tensor,
+    /// Their squared lengths, (2, N).
+    pub squares: Tensor,
+    /// Their lengths, from [`CLAMP`] on.
+    pub lengths: Tensor,
+}
+
+impl Distances {
+    /// Of the pairs that `index` names.
+    pub fn of(u: &Tensor, v: &Tensor, index: &Tensor) -> Result<Self> {
+        let candidates = v.f_index_select(0, index)?;
+        let (rows, dim) = u.size2()?;
+        let between = u.f_sub(&candidates.f_view([2, rows, dim])?)?;
+        let squares = between
+            .f_square()?
+            .f_sum_dim_intlist(2, false, u.f_kind()?)?;
+        let lengths = squares.f_clamp_min(CLAMP)?.f_sqrt()?;
+        Ok(Self {
+            between,
+            squares,
+            lengths,
+        })
+    }
+
+    /// By how much the positive is further away.
+    pub fn difference(&self) -> Result<Tensor> {
+        let [positive, negative] = &self.lengths.f_unbind(0)?[..] else {
+            return Err(Error::Bridge("unbind: two halves expected".to_owned()));
+        };
+        Ok(positive.f_sub(negative)?)
+    }
 }
 
 /// The loss of the pairs in `kind`, differentiable with respect to `u` and `v`.
@@ -73,9 +112,18 @@ pub fn of_pairs(
     reference: Option<&Tensor>,
     kind: Kind,
 ) -> Result<Tensor> {
-    let positive = distances(u, v, &pairs.positive.0)?.f_add(&pairs.positive.1)?;
-    let negative = distances(u, v, &pairs.negative.0)?.f_add(&pairs.negative.1)?;
-    let t = positive.f_sub(&negative)?;
+    let distances = Distances::of(u, v, &pairs.index)?;
+    let t = distances.difference()?.f_add(&pairs.offset)?;
+    of_differences(&t, objective, reference, kind)
+}
+
+/// The loss in `kind` of anchors whose distances differ by `t`.
+pub fn of_differences(
+    t: &Tensor,
+    objective: Objective,
+    reference: Option<&Tensor>,
+    kind: Kind,
+) -> Result<Tensor> {
     let each = match objective {
         Objective::Hinge(margin) => t.f_add_scalar(margin)?.f_clamp_min(0.0)?,
         Objective::Margin(margin) => {
@@ -86,83 +134,70 @@ pub fn of_pairs(
             let r =
                 reference.map_or_else(|| t.f_detach()?.f_sigmoid(), |r| Ok(r.shallow_clone()))?;
             let own = t.f_log_sigmoid()?.f_mul(&r)?;
-            let other = t
-                .f_neg()?
-                .f_log_sigmoid()?
-                .f_mul(&r.f_neg()?.f_add_scalar(1.0)?)?;
+            let other = t.f_neg()?.f_log_sigmoid()?.f_mul(&r.f_rsub_scalar(1.0)?)?;
             own.f_add(&other)?.f_neg()?
         }
     };
     Ok(each.f_mean(kind)?)
 }
 
-/// The mined pairs as tensors: one entry for each anchor.
+/// The mined pairs.
 pub struct Pairs {
-    /// The hardest positive and what tllib adds to its distance.
-    pub positive: (Tensor, Tensor),
-    /// The hardest negative and what tllib adds to its distance.
-    pub negative: (Tensor, Tensor),
+    /// Of each anchor's hardest positive, then of the hardest negatives, (2 N).
+    pub index: Tensor,
+    /// What tllib's offsets for missing ones add to the difference of the distances, (N).
+    pub offset: Tensor,
 }
 
 impl Pairs {
     /// From the kernel's result.
     pub fn of(hardest: &[Hardest], kind: Kind) -> Result<Self> {
-        let tensors = |index: Vec<i64>, offset: Vec<f64>| -> Result<_> {
-            Ok((
-                Tensor::f_from_slice(&index)?,
-                Tensor::f_from_slice(&offset)?.f_to_kind(kind)?,
-            ))
-        };
-        let offset = |missing: bool| if missing { OFFSET } else { 0.0 };
-        let positive = hardest
+        let positive = hardest.iter().map(|h| h.positive.index as i64);
+        let negative = hardest.iter().map(|h| h.negative.index as i64);
+        let index: Vec<_> = positive.chain(negative).collect();
+        let missing = |h: &Hardest| u8::from(h.positive.missing) + u8::from(h.negative.missing);
+        let offset: Vec<_> = hardest
             .iter()
-            .map(|h| (h.positive.index as i64, -offset(h.positive.missing)));
-        let negative = hardest
-            .iter()
-            .map(|h| (h.negative.index as i64, offset(h.negative.missing)));
-        let (index, add) = positive.unzip();
-        let positive = tensors(index, add)?;
-        let (index, add) = negative.unzip();
+            .map(|h| -OFFSET * f64::from(missing(h)))
+            .collect();
         Ok(Self {
-            positive,
-            negative: tensors(index, add)?,
+            index: Tensor::f_from_slice(&index)?,
+            offset: Tensor::f_from_slice(&offset)?.f_to_kind(kind)?,
         })
     }
 
-    /// In libtorch operations, from features `u` and `v` whose identities are compared with `eq`.
-    pub fn mined(u: &Tensor, v: &Tensor, labels: (&Tensor, &Tensor)) -> Result<Self> {
+    /// In libtorch operations, from features `u` and `v` whose identities the call has.
+    pub fn mined(u: &Tensor, v: &Tensor, call: &Arguments<'_>) -> Result<Self> {
         let (u, v, kind) = (u.f_detach()?, v.f_detach()?, u.f_kind()?);
         let squares = v.f_square()?.f_sum_dim_intlist(1, false, kind)?;
-        let products = {
+        let keys = {
             let _guard = Without::autocast();
-            u.f_matmul(&v.f_transpose(0, 1)?)?
+            squares.f_addmm(&u.f_mul_scalar(-2.0)?, &v.f_transpose(0, 1)?)?
         };
-        let keys = squares.f_sub(&products.f_mul_scalar(2.0)?)?;
+        let labels = call.labels.1;
+        let candidates = call.memory.map_or(labels, |(_, labels)| labels);
         let same = labels
-            .0
             .f_unsqueeze(1)?
-            .f_eq_tensor(&labels.1.f_unsqueeze(0)?)?;
+            .f_eq_tensor(&candidates.f_unsqueeze(0)?)?;
         let other = same.f_logical_not()?;
-        // Where nobody qualifies, everybody does, at tllib's offset.
-        let no_positive = same.f_any_dim(1, true)?.f_logical_not()?;
-        let no_negative = other.f_any_dim(1, true)?.f_logical_not()?;
-        let not_positive = other.f_logical_and(&no_positive.f_logical_not()?)?;
-        let not_negative = same.f_logical_and(&no_negative.f_logical_not()?)?;
+        // Where nobody qualifies, everybody does, at tllib's offset. That is so of one of the two at most.
+        let has_positive = same.f_any_dim(1, true)?;
+        let has_negative = other.f_any_dim(1, true)?;
         let positive = keys
-            .f_masked_fill(&not_positive, f64::NEG_INFINITY)?
+            .f_masked_fill(&other.f_logical_and(&has_positive)?, f64::NEG_INFINITY)?
             .f_argmax(1, false)?;
         let negative = keys
-            .f_masked_fill(&not_negative, f64::INFINITY)?
+            .f_masked_fill(&same.f_logical_and(&has_negative)?, f64::INFINITY)?
             .f_argmin(1, false)?;
-        let offset = |missing: &Tensor, by: f64| -> Result<Tensor> {
-            Ok(missing
-                .f_squeeze_dim(1)?
-                .f_to_kind(kind)?
-                .f_mul_scalar(by)?)
-        };
+        let offset = has_positive
+            .f_logical_and(&has_negative)?
+            .f_squeeze_dim(1)?
+            .f_to_kind(kind)?
+            .f_sub_scalar(1.0)?
+            .f_mul_scalar(OFFSET)?;
         Ok(Self {
-            positive: (positive, offset(&no_positive, -OFFSET)?),
-            negative: (negative, offset(&no_negative, OFFSET)?),
+            index: Tensor::f_cat(&[positive, negative], 0)?,
+            offset,
         })
     }
 }

@@ -5,7 +5,7 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::reid_loss::cross_entropy::{Targets, cross_entropy as kernel};
-use crate::ops::{Place, loss_dtype, place, threads};
+use crate::ops::{Place, inside, loss_dtype, place, stored, threads};
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, version};
@@ -41,7 +41,6 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
     };
     let kind = loss_dtype(&input, out).kind();
     let loss = match place(&[&input, &targets]) {
-        _ if input.shape().len() != 2 => return soft_composite(y, labels, kind),
         Place::Cuda => {
             cuda::cross_entropy::soft(&input, &targets, dtype, loss_dtype(&input, dtype))?
         }
@@ -49,6 +48,7 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
             let targets = targets.dense_rows::<E>()?;
             fused::<E>(&input, Targets::Logits(targets))?
         }),
+        Place::Operations => soft_operations(&input, labels, kind)?,
         Place::Composite => return soft_composite(y, labels, kind),
     };
     let held = Held::of(SOFT, labels)?;
@@ -121,23 +121,40 @@ fn attached(
     Ok(loss)
 }
 
-/// What both compute in, where the result is of `kind`.
-fn inside(kind: Kind) -> Kind {
-    if kind == Kind::Double {
-        kind
-    } else {
-        Kind::Float
+/// The soft cross entropy in libtorch operations.
+struct Soft {
+    q: Tensor,
+    log_p: Tensor,
+    loss: Tensor,
+}
+
+impl Soft {
+    fn of(y: &Tensor, labels: &Tensor, kind: Kind) -> Result<Self> {
+        let inside = inside(kind);
+        let q = labels.f_detach()?.f_softmax(1, inside)?;
+        let log_p = y.f_log_softmax(1, inside)?;
+        let each = log_p.f_mul(&q)?.f_sum_dim_intlist(1, false, inside)?;
+        let loss = each.f_mean(inside)?.f_neg()?.f_to_kind(kind)?;
+        Ok(Self { q, log_p, loss })
     }
 }
 
 fn soft_composite(y: &Tensor, labels: &Tensor, kind: Kind) -> Result<Tensor> {
-    let inside = inside(kind);
-    let q = labels.f_detach()?.f_softmax(1, inside)?;
-    let each = y
-        .f_log_softmax(1, inside)?
-        .f_mul(&q)?
-        .f_sum_dim_intlist(1, false, inside)?;
-    Ok(each.f_mean(inside)?.f_neg()?.f_to_kind(kind)?)
+    Ok(Soft::of(y, labels, kind)?.loss)
+}
+
+fn soft_operations(
+    input: &Input<'_>,
+    labels: &Tensor,
+    kind: Kind,
+) -> Result<(Tensor, Option<StoredGrad>)> {
+    let Soft { q, log_p, loss } = Soft::of(&input.tensor.f_detach()?, labels, kind)?;
+    if !input.wants_grad() {
+        return Ok((loss, None));
+    }
+    let weight = input.shape()[1] as f64 / input.numel() as f64;
+    let grad = log_p.f_exp()?.f_sub(&q)?.f_mul_scalar(weight)?;
+    Ok((loss, Some(stored(&grad)?)))
 }
 
 /// Raises unless the class accepts these arguments.
@@ -187,6 +204,13 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
                 smooth_composite(y, &Tensor::f_from_slice(&labels)?, hit, rest, kind)
             })
         }
+        Place::Operations if indices.plain() => {
+            let loss = smooth_operations(&input, labels, (hit, rest), kind)?;
+            let held = Held::of(SMOOTH, labels)?;
+            attached(y, loss, move |y| {
+                smooth_composite(y, held.get()?, hit, rest, kind)
+            })
+        }
         _ => smooth_composite(y, labels, hit, rest, kind),
     }
 }
@@ -210,12 +234,43 @@ fn smooth_composite(
     rest: f64,
     kind: Kind,
 ) -> Result<Tensor> {
+    smooth_of_log(&y.f_log_softmax(1, inside(kind))?, labels, hit, rest, kind)
+}
+
+fn smooth_of_log(
+    log_p: &Tensor,
+    labels: &Tensor,
+    hit: f64,
+    rest: f64,
+    kind: Kind,
+) -> Result<Tensor> {
     let inside = inside(kind);
-    let log_p = y.f_log_softmax(1, inside)?;
     let own = log_p
         .f_gather(1, &labels.f_unsqueeze(1)?, false)?
         .f_squeeze_dim(1)?;
     let all = log_p.f_sum_dim_intlist(1, false, inside)?;
     let each = own.f_mul_scalar(hit)?.f_add(&all.f_mul_scalar(rest)?)?;
     Ok(each.f_mean(inside)?.f_neg()?.f_to_kind(kind)?)
+}
+
+fn smooth_operations(
+    input: &Input<'_>,
+    labels: &Tensor,
+    (hit, rest): (f64, f64),
+    kind: Kind,
+) -> Result<(Tensor, Option<StoredGrad>)> {
+    let inside = inside(kind);
+    let log_p = input.tensor.f_detach()?.f_log_softmax(1, inside)?;
+    let loss = smooth_of_log(&log_p, labels, hit, rest, kind)?;
+    if !input.wants_grad() {
+        return Ok((loss, None));
+    }
+    let each = -1.0 / input.shape()[0] as f64;
+    let of_log = log_p.f_full_like(rest * each)?.f_scatter_value(
+        1,
+        &labels.f_unsqueeze(1)?,
+        (hit + rest) * each,
+    )?;
+    let grad = Tensor::f_internal_log_softmax_backward_data(&of_log, &log_p, 1, inside)?;
+    Ok((loss, Some(stored(&grad)?)))
 }

@@ -87,8 +87,8 @@ fn formula(
     let (objective, normalize) = (call.objective, call.normalize);
     move |t: &[Tensor]| {
         let kind = Kind::Float;
-        let ([positive, negative], references) = mined.parts()?;
-        let pairs = Pairs { positive, negative };
+        let ([index, offset], references) = mined.parts()?;
+        let pairs = Pairs { index, offset };
         let (u, v) = sides(&t[0], t.get(1), normalize, kind)?;
         let reference = matches!(objective, Objective::Taught).then_some(&references);
         of_pairs(&u, &v, &pairs, objective, reference, kind)

@@ -7,6 +7,7 @@ mod cross_entropy;
 mod device;
 mod distances;
 mod mining;
+mod operations;
 mod triplet;
 
 pub use check::{check_margin, check_triplet};

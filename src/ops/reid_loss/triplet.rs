@@ -4,6 +4,7 @@ use super::check::Inputs;
 use super::composite::{Pairs, composite, of_pairs, sides};
 use super::device;
 use super::mining::{Features, mine};
+use super::operations;
 use crate::error::Result;
 use crate::kernels::Loss;
 use crate::kernels::element::{Element, stored_scale};
@@ -16,7 +17,7 @@ use crate::kernels::reid_loss::triplet::{
 };
 use crate::ops::threads;
 use crate::torch::autograd::{StoredGrad, attach};
-use crate::torch::input::Input;
+use crate::torch::input::{Facts, Input};
 use crate::torch::{Owned, Stored, by_dtype, dense, scalar};
 use tch::{Kind, Tensor};
 
@@ -47,7 +48,11 @@ pub fn triplet(call: &Arguments<'_>) -> Result<Tensor> {
     }
     let (kind, out) = (inputs.dtype.at_least_f32().kind(), inputs.out.kind());
     if !inputs.fusible() {
-        return composite(call, kind, out);
+        return if inputs.all(Facts::plain) {
+            operations::triplet(call, &inputs, kind, out)
+        } else {
+            composite(call, kind, out)
+        };
     }
     let done = by_dtype!(inputs.dtype, E => fused::<E>(call, &inputs)?);
     if done.grads.iter().any(Option::is_some) {

@@ -1,7 +1,8 @@
 //! Class confusion consistency on tensors. The mathematics is in [`crate::kernels::cc_loss`].
 
-use super::mcc::{confusion, weighted};
-use super::{positive, threads};
+mod operations;
+
+use super::{Place, place, positive, threads};
 use crate::error::{Error, Result};
 use crate::kernels::Loss;
 use crate::kernels::cc_loss::{FEW, Pairs, choose, gram, matrix};
@@ -12,7 +13,8 @@ use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::product::Libtorch;
 use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, version};
-use tch::{Kind, Tensor};
+use operations::{composite, operations};
+use tch::Tensor;
 
 const CLASS: &str = "CCConsistency";
 /// Multiplications on the way through the C x C matrix up to which f64 costs no time that matters. It keeps
@@ -53,7 +55,8 @@ pub fn cc_loss(
     let weak = Input::new(CLASS, "logits", logits)?;
     let strong = Input::new(CLASS, "logits_strong", logits_strong)?;
     check_arguments(temperature, thr)?;
-    let (dtype, strong_dtype) = (weak.floating()?, strong.floating()?);
+    let dtype = weak.floating()?;
+    strong.floating()?;
     let (rows, _) = weak.matrix()?;
     strong.matrix()?;
     strong.same_device(&weak)?;
@@ -61,15 +64,22 @@ pub fn cc_loss(
         return Err(strong.wrong(&format!("have the shape of logits, {:?}", weak.shape())));
     }
     let on_cpu = weak.on_cpu() && strong.on_cpu();
-    if !on_cpu || dtype != strong_dtype {
-        let (loss, fraction) = composite(logits, logits_strong, temperature, thr)?;
-        return Ok(Output {
+    let output = |(loss, fraction): (Tensor, Tensor)| -> Result<Output> {
+        Ok(Output {
             nothing: rows == 0 || (on_cpu && fraction.f_double_value(&[])? == 0.0),
             loss,
             fraction,
-        });
-    }
-    let (output, grad) = fused(&weak, &strong, dtype, (temperature, thr))?;
+        })
+    };
+    let (output, grad) = match place(&[&weak, &strong]) {
+        Place::Cpu => fused(&weak, &strong, dtype, (temperature, thr))?,
+        // No kernel of a device's.
+        Place::Operations | Place::Cuda => {
+            let (outputs, grad) = operations(&weak, &strong, temperature, thr)?;
+            (output(outputs)?, grad)
+        }
+        Place::Composite => return output(composite(logits, logits_strong, temperature, thr)?),
+    };
     if let Some(grad) = grad {
         let held = Held {
             logits: logits.f_detach()?,
@@ -228,43 +238,4 @@ impl Held {
         }
         Ok(composite(&self.logits, strong, temperature, thr)?.0)
     }
-}
-
-/// Loss and fraction in libtorch operations. The rows stay where they are and weigh 0 unless
-/// selected, because to take them out would wait for the device.
-fn composite(
-    logits: &Tensor,
-    logits_strong: &Tensor,
-    temperature: f64,
-    thr: f64,
-) -> Result<(Tensor, Tensor)> {
-    let wide = |t: &Tensor| -> Result<bool> { Ok(t.f_kind()? == Kind::Double) };
-    let inside = if wide(logits)? || wide(logits_strong)? {
-        Kind::Double
-    } else {
-        Kind::Float
-    };
-    let (rows, cols) = (logits.size()[0], logits.size()[1]);
-    let weak = logits.f_detach()?;
-    let q = weak
-        .f_div_scalar(temperature)?
-        .f_softmax(1, weak.f_kind()?)?;
-    let selected = q.f_amax([1].as_slice(), true)?.f_ge(thr)?;
-    let others = selected.f_logical_not()?;
-    let matrix = |z: &Tensor| -> Result<Tensor> {
-        let z = z.f_to_kind(inside)?.f_masked_fill(&others, 0.0)?;
-        let (p, wp) = weighted(&z, temperature, inside)?;
-        confusion(&p, &wp.f_masked_fill(&others, 0.0)?)
-    };
-    let count = selected.f_to_kind(Kind::Float)?.f_sum(Kind::Float)?;
-    let square = matrix(&weak)?
-        .f_sub(&matrix(logits_strong)?)?
-        .f_square()?
-        .f_sum(inside)?;
-    // The count, and not the rounded fraction, goes into the loss.
-    let rows = rows.max(1);
-    let loss = square
-        .f_mul(&count)?
-        .f_div_scalar(cols as f64 * rows as f64)?;
-    Ok((loss, count.f_div_scalar(rows)?))
 }

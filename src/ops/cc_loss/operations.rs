@@ -1,0 +1,116 @@
+//! Class confusion consistency in libtorch operations. The rows stay where they are and weigh 0 unless selected,
+//! because to take them out would wait for the device.
+
+use crate::error::Result;
+use crate::ops::mcc::{Weighted, confusion};
+use crate::ops::stored;
+use crate::torch::Without;
+use crate::torch::autograd::StoredGrad;
+use crate::torch::input::Input;
+use tch::{Kind, Tensor};
+
+/// The rows that count.
+struct Selection {
+    /// The weak logits' probabilities, in their dtype.
+    q: Tensor,
+    /// The rows that do not, (minibatch, 1).
+    others: Tensor,
+    /// How many do, float32.
+    count: Tensor,
+}
+
+impl Selection {
+    fn of(weak: &Tensor, temperature: f64, thr: f64) -> Result<Self> {
+        let kind = weak.f_kind()?;
+        let q = weak.f_div_scalar(temperature)?.f_softmax(1, kind)?;
+        let selected = q.f_amax([1].as_slice(), true)?.f_ge(thr)?;
+        Ok(Self {
+            q,
+            others: selected.f_logical_not()?,
+            count: selected.f_to_kind(Kind::Float)?.f_sum(Kind::Float)?,
+        })
+    }
+
+    /// What the sum of the squares is multiplied by. The count, and not the rounded fraction, goes into the loss.
+    fn factor(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        let entries = shape[1] as f64 * shape[0].max(1) as f64;
+        Ok(self.count.f_to_kind(kind)?.f_div_scalar(entries)?)
+    }
+
+    fn fraction(&self, shape: &[i64]) -> Result<Tensor> {
+        Ok(self.count.f_div_scalar(shape[0].max(1))?)
+    }
+}
+
+fn both(weak: &Tensor, strong: &Tensor) -> Result<Kind> {
+    let wide = weak.f_kind()? == Kind::Double || strong.f_kind()? == Kind::Double;
+    Ok(if wide { Kind::Double } else { Kind::Float })
+}
+
+/// Loss and fraction, in operations that autograd differentiates.
+pub fn composite(
+    logits: &Tensor,
+    logits_strong: &Tensor,
+    temperature: f64,
+    thr: f64,
+) -> Result<(Tensor, Tensor)> {
+    let (inside, shape) = (both(logits, logits_strong)?, logits.size());
+    let weak = logits.f_detach()?;
+    let chosen = Selection::of(&weak, temperature, thr)?;
+    let matrix = |z: &Tensor| -> Result<Tensor> {
+        // Before the softmax: its gradient has no NaN of the other rows then.
+        let z = z.f_to_kind(inside)?.f_masked_fill(&chosen.others, 0.0)?;
+        let rows = Weighted::of(&z, temperature, inside)?;
+        Ok(confusion(&rows.p, &rows.wp.f_masked_fill(&chosen.others, 0.0)?)?.0)
+    };
+    let squares = matrix(&weak)?
+        .f_sub(&matrix(logits_strong)?)?
+        .f_square()?
+        .f_sum(inside)?;
+    let loss = squares.f_mul(&chosen.factor(&shape, inside)?)?;
+    Ok((loss, chosen.fraction(&shape)?))
+}
+
+/// Loss and fraction, and the gradient in closed form. With `D` the difference of the matrices and `H` that of the
+/// loss with respect to the strong one's numerators, it is `(w p) H + w (p H' - r)` with respect to `p`, where
+/// `r_c` is the sum of `H C` over column `c`, and then goes through the softmax.
+pub fn operations(
+    weak: &Input<'_>,
+    strong: &Input<'_>,
+    temperature: f64,
+    thr: f64,
+) -> Result<((Tensor, Tensor), Option<StoredGrad>)> {
+    let _full = Without::autocast();
+    let (z, z_strong) = (weak.tensor.f_detach()?, strong.tensor.f_detach()?);
+    let inside = both(&z, &z_strong)?;
+    let chosen = Selection::of(&z, temperature, thr)?;
+    let probabilities = |z: &Tensor| {
+        let z = z.f_to_kind(inside)?.f_div_scalar(temperature)?;
+        z.f_softmax(1, inside)
+    };
+    // Rows of zeros count for nothing, and have no gradient.
+    let rows = |p: &Tensor| Weighted::of_probabilities(p.f_masked_fill(&chosen.others, 0.0)?);
+    let of_weak = if chosen.q.f_kind()? == inside {
+        rows(&chosen.q)?
+    } else {
+        rows(&probabilities(&z)?)?
+    };
+    let Weighted { p, weight, wp } = rows(&probabilities(&z_strong)?)?;
+    let (target, _) = confusion(&of_weak.p, &of_weak.wp)?;
+    let (matrix, present) = confusion(&p, &wp)?;
+    let difference = matrix.f_sub(&target)?;
+    let factor = chosen.factor(weak.shape(), inside)?;
+    let loss = difference.f_square()?.f_sum(inside)?.f_mul(&factor)?;
+    let outputs = (loss, chosen.fraction(weak.shape())?);
+    if !strong.wants_grad() {
+        return Ok((outputs, None));
+    }
+    let h = difference
+        .f_div(&present)?
+        .f_mul(&factor.f_mul_scalar(2.0 / temperature)?)?;
+    let r = h.f_mul(&matrix)?.f_sum_dim_intlist(0, false, inside)?;
+    let of_wp = p.f_mm(&h.f_tr()?)?.f_sub(&r)?;
+    let of_p = of_wp.f_mul(&weight)?.f_add(&wp.f_mm(&h)?)?;
+    let grad = Tensor::f_internal_softmax_backward_data(&of_p, &p, 1, inside)?;
+    Ok((outputs, Some(stored(&grad)?)))
+}
