@@ -1,7 +1,10 @@
 """The CUDA kernels without a device: every source compiles for every architecture, and what it computes is
 checked by the methods' own tests, on the CPU, through the same launches."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -101,6 +104,17 @@ def test_unknown_names_are_refused():
         _core.cuda_compile("nothing", "float32", (9, 0))
     with pytest.raises(ValueError, match='no kernels for "float64"'):
         _core.cuda_compile("scale", "float64", (9, 0))
+
+
+def test_a_toolkit_on_the_path_is_not_taken(tmp_path):
+    """It may be newer than the driver; torch brings what fits."""
+    if torch.version.cuda is None:
+        pytest.skip("NOT RUN: this build of torch brings no NVRTC")
+    toolkit = tmp_path / "libnvrtc.so"
+    subprocess.run(["cc", "-shared", "-x", "c", "-o", toolkit, "/dev/null"], check=True)
+    code = "from tllib_rs import _core; assert _core.cuda_compile('scale', 'float32', (9, 0))"
+    path = f"{tmp_path}:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"LD_LIBRARY_PATH": path}, check=True)
 
 
 @pytest.fixture(scope="module")

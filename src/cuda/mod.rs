@@ -9,7 +9,7 @@
 //! | `common.cuh`, `softmax.cuh` | what the kernels share |
 //! | `<stem>.cu`, `<stem>.rs` | a method's kernels, and their launch |
 //! | [`device`], [`plan`], [`args`] | torch's stream and memory; the shape of a launch; its arguments |
-//! | [`modules`], [`compile`], [`sources`] | compiled code in memory and on disk; NVRTC |
+//! | [`modules`], [`compile`], [`sources`], [`nvrtc`] | compiled code in memory and on disk; NVRTC |
 //! | [`driver`], [`emulator`] | who runs a kernel |
 
 mod args;
@@ -18,6 +18,7 @@ mod device;
 mod driver;
 mod emulator;
 mod modules;
+mod nvrtc;
 mod plan;
 mod sources;
 
