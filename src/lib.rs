@@ -7,7 +7,7 @@
 //! | [`kernels`] | the mathematics on slices: a loss and its gradient in one sweep | torch, Python |
 //! | `torch` | what tch lacks: tensor facts, the autograd node, torch's threads | Python |
 //! | `cuda` | CUDA sources, compiled at run time, and their launch on torch's stream | Python |
-//! | `ops` | a method on tensors: checks, then CPU kernel, CUDA kernel or libtorch composite | Python |
+//! | `ops` | a method on tensors: checks, then CPU kernel, CUDA kernel or libtorch's operations | Python |
 //! | `python` | `PyO3`: extract, release the GIL, call, wrap; errors mapped in one place | |
 //!
 //! A method has one stem in all of them: `kernels/mcc.rs`, `ops/mcc.rs`, `python/mcc.rs`,

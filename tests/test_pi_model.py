@@ -138,6 +138,11 @@ def test_more_dimensions_and_empty_batches():
     assert L2ConsistencyLoss()(empty, empty.detach()).isnan()
     assert L2ConsistencyLoss("sum")(empty, empty.detach()) == 0
     assert L2ConsistencyLoss("none")(empty, empty.detach(), torch.ones(0)).shape == (0,)
+    no_classes = torch.zeros(3, 0, requires_grad=True)
+    loss = L2ConsistencyLoss()(no_classes, no_classes.detach(), torch.ones(3))
+    loss.backward()
+    assert loss == 0
+    assert no_classes.grad.shape == (3, 0)
 
 
 def test_small_float16_gradients_survive_a_large_mean():

@@ -332,6 +332,15 @@ def test_second_derivatives_refuse_targets_that_changed():
         torch.autograd.grad(loss, y, create_graph=True)
 
 
+def test_second_derivatives_with_labels_of_inference_mode():
+    y = torch.randn(3, 4, requires_grad=True)
+    with torch.inference_mode():
+        labels = torch.tensor([0, 3, 1])
+    (grad,) = torch.autograd.grad(CrossEntropyLossWithLabelSmooth(4)(y, labels), y, create_graph=True)
+    torch.testing.assert_close(grad.sum(), torch.tensor(0.0))
+    assert grad.requires_grad
+
+
 def test_empty_batches():
     empty, none = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
     assert CrossEntropyLoss()(empty, empty).isnan()

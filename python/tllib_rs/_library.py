@@ -97,7 +97,7 @@ def register(
             # In this thread: in another, a graph that is captured knows nothing of the gradients' memory.
             with torch.autograd.set_multithreading_enabled(False):
                 grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss)) if leaves else ()
-        # A composite's are laid out like the inputs.
+        # A composite's may be laid out like the inputs.
         return (loss.detach(), *(grad.contiguous() for grad in grads), *rest)
 
     def fake_compute(*args):

@@ -66,7 +66,7 @@ pub fn emulated() -> bool {
 const MOST_COLUMNS: i64 = 1 << 30;
 
 /// Whether a kernel serves tensors with these facts: ordinary ones of one CUDA device and of a dtype that
-/// has kernels. `false` sends the call to the composite.
+/// has kernels. `false` sends the call to libtorch's operations.
 pub fn serves<F: Deref<Target = Facts>>(inputs: &[&F]) -> bool {
     let has_kernels = |facts: &&F| {
         let columns = facts.shape().last().copied().unwrap_or(1);

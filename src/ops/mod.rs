@@ -1,4 +1,4 @@
-//! The methods on tensors: checks first, then the CPU kernel, the CUDA kernel or the libtorch composite.
+//! The methods on tensors: checks first, then the CPU kernel, the CUDA kernel or libtorch's operations.
 //!
 //! A fused loss is four things: checks, a call that yields loss and gradient, an autograd node over both
 //! ([`crate::torch::autograd::attach`]), and a composite in libtorch operations for everything else: other

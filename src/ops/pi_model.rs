@@ -7,12 +7,14 @@ use crate::error::{Error, Result};
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::pi_model::{Outputs, pi_model as kernel};
 use crate::kernels::reduce::sum;
-use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::autograd::{Backward, Composite, StoredGrad, attach, attach_with, times};
 use crate::torch::input::{Facts, Input};
 use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
+use std::ffi::CStr;
 use tch::{Device, Kind, Tensor};
 
 const CLASS: &str = "L2ConsistencyLoss";
+const LABEL: &CStr = c"L2ConsistencyBackward";
 
 /// What becomes of the losses of the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,25 +66,20 @@ struct Call<'a> {
 /// `mask`, reduced. Differentiable with respect to all three.
 pub fn pi_model(p1: &Tensor, p2: &Tensor, mask: &Mask, reduction: Reduction) -> Result<Tensor> {
     let call = Call::new(p1, p2, mask, reduction)?;
-    let (number, kind) = (call.number, call.out.kind());
     let dtype = call.p1.floating()?;
     let (loss, mut grads) = match call.place() {
         Place::Cuda => call.launched(dtype)?,
         Place::Cpu => call.fused(dtype)?,
-        Place::Operations => call.operations()?,
+        Place::Operations => return call.operations(),
         Place::Composite => {
-            let tensor = call.mask.as_ref().map(|m| m.tensor);
-            return composite(p1, p2, tensor, number, reduction, kind);
+            let mask = call.mask.as_ref().map(|m| m.tensor);
+            return composite(p1, p2, mask, call.number, reduction, call.out.kind());
         }
     };
     if grads.iter().any(Option::is_some) {
-        let mut inputs = vec![p1, p2];
-        inputs.extend(call.mask.as_ref().map(|m| m.tensor));
+        let inputs = call.inputs();
         grads.truncate(inputs.len());
-        let formula = Box::new(move |t: &[Tensor]| {
-            composite(&t[0], &t[1], t.get(2), number, reduction, kind)
-        });
-        attach(c"L2ConsistencyBackward", &loss, &inputs, grads, formula)?;
+        attach(LABEL, &loss, &inputs, grads, call.formula())?;
     }
     Ok(loss)
 }
@@ -133,6 +130,19 @@ impl<'a> Call<'a> {
             reduction,
             out,
         })
+    }
+
+    /// The tensors of the node.
+    fn inputs(&self) -> Vec<&'a Tensor> {
+        let mut inputs = vec![self.p1.tensor, self.p2.tensor];
+        inputs.extend(self.mask.as_ref().map(|m| m.tensor));
+        inputs
+    }
+
+    /// The loss as a function of them.
+    fn formula(&self) -> Composite {
+        let (number, reduction, kind) = (self.number, self.reduction, self.out.kind());
+        Box::new(move |t: &[Tensor]| composite(&t[0], &t[1], t.get(2), number, reduction, kind))
     }
 
     /// What computes it.
@@ -194,40 +204,49 @@ impl<'a> Call<'a> {
         cuda::pi_model::pi_model(&self.p1, &self.p2, &weights, dtype, self.out)
     }
 
-    /// [`Self::fused`] in libtorch operations, for a mask that is not differentiated.
-    fn operations(&self) -> Result<(Tensor, Vec<Option<StoredGrad>>)> {
+    /// The loss in libtorch operations, attached to its graph, for a mask that is not differentiated.
+    fn operations(&self) -> Result<Tensor> {
         let difference = difference(&self.p1.tensor.f_detach()?, &self.p2.tensor.f_detach()?)?;
         let mask = self
             .mask
             .as_ref()
             .map(|m| m.tensor.f_detach())
             .transpose()?;
-        let (number, kind) = (self.number, self.out.kind());
-        let loss = of_difference(&difference, mask.as_ref(), number, self.reduction, kind)?;
-        let [a, b] = [self.p1.wants_grad(), self.p2.wants_grad()];
-        if !(a || b) {
-            return Ok((loss, Vec::new()));
+        let (number, reduction, kind) = (self.number, self.reduction, self.out.kind());
+        let loss = of_difference(&difference, mask.as_ref(), number, reduction, kind)?;
+        let wanted = [self.p1.wants_grad(), self.p2.wants_grad()];
+        if wanted == [false, false] {
+            return Ok(loss);
         }
         let weight = 2.0 * self.mean() * number;
-        let grad = match mask {
+        let grad = match &mask {
             None => difference.f_mul_scalar(weight)?,
-            Some(mask) => {
-                let weights = mask.f_to_kind(difference.f_kind()?)?.f_mul_scalar(weight)?;
-                // One of no dimensions may be on the CPU, where it has to stay a number.
-                difference.f_mul(&if weights.dim() == 0 {
-                    weights
-                } else {
-                    weights
-                        .f_expand(row_shape(&self.p1), false)?
-                        .f_unsqueeze(1)?
-                })?
-            }
+            Some(mask) => difference.f_mul(&self.weights(mask, difference.f_kind()?, weight)?)?,
         };
-        let other = b.then(|| stored(&grad.f_neg()?)).transpose()?;
-        Ok((
-            loss,
-            vec![a.then(|| stored(&grad)).transpose()?, other, None],
-        ))
+        let backward = Opposite {
+            grad: Some(stored(&grad)?),
+            wanted,
+        };
+        attach_with(
+            LABEL,
+            &loss,
+            &self.inputs(),
+            Box::new(backward),
+            self.formula(),
+        )?;
+        Ok(loss)
+    }
+
+    /// `weight` times the mask, in `kind`, as it broadcasts to the predictions.
+    fn weights(&self, mask: &Tensor, kind: Kind, weight: f64) -> Result<Tensor> {
+        let weights = mask.f_to_kind(kind)?.f_mul_scalar(weight)?;
+        // One of no dimensions may be on the CPU, where it has to stay a number.
+        if weights.dim() == 0 {
+            return Ok(weights);
+        }
+        Ok(weights
+            .f_expand(row_shape(&self.p1), false)?
+            .f_unsqueeze(1)?)
     }
 
     /// The loss, and the gradients for `p1`, `p2` and the mask.
@@ -279,6 +298,29 @@ impl<'a> Call<'a> {
             let stored = |g: Owned<E>| StoredGrad::new(g.into_tensor(), scale);
             Ok(vec![grad_a.map(stored), grad_b.map(stored)])
         })
+    }
+}
+
+/// A gradient with respect to the first prediction, which for the second is the negative of it.
+struct Opposite {
+    grad: Option<StoredGrad>,
+    wanted: [bool; 2],
+}
+
+impl Backward for Opposite {
+    fn grads(&mut self, incoming: &Tensor, last: bool) -> Result<Vec<Option<Tensor>>> {
+        let incoming = Input::new(CLASS, "grad_output", incoming)?;
+        let grad = if last {
+            self.grad.take()
+        } else {
+            self.grad.as_ref().map(StoredGrad::shallow_clone)
+        };
+        let Some(grad) = grad else {
+            return Ok(Vec::new());
+        };
+        let grad = times(grad, &incoming, last)?;
+        let other = self.wanted[1].then(|| grad.f_neg()).transpose()?;
+        Ok(vec![self.wanted[0].then_some(grad), other])
     }
 }
 

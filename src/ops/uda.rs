@@ -1,13 +1,13 @@
 //! Strong-weak consistency on tensors. The mathematics is in [`crate::kernels::uda`].
 
-use super::{Place, place, positive, stored, threads};
+use super::{Place, loss_dtype, place, positive, stored, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::uda::uda as kernel;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const CLASS: &str = "StrongWeakConsistencyLoss";
 
@@ -38,18 +38,27 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
     }
     // The mask is float32, and so promotes half types, in tllib too.
     let out = dtype.promote(weak_dtype).at_least_f32();
+    let call = Call {
+        threshold,
+        temperature,
+        // An autocast region of a device has softmax in float32. It is over when backward runs.
+        selecting: if weak.tensor.device() == Device::Cpu {
+            weak_dtype.kind()
+        } else {
+            loss_dtype(&weak, weak_dtype).kind()
+        },
+        kind: out.kind(),
+    };
     let (loss, grad) = match place(&[&strong, &weak]) {
         Place::Cuda => cuda::uda::uda(&strong, &weak, dtype, threshold, temperature)?,
         Place::Cpu => fused(&strong, &weak, dtype, threshold, temperature)?,
-        Place::Operations => operations(&strong, &weak, threshold, temperature, out.kind())?,
-        Place::Composite => return composite(y_strong, y, threshold, temperature, out.kind()),
+        Place::Operations => operations(&strong, &weak, call)?,
+        Place::Composite => return Ok(Formula::of(y_strong, y, call)?.loss),
     };
     if grad.is_some() {
         // As an input of the node y is guarded against writes; detached, it gets no gradient.
         let inputs = [y_strong, &y.f_detach()?];
-        let formula = Box::new(move |t: &[Tensor]| {
-            composite(&t[0], &t[1], threshold, temperature, out.kind())
-        });
+        let formula = Box::new(move |t: &[Tensor]| Ok(Formula::of(&t[0], &t[1], call)?.loss));
         attach(c"UdaBackward", &loss, &inputs, vec![grad, None], formula)?;
     }
     Ok(loss)
@@ -73,6 +82,17 @@ fn fused(
     })
 }
 
+/// What a call has besides tensors.
+#[derive(Clone, Copy)]
+struct Call {
+    threshold: f64,
+    temperature: f64,
+    /// Of the probabilities that decide what is selected: that of `y`, outside of autocast.
+    selecting: Kind,
+    /// Of everything else.
+    kind: Kind,
+}
+
 /// The same in libtorch operations.
 struct Formula {
     q: Tensor,
@@ -83,28 +103,21 @@ struct Formula {
 }
 
 impl Formula {
-    fn of(
-        y_strong: &Tensor,
-        y: &Tensor,
-        threshold: f64,
-        temperature: f64,
-        kind: Kind,
-    ) -> Result<Self> {
-        let y = y.f_detach()?;
-        // In the dtype of y, which decides what is selected.
-        let own = y.f_softmax(1, None::<Kind>)?;
+    fn of(y_strong: &Tensor, y: &Tensor, call: Call) -> Result<Self> {
+        let (y, kind) = (y.f_detach()?, call.kind);
+        let own = y.f_softmax(1, call.selecting)?;
         let mask = own
             .f_amax([1].as_slice(), false)?
-            .f_gt(threshold)?
+            .f_gt(call.threshold)?
             .f_to_kind(kind)?;
-        let q = if own.f_kind()? == kind {
+        let q = if call.selecting == kind {
             own
         } else {
             y.f_softmax(1, kind)?
         };
         let log_p = y_strong
             .f_to_kind(kind)?
-            .f_div_scalar(temperature)?
+            .f_div_scalar(call.temperature)?
             .f_log_softmax(1, kind)?;
         let weight = mask.f_div(&mask.f_sum(kind)?.f_clamp_min(1.0)?)?;
         let terms = q.f_xlogy(&q)?.f_sub(&q.f_mul(&log_p)?)?;
@@ -119,31 +132,18 @@ impl Formula {
     }
 }
 
-fn composite(
-    y_strong: &Tensor,
-    y: &Tensor,
-    threshold: f64,
-    temperature: f64,
-    kind: Kind,
-) -> Result<Tensor> {
-    Ok(Formula::of(y_strong, y, threshold, temperature, kind)?.loss)
-}
-
 fn operations(
     strong: &Input<'_>,
     weak: &Input<'_>,
-    threshold: f64,
-    temperature: f64,
-    kind: Kind,
+    call: Call,
 ) -> Result<(Tensor, Option<StoredGrad>)> {
-    let y_strong = strong.tensor.f_detach()?;
-    let formula = Formula::of(&y_strong, weak.tensor, threshold, temperature, kind)?;
+    let formula = Formula::of(&strong.tensor.f_detach()?, weak.tensor, call)?;
     if !strong.wants_grad() {
         return Ok((formula.loss, None));
     }
     let weight = formula
         .weight
-        .f_mul_scalar(1.0 / temperature)?
+        .f_mul_scalar(1.0 / call.temperature)?
         .f_unsqueeze(1)?;
     let grad = formula.log_p.f_exp()?.f_sub(&formula.q)?.f_mul(&weight)?;
     Ok((formula.loss, Some(stored(&grad)?)))

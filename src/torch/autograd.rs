@@ -65,7 +65,7 @@ impl StoredGrad {
     }
 
     /// The same tensors.
-    fn shallow_clone(&self) -> Self {
+    pub fn shallow_clone(&self) -> Self {
         Self {
             tensor: self.tensor.shallow_clone(),
             scale: self.scale,
@@ -222,7 +222,7 @@ unsafe extern "C" fn backward(
 }
 
 /// `grad * incoming / (scale * divisor)`. `own` says that the memory of `grad` may be reused.
-fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
+pub fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
     if let Some(out) = cuda::scale::scale(&stored, incoming, own)? {
         return Ok(out);
     }

@@ -52,7 +52,7 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
         Place::Composite => return soft_composite(y, labels, kind),
     };
     let held = Held::of(SOFT, labels)?;
-    attached(y, loss, move |y| soft_composite(y, held.get()?, kind))
+    attached(y, loss, move |y| soft_composite(y, &held.get()?, kind))
 }
 
 /// The targets, which the composite needs again, and the version that the loss saw.
@@ -74,9 +74,13 @@ impl Held {
         })
     }
 
-    fn get(&self) -> Result<&Tensor> {
+    fn get(&self) -> Result<Tensor> {
+        if self.labels.f_is_inference()? {
+            // A copy is an ordinary tensor, which autograd may save.
+            return Ok(self.labels.f_detach_copy()?);
+        }
         if version(&self.labels) == self.version {
-            return Ok(&self.labels);
+            return Ok(self.labels.shallow_clone());
         }
         Err(Error::Bridge(format!(
             "{}: labels were modified in place, and the graph needs them as they were",
@@ -192,7 +196,7 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
             let loss = cuda::cross_entropy::smooth(&input, &indices, (hit, rest), dtype, out)?;
             let held = Held::of(SMOOTH, labels)?;
             attached(y, loss, move |y| {
-                smooth_composite(y, held.get()?, hit, rest, kind)
+                smooth_composite(y, &held.get()?, hit, rest, kind)
             })
         }
         Place::Cpu if indices.on_cpu() => {
@@ -208,7 +212,7 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
             let loss = smooth_operations(&input, labels, (hit, rest), kind)?;
             let held = Held::of(SMOOTH, labels)?;
             attached(y, loss, move |y| {
-                smooth_composite(y, held.get()?, hit, rest, kind)
+                smooth_composite(y, &held.get()?, hit, rest, kind)
             })
         }
         _ => smooth_composite(y, labels, hit, rest, kind),
