@@ -9,6 +9,8 @@ use tch::{Kind, Tensor};
 
 /// Labels that are widened to indices at a time: the count needs no second copy of all labels.
 const CHUNK: i64 = 1 << 24;
+/// Behind every sample, and a number that f64 holds.
+const NOBODY: i64 = 1 << 62;
 
 /// `counts[c + 1]` of all samples.
 pub fn count(net_outputs: &Tensor, classes: usize) -> Result<Tensor> {
@@ -56,9 +58,8 @@ pub fn update(
     sort_and_write(counts, outputs, idxes, mask, labels)
 }
 
-/// A stable sort puts equal indices side by side in batch order; the last of each run is the winner, and
-/// every member of the batch, selected or not, writes its run's winner (or the old value), so that the
-/// order of the device's writes does not matter.
+/// A stable sort puts equal indices side by side in batch order; the last of each run is the winner. What the
+/// winners change is added, and the others add 0, so that the order of the device's writes does not matter.
 fn sort_and_write(
     counts: &Tensor,
     outputs: &Tensor,
@@ -66,40 +67,26 @@ fn sort_and_write(
     mask: &Tensor,
     labels: &Tensor,
 ) -> Result<()> {
-    let (samples, batch) = (outputs.size1()?, idxes.size1()?);
-    let labels = labels.f_to_kind(Kind::Int64)?;
+    let samples = outputs.size1()?;
     let idxes = idxes.f_to_kind(Kind::Int64)?;
-    let wrapped = idxes
-        .f_lt(0)?
-        .f_to_kind(Kind::Int64)?
-        .f_mul_scalar(samples)?;
-    let unselected = mask.f_ne(1)?;
-    // The indices of unselected rows are not looked at: they may be of no sample.
-    let idxes = idxes.f_add(&wrapped)?.f_masked_fill(&unselected, 0)?;
+    let wrapped = idxes.f_add(&idxes.f_lt(0)?.f_mul_scalar(samples)?)?;
     // Such rows sort behind every sample.
-    let (keys, order) = idxes
-        .f_masked_fill(&unselected, samples)?
-        .f_sort_stable(true, 0, false)?;
-    let sorted = labels.f_index_select(0, &order)?;
-    // The end of each row's run of selected equal indices, if it has one.
-    let end = idxes
-        .f_searchsorted(&keys, false, true, "right", None::<Tensor>)?
-        .f_sub_scalar(1)?;
-    let end = end.f_clamp_min(0)?;
-    let found = keys.f_index_select(0, &end)?.f_eq_tensor(&idxes)?;
+    let keys = wrapped.f_masked_fill(&mask.f_ne(1)?, NOBODY)?;
+    let (keys, order) = keys.f_sort_stable(true, 0, false)?;
+    // Unlike the next one, and so never a row that is not selected.
+    let next = keys
+        .f_narrow(0, 1, keys.size1()? - 1)?
+        .f_pad([0, 1], "constant", NOBODY as f64)?;
+    let winner = keys.f_ne_tensor(&next)?.f_to_kind(Kind::Int64)?;
+    // The indices and labels of the others are not looked at: they may be of no sample and of no class.
+    let idxes = keys.f_mul(&winner)?;
     let old = outputs.f_index_select(0, &idxes)?.f_to_kind(Kind::Int64)?;
-    let new = sorted.f_index_select(0, &end)?.f_where_self(&found, &old)?;
-    // A row is its run's winner where the run ends at the row itself.
-    let winner = order
-        .f_index_select(0, &end)?
-        .f_eq_tensor(&Tensor::f_arange(batch, (Kind::Int64, idxes.device()))?)?;
-    let winner = winner
-        .f_logical_and(&unselected.f_logical_not()?)?
-        .f_to_kind(Kind::Int64)?;
-    let stored = new.f_to_kind(outputs.f_kind()?)?;
-    let _ = outputs.shallow_clone().f_index_copy_(0, &idxes, &stored)?;
-    let mut counts = counts.shallow_clone();
-    let _ = counts.f_scatter_add_(0, &old.f_add_scalar(1)?, &winner.f_neg()?)?;
-    let _ = counts.f_scatter_add_(0, &new.f_add_scalar(1)?, &winner)?;
+    let labels = labels.f_to_kind(Kind::Int64)?.f_index_select(0, &order)?;
+    let change = labels.f_sub(&old)?.f_mul(&winner)?;
+    let added = change.f_to_kind(outputs.f_kind()?)?;
+    let _ = outputs.shallow_clone().f_scatter_add_(0, &idxes, &added)?;
+    let places = Tensor::f_cat(&[&old, &old.f_add(&change)?], 0)?.f_add_scalar(1)?;
+    let moved = Tensor::f_cat(&[&winner.f_neg()?, &winner], 0)?;
+    let _ = counts.shallow_clone().f_scatter_add_(0, &places, &moved)?;
     Ok(())
 }
