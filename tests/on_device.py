@@ -1,5 +1,6 @@
-"""What the tests of the CUDA kernels share. On a machine with a GPU they run there; without one,
-tests/test_cuda_sources.py runs them on the CPU, where kernels are emulated."""
+"""What the tests on a device share. On a machine with a GPU they run there, with the kernels where TLLIB_RS_CUDA=1 asks
+for them. Without a GPU, tests/test_cuda_sources.py runs them on the CPU, where kernels are emulated, and
+tests/test_composites.py with libtorch's operations."""
 
 import os
 import shutil
@@ -11,11 +12,13 @@ import torch
 from torch.utils._triton import has_triton
 
 EMULATED = bool(os.environ.get("TLLIB_RS_CUDA_EMULATOR"))
-HERE = os.environ.get("TLLIB_RS_CUDA") == "1" and (EMULATED or torch.cuda.is_available())
-ON_GPU = HERE and not EMULATED
-DEVICE = "cpu" if EMULATED else "cuda"
+OPERATIONS = os.environ.get("TLLIB_RS_COMPOSITE") == "1" and not torch.cuda.is_available()
+HERE = EMULATED or OPERATIONS or torch.cuda.is_available()
+ON_GPU = HERE and not (EMULATED or OPERATIONS)
+DEVICE = "cuda" if ON_GPU else "cpu"
 
-somewhere = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU and TLLIB_RS_CUDA=1")
+somewhere = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU")
+kernels = pytest.mark.skipif(os.environ.get("TLLIB_RS_CUDA") != "1", reason="NOT RUN: needs TLLIB_RS_CUDA=1")
 gpu = pytest.mark.skipif(not ON_GPU, reason="NOT RUN: needs a GPU")
 inductor = pytest.mark.skipif(
     not (has_triton() and any(map(shutil.which, ("cc", "gcc", "clang")))),

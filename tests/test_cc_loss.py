@@ -215,6 +215,18 @@ def test_composite_agrees(shape, generator):
     assert 0 < fraction < 1
 
 
+@pytest.mark.parametrize("gap", [90.0, 95.0, 103.0, 110.0])
+def test_classes_of_subnormal_probability(gap, generator):
+    """Their sums have no reciprocal in float32."""
+    weak, strong = torch.randn(2, 6, 4, generator=generator)
+    weak[:, 3] -= gap
+    strong[:, 3] -= gap
+    loss, _ = CCConsistency(1.0, 0.0)(weak, strong.requires_grad_())
+    loss.backward()
+    assert loss.isfinite()
+    assert strong.grad.isfinite().all()
+
+
 def test_composite_without_a_selected_row_is_zero():
     loss = CCConsistency(1.0)
     grad, value = torch.func.grad_and_value(lambda s: loss(torch.zeros(2, 3), s)[0])(torch.ones(2, 3))

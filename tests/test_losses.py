@@ -296,11 +296,23 @@ MIXED = "pseudo_label dst cc_loss pi_model pi_model_none pi_model_mask uda soft_
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in MIXED.split()], ids=repr)
 def test_compile_without_a_kernel(loss, generator):
     """What serves inputs of two dtypes here, and all inputs on devices without kernels."""
-    inputs = leaves(loss, loss.inputs(generator), torch.float32)
-    inputs[1] = inputs[1].detach().double().requires_grad_(inputs[1].requires_grad)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *x: loss.first(loss.ours(*x)), fullgraph=True, backend="aot_eager")
-    assert_agree(run(loss, compiled, inputs), run(loss, loss.ours, inputs), torch.float32, 1e-6)
+    for first, second in ((torch.float32, torch.float64), (torch.float16, torch.float32)):
+        inputs = leaves(loss, loss.inputs(generator), first)
+        inputs[1] = inputs[1].detach().to(second).requires_grad_(inputs[1].requires_grad)
+        promised = []
+
+        def backend(graph, _):
+            [output] = graph.graph.find_nodes(op="output")
+            promised.append(output.args[0][0].meta["example_value"].dtype)  # noqa: B023
+            return graph
+
+        torch._dynamo.reset()
+        torch.compile(lambda *x: (loss.first(loss.ours(*x)),), fullgraph=True, backend=backend)(*inputs)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda *x: loss.first(loss.ours(*x)), fullgraph=True, backend="aot_eager")
+        got, expected = run(loss, compiled, inputs), run(loss, loss.ours, inputs)
+        assert promised == [expected[0].dtype] == [got[0].dtype]
+        assert_agree(got, expected, first, 1e-6 if first == torch.float32 else 2e-3)
 
 
 @every_loss

@@ -78,6 +78,20 @@ def test_confusion_matrix_has_zeros_for_absent_classes():
     assert loss.confusion_matrix(torch.tensor([[float("nan"), 0.0]])).isnan().all()
 
 
+@pytest.mark.parametrize("gap", [80.0, 90.0, 95.0, 100.0, 103.0, 110.0])
+def test_classes_of_subnormal_probability(gap, generator):
+    """Their sums have no reciprocal in float32."""
+    logits = torch.randn(6, 4, generator=generator)
+    logits[:, 3] -= gap
+    exact = logits.double().requires_grad_()
+    expected = plain(exact, 1.0)
+    expected.backward()
+    loss = MinimumClassConfusionLoss(1.0)(logits.requires_grad_())
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
+
+
 def test_confusion_matrix_dtypes_and_bad_logits():
     loss = MinimumClassConfusionLoss(1.0)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):

@@ -14,6 +14,7 @@ from tests.on_device import (
     ROUNDING,
     gpu,
     inductor,
+    kernels,
     never_waiting,
     on_cpu,
     placed,
@@ -189,6 +190,7 @@ def test_dst_of_different_numbers_of_classes(generator):
     assert_agree(on_cpu(got), expected, torch.float32, 2e-6)
 
 
+@kernels
 @pytest.mark.parametrize("label", [-1, 7, -(2**40), 2**40])
 def test_label_smooth_of_a_label_that_is_no_column(label, generator):
     """Looking for one would wait. It is not read, and the loss is NaN."""
@@ -376,6 +378,7 @@ print([v.item() == f(*x).item() for v, f, x in zip(
 """
 
 
+@kernels
 @gpu
 @pytest.mark.parametrize("damage", [None, 0, 7, 1000], ids=lambda n: f"files of {n} bytes" if n else f"{n}")
 def test_first_call_of_a_process_is_captured(damage, tmp_path):

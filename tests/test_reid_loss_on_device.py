@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.on_device import DEVICE, ROUNDING, gpu, somewhere
+from tests.on_device import DEVICE, ROUNDING, gpu, kernels, somewhere
 from tests.plain import reid_loss as plain
 from tllib_rs.vision.models.reid.loss import (
     SoftTripletLoss,
@@ -105,6 +105,7 @@ def test_second_derivatives(generator):
     assert_close(*results, 1e-5)
 
 
+@kernels
 def test_what_is_mined_does_not_depend_on_tf32(generator):
     f = torch.randn(64, 96, generator=generator).to(DEVICE)
     labels = (torch.arange(64) % 8).to(DEVICE)
@@ -120,6 +121,7 @@ def test_what_is_mined_does_not_depend_on_tf32(generator):
         assert torch.equal(a, b)
 
 
+@kernels
 @gpu
 def test_sums_have_one_order(generator):
     f = torch.randn(512, 300, generator=generator).to(DEVICE)

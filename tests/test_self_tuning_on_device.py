@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.on_device import DEVICE, ROUNDING, gpu, never_waiting, somewhere
+from tests.on_device import DEVICE, ROUNDING, gpu, kernels, never_waiting, somewhere
 from tests.plain import self_tuning as plain
 from tllib_rs import _core
 
@@ -148,6 +148,7 @@ def test_keys_of_other_ranks_are_enqueued(generator):
     assert error(got, expected) <= 2e-6
 
 
+@kernels
 def test_pointers_out_of_range_stay_within_the_queue(generator):
     twins = Twins(generator, 3, 4, 2, 5)
     _, (q, k, labels) = twins.batch()

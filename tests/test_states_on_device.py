@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.on_device import DEVICE, gpu, inductor, never_waiting, placed, somewhere
+from tests.on_device import DEVICE, gpu, inductor, kernels, never_waiting, placed, somewhere
 from tests.plain.flexmatch import DynamicThresholdingModule as Plain
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 from tllib_rs.self_training.mean_teacher import EMATeacher
@@ -54,6 +54,7 @@ def assert_values(module, expected):
         assert torch.equal(got.detach().cpu(), wanted), (got.dtype, got.shape, got.storage_offset())
 
 
+@kernels
 def test_mean_teacher_of_every_mix_of_dtypes_sizes_and_alignments(generator):
     teachers, students = every_mix(generator)
     ema = start([t.clone() if t.storage_offset() == 0 else t for t in teachers], students, 0.9)
@@ -64,6 +65,7 @@ def test_mean_teacher_of_every_mix_of_dtypes_sizes_and_alignments(generator):
     assert_values(ema.teacher, expected)
 
 
+@kernels
 def test_mean_teacher_keeps_nan_and_infinities():
     values = torch.tensor([float("nan"), float("inf"), -float("inf"), 65504.0, 1e-7, 0.0] * 3)
     for teacher in DTYPES:

@@ -204,6 +204,15 @@ impl Weighted {
     }
 }
 
+/// Which classes no row predicts: those, too, whose sum has no reciprocal.
+fn absent(s: &Tensor) -> Result<Tensor> {
+    let least = match s.f_kind()? {
+        Kind::Double => f64::MIN_POSITIVE,
+        _ => f32::MIN_POSITIVE.into(),
+    };
+    Ok(s.f_lt(least)?)
+}
+
 /// What becomes of the sums.
 struct Classes {
     /// `s_c`, or 1 for a class that no row predicts.
@@ -214,7 +223,7 @@ struct Classes {
 
 impl Classes {
     fn of(s: &Tensor, e: &Tensor) -> Result<Self> {
-        let absent = s.f_eq(0.0)?;
+        let absent = absent(s)?;
         let present = s.f_masked_fill(&absent, 1.0)?;
         let ratio = e.f_div(&present)?.f_masked_fill(&absent, 1.0)?;
         Ok(Self { present, ratio })
@@ -241,7 +250,7 @@ fn finished(classes: &Classes, rows: i64, kind: Kind) -> Result<Tensor> {
 pub(super) fn confusion(p: &Tensor, wp: &Tensor) -> Result<(Tensor, Tensor)> {
     let _full = Without::autocast();
     let s = wp.f_sum_dim_intlist(0, false, p.f_kind()?)?;
-    let present = s.f_masked_fill(&s.f_eq(0.0)?, 1.0)?;
+    let present = s.f_masked_fill(&absent(&s)?, 1.0)?;
     Ok((wp.f_tr()?.f_mm(p)?.f_div(&present)?, present))
 }
 

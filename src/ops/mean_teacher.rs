@@ -158,7 +158,8 @@ fn alike(teacher: &Facts, student: &Facts) -> bool {
 /// As for [`Pair::new`]; both are [`alike`].
 unsafe fn cpu_pair(teacher: &Facts, student: &Facts) -> Option<Pair> {
     let (t, s) = (teacher.dtype()?, student.dtype()?);
-    if !(teacher.in_cpu_memory() && student.in_cpu_memory()) {
+    let kernels = |facts: &Facts| facts.in_cpu_memory() && (facts.on_cpu() || !facts.plain());
+    if !(kernels(teacher) && kernels(student)) {
         return None;
     }
     let len = teacher.numel();

@@ -26,7 +26,7 @@ use crate::torch::autograd::StoredGrad;
 use crate::torch::input::Input;
 use crate::torch::{Dtype, max_threads};
 use std::num::NonZeroUsize;
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 
 /// Elements of exponential and logarithm that one thread computes in the time that makes another
 /// thread worth starting.
@@ -108,6 +108,16 @@ fn loss_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {
         dtype.at_least_f32()
     } else {
         dtype
+    }
+}
+
+/// The dtype of probabilities that are compared with a threshold: theirs, or float32 in an autocast region of a
+/// device, which may be over when backward runs.
+fn selecting(input: &Input<'_>, dtype: Dtype) -> Kind {
+    if input.tensor.device() == Device::Cpu {
+        dtype.kind()
+    } else {
+        loss_dtype(input, dtype).kind()
     }
 }
 

@@ -1,13 +1,13 @@
 //! Strong-weak consistency on tensors. The mathematics is in [`crate::kernels::uda`].
 
-use super::{Place, loss_dtype, place, positive, stored, threads};
+use super::{Place, place, positive, selecting, stored, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::uda::uda as kernel;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 const CLASS: &str = "StrongWeakConsistencyLoss";
 
@@ -41,12 +41,7 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
     let call = Call {
         threshold,
         temperature,
-        // An autocast region of a device has softmax in float32. It is over when backward runs.
-        selecting: if weak.tensor.device() == Device::Cpu {
-            weak_dtype.kind()
-        } else {
-            loss_dtype(&weak, weak_dtype).kind()
-        },
+        selecting: selecting(&weak, weak_dtype),
         kind: out.kind(),
     };
     let (loss, grad) = match place(&[&strong, &weak]) {

@@ -19,6 +19,7 @@ _compiled = register(
         strong.new_empty((), dtype=torch.float32),
     ),
     extra=1,
+    widened="on devices",
 )
 
 

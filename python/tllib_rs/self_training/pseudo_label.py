@@ -21,6 +21,7 @@ _compiled = register(
         y.new_empty(y.shape[0], dtype=torch.int64),
     ),
     extra=2,
+    widened="on devices",
 )
 
 

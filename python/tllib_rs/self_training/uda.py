@@ -17,6 +17,7 @@ _compiled = register(
     lambda y_strong, y, threshold, temperature: (
         y_strong.new_empty((), dtype=at_least_float32(torch.promote_types(y_strong.dtype, y.dtype))),
     ),
+    widened="on devices",
 )
 
 

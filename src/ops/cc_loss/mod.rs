@@ -2,7 +2,7 @@
 
 mod operations;
 
-use super::{Place, place, positive, threads};
+use super::{Place, place, positive, selecting, threads};
 use crate::error::{Error, Result};
 use crate::kernels::Loss;
 use crate::kernels::cc_loss::{FEW, Pairs, choose, gram, matrix};
@@ -13,7 +13,7 @@ use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::product::Libtorch;
 use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, version};
-use operations::{composite, operations};
+use operations::{Call, composite, operations};
 use tch::Tensor;
 
 const CLASS: &str = "CCConsistency";
@@ -63,6 +63,11 @@ pub fn cc_loss(
     if weak.shape() != strong.shape() {
         return Err(strong.wrong(&format!("have the shape of logits, {:?}", weak.shape())));
     }
+    let call = Call {
+        temperature,
+        thr,
+        selecting: selecting(&weak, dtype),
+    };
     let on_cpu = weak.on_cpu() && strong.on_cpu();
     let output = |(loss, fraction): (Tensor, Tensor)| -> Result<Output> {
         Ok(Output {
@@ -75,17 +80,17 @@ pub fn cc_loss(
         Place::Cpu => fused(&weak, &strong, dtype, (temperature, thr))?,
         // No kernel of a device's.
         Place::Operations | Place::Cuda => {
-            let (outputs, grad) = operations(&weak, &strong, temperature, thr)?;
+            let (outputs, grad) = operations(&weak, &strong, call)?;
             (output(outputs)?, grad)
         }
-        Place::Composite => return output(composite(logits, logits_strong, temperature, thr)?),
+        Place::Composite => return output(composite(logits, logits_strong, call)?),
     };
     if let Some(grad) = grad {
         let held = Held {
             logits: logits.f_detach()?,
             version: version(logits),
         };
-        let formula = Box::new(move |t: &[Tensor]| held.loss(&t[0], temperature, thr));
+        let formula = Box::new(move |t: &[Tensor]| held.loss(&t[0], call));
         attach(
             c"CcLossBackward",
             &output.loss,
@@ -229,13 +234,13 @@ struct Held {
 unsafe impl Sync for Held {}
 
 impl Held {
-    fn loss(&self, strong: &Tensor, temperature: f64, thr: f64) -> Result<Tensor> {
+    fn loss(&self, strong: &Tensor, call: Call) -> Result<Tensor> {
         if version(&self.logits) != self.version {
             return Err(Error::Bridge(format!(
                 "{CLASS}: logits were modified in place after the loss was computed, so that its second \
                  derivatives are lost"
             )));
         }
-        Ok(composite(&self.logits, strong, temperature, thr)?.0)
+        Ok(composite(&self.logits, strong, call)?.0)
     }
 }

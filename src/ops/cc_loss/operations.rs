@@ -9,9 +9,18 @@ use crate::torch::autograd::StoredGrad;
 use crate::torch::input::Input;
 use tch::{Kind, Tensor};
 
+/// What a call has besides tensors.
+#[derive(Clone, Copy)]
+pub struct Call {
+    pub temperature: f64,
+    pub thr: f64,
+    /// Of the probabilities that decide what is selected: that of the weak logits, outside of autocast.
+    pub selecting: Kind,
+}
+
 /// The rows that count.
 struct Selection {
-    /// The weak logits' probabilities, in their dtype.
+    /// The weak logits' probabilities.
     q: Tensor,
     /// The rows that do not, (minibatch, 1).
     others: Tensor,
@@ -20,10 +29,10 @@ struct Selection {
 }
 
 impl Selection {
-    fn of(weak: &Tensor, temperature: f64, thr: f64) -> Result<Self> {
-        let kind = weak.f_kind()?;
-        let q = weak.f_div_scalar(temperature)?.f_softmax(1, kind)?;
-        let selected = q.f_amax([1].as_slice(), true)?.f_ge(thr)?;
+    fn of(weak: &Tensor, call: Call) -> Result<Self> {
+        let z = weak.f_div_scalar(call.temperature)?;
+        let q = z.f_softmax(1, call.selecting)?;
+        let selected = q.f_amax([1].as_slice(), true)?.f_ge(call.thr)?;
         Ok(Self {
             q,
             others: selected.f_logical_not()?,
@@ -48,19 +57,14 @@ fn both(weak: &Tensor, strong: &Tensor) -> Result<Kind> {
 }
 
 /// Loss and fraction, in operations that autograd differentiates.
-pub fn composite(
-    logits: &Tensor,
-    logits_strong: &Tensor,
-    temperature: f64,
-    thr: f64,
-) -> Result<(Tensor, Tensor)> {
+pub fn composite(logits: &Tensor, logits_strong: &Tensor, call: Call) -> Result<(Tensor, Tensor)> {
     let (inside, shape) = (both(logits, logits_strong)?, logits.size());
     let weak = logits.f_detach()?;
-    let chosen = Selection::of(&weak, temperature, thr)?;
+    let chosen = Selection::of(&weak, call)?;
     let matrix = |z: &Tensor| -> Result<Tensor> {
         // Before the softmax: its gradient has no NaN of the other rows then.
         let z = z.f_to_kind(inside)?.f_masked_fill(&chosen.others, 0.0)?;
-        let rows = Weighted::of(&z, temperature, inside)?;
+        let rows = Weighted::of(&z, call.temperature, inside)?;
         Ok(confusion(&rows.p, &rows.wp.f_masked_fill(&chosen.others, 0.0)?)?.0)
     };
     let squares = matrix(&weak)?
@@ -77,15 +81,14 @@ pub fn composite(
 pub fn operations(
     weak: &Input<'_>,
     strong: &Input<'_>,
-    temperature: f64,
-    thr: f64,
+    call: Call,
 ) -> Result<((Tensor, Tensor), Option<StoredGrad>)> {
     let _full = Without::autocast();
     let (z, z_strong) = (weak.tensor.f_detach()?, strong.tensor.f_detach()?);
     let inside = both(&z, &z_strong)?;
-    let chosen = Selection::of(&z, temperature, thr)?;
+    let chosen = Selection::of(&z, call)?;
     let probabilities = |z: &Tensor| {
-        let z = z.f_to_kind(inside)?.f_div_scalar(temperature)?;
+        let z = z.f_to_kind(inside)?.f_div_scalar(call.temperature)?;
         z.f_softmax(1, inside)
     };
     // Rows of zeros count for nothing, and have no gradient.
@@ -107,7 +110,7 @@ pub fn operations(
     }
     let h = difference
         .f_div(&present)?
-        .f_mul(&factor.f_mul_scalar(2.0 / temperature)?)?;
+        .f_mul(&factor.f_mul_scalar(2.0 / call.temperature)?)?;
     let r = h.f_mul(&matrix)?.f_sum_dim_intlist(0, false, inside)?;
     let of_wp = p.f_mm(&h.f_tr()?)?.f_sub(&r)?;
     let of_p = of_wp.f_mul(&weight)?.f_add(&wp.f_mm(&h)?)?;

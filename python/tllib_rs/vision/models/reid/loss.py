@@ -25,6 +25,11 @@ def _scalar_like(features, *_):
     return (features.new_empty((), dtype=at_least_float32(features.dtype)),)
 
 
+def _cross_entropy_like(y, targets):
+    wider = at_least_float32(torch.promote_types(y.dtype, targets.dtype))
+    return (y.new_empty((), dtype=y.dtype if y.dtype == targets.dtype else wider),)
+
+
 def _soft_triplet_like(features, teacher, _, margin, *__):
     dtype = features.dtype if margin is not None else torch.promote_types(features.dtype, teacher.dtype)
     return (features.new_empty((), dtype=at_least_float32(dtype)),)
@@ -71,7 +76,7 @@ _compiled_soft_cross_entropy = register(
     "soft_cross_entropy",
     "(Tensor y, Tensor labels)",
     _core.soft_cross_entropy,
-    lambda y, _: (y.new_empty(()),),
+    _cross_entropy_like,
     widened="everywhere",
 )
 _compiled_triplet = register(
@@ -180,7 +185,8 @@ class CrossEntropyLossWithLabelSmooth(nn.Module):
     Raises:
         TypeError: y is not a floating-point tensor, or labels are not int64.
         ValueError: y is not (minibatch, C) with C > 0, or there is not one label for each row.
-        IndexError: a label is negative or not below C (on the CPU; a CUDA device asserts).
+        IndexError: a label is negative or not below C (on the CPU; a CUDA device stops, or the loss is
+            NaN where fused kernels run).
         RuntimeError: the devices differ.
 
     Examples::
