@@ -45,9 +45,11 @@ enum Place {
     Composite,
 }
 
-/// The place of a call on these tensors. Kernels take matrices of one device and one dtype, without wrappers.
+/// The place of a call on these tensors. Kernels take matrices with columns, of one device and one dtype, without
+/// wrappers.
 fn place(inputs: &[&Input<'_>]) -> Place {
-    let kernels = inputs.iter().all(|input| input.shape().len() == 2)
+    let matrix = |input: &&Input<'_>| matches!(input.shape(), &[_, cols] if cols > 0);
+    let kernels = inputs.iter().all(matrix)
         && inputs
             .windows(2)
             .all(|two| two[0].dtype() == two[1].dtype());

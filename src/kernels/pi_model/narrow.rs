@@ -42,10 +42,9 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                     store_row(difference, E::Acc::of(2.0 * factor), grad);
                     continue;
                 };
-                // No column at all is a row as well.
                 let each = grad
-                    .chunks_exact_mut(cols.max(1))
-                    .zip(difference.chunks_exact(cols.max(1)));
+                    .chunks_exact_mut(cols)
+                    .zip(difference.chunks_exact(cols));
                 for ((grad, difference), m) in each.zip(&mask[rows.clone()]) {
                     store_row(difference, E::Acc::of(2.0 * factor * m), grad);
                 }
