@@ -13,7 +13,8 @@ from tests.again import passes_again
 #: Of each method, the tests that are about a kernel or about the CPU: digits that the plain formulation loses too;
 #: products in a backward pass inside of an autocast region; values that the host would have to wait for.
 EXCEPT = {
-    "losses": "(changed_before_create_graph and pi_model_mask) or (layouts and float16 and triplet) or (test_autocast and pairwise)",
+    "losses": "(changed_before_create_graph and pi_model_mask) or (layouts and float16 and triplet)"
+    " or (test_autocast and pairwise)",
     "distributed_losses": "killed or bad_input",
     "cc_loss": "through_and_around or nothing_selected",
     "dst": "",

@@ -2,7 +2,7 @@
 //! of a toolkit first, which may be newer than the driver.
 
 use super::failed;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::torch::device::library_folder;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
@@ -197,7 +197,7 @@ impl Drop for Program {
 }
 
 fn terminated(text: &str) -> Result<CString> {
-    CString::new(text).map_err(|_| -> Error { failed("a source has a NUL") })
+    CString::new(text).map_err(|_| failed("a source has a NUL"))
 }
 
 /// What to open, the best first: where pip puts the NVRTC of CUDA 13 and of CUDA 12; what links torch to its own,

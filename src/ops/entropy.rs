@@ -1,6 +1,6 @@
 //! Entropy of probabilities on tensors. The mathematics is in [`crate::kernels::entropy`].
 
-use super::{Place, loss_dtype, place, stored, threads};
+use super::{Place, place, stored, threads, widened_on_devices};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::stored_scale;
@@ -10,7 +10,7 @@ use crate::kernels::reduce::sum;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 const CLASS: &str = "entropy";
 
@@ -21,12 +21,8 @@ pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
     if input.shape().len() < 2 {
         return Err(input.wrong("have shape (minibatch, C, ...)"));
     }
-    // Autocast runs the logarithm in float32 on devices, and leaves it alone on the CPU.
-    let out_dtype = if predictions.device() == Device::Cpu {
-        dtype
-    } else {
-        loss_dtype(&input, dtype)
-    };
+    // The logarithm.
+    let out_dtype = widened_on_devices(&input, dtype);
     let (out, grad) = match place(&[&input]) {
         Place::Cuda => {
             cuda::entropy::entropy(&input, mean, weight(&input, dtype, mean), dtype, out_dtype)?

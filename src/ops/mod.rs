@@ -26,7 +26,7 @@ use crate::torch::autograd::StoredGrad;
 use crate::torch::input::Input;
 use crate::torch::{Dtype, max_threads};
 use std::num::NonZeroUsize;
-use tch::{Device, Kind, Reduction, Tensor};
+use tch::{Kind, Reduction, Tensor};
 
 /// Elements of exponential and logarithm that one thread computes in the time that makes another
 /// thread worth starting.
@@ -113,13 +113,12 @@ fn loss_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {
     }
 }
 
-/// The dtype of probabilities that are compared with a threshold: theirs, or float32 in an autocast region of a
-/// device, which may be over when backward runs.
-fn selecting(input: &Input<'_>, dtype: Dtype) -> Kind {
-    if input.tensor.device() == Device::Cpu {
-        dtype.kind()
+/// The dtype of what autocast has in float32 on devices, as a softmax, and leaves alone on the CPU.
+fn widened_on_devices(input: &Input<'_>, dtype: Dtype) -> Dtype {
+    if input.is_cpu() {
+        dtype
     } else {
-        loss_dtype(input, dtype).kind()
+        loss_dtype(input, dtype)
     }
 }
 

@@ -1,17 +1,17 @@
 //! L2 consistency on tensors. The mathematics is in [`crate::kernels::pi_model`].
 
-use super::{Place, inside, loss_dtype, place, stored, threads};
+use super::{Place, inside, place, stored, threads, widened_on_devices};
 use crate::cuda;
 use crate::cuda::pi_model::Weights;
 use crate::error::{Error, Result};
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::pi_model::{Outputs, pi_model as kernel};
 use crate::kernels::reduce::sum;
-use crate::torch::autograd::{Backward, Composite, StoredGrad, attach, attach_with, times};
+use crate::torch::autograd::{Backward, Composite, StoredGrad, attach, attach_with, scaled};
 use crate::torch::input::{Facts, Input};
 use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
 use std::ffi::CStr;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 const CLASS: &str = "L2ConsistencyLoss";
 const LABEL: &CStr = c"L2ConsistencyBackward";
@@ -111,17 +111,15 @@ impl<'a> Call<'a> {
             // A tensor of no dimensions is a number to torch: on the CPU whatever the device of the others,
             // and of no weight in the dtype.
             let number = mask.shape().is_empty();
-            if !number || mask.tensor.device() != Device::Cpu {
+            if !number || !mask.is_cpu() {
                 mask.same_device(&p1)?;
             }
             if !number {
                 out = mask.dtype().map_or(out, |m| out.promote(m));
             }
         }
-        // Autocast runs the square in float32 on devices, and leaves it alone on the CPU.
-        if p1.tensor.device() != Device::Cpu {
-            out = loss_dtype(&p1, out);
-        }
+        // The square.
+        out = widened_on_devices(&p1, out);
         Ok(Self {
             p1,
             p2,
@@ -310,15 +308,9 @@ struct Opposite {
 impl Backward for Opposite {
     fn grads(&mut self, incoming: &Tensor, last: bool) -> Result<Vec<Option<Tensor>>> {
         let incoming = Input::new(CLASS, "grad_output", incoming)?;
-        let grad = if last {
-            self.grad.take()
-        } else {
-            self.grad.as_ref().map(StoredGrad::shallow_clone)
-        };
-        let Some(grad) = grad else {
+        let Some(grad) = scaled(&mut self.grad, &incoming, last)? else {
             return Ok(Vec::new());
         };
-        let grad = times(grad, &incoming, last)?;
         let other = self.wanted[1].then(|| grad.f_neg()).transpose()?;
         Ok(vec![self.wanted[0].then_some(grad), other])
     }

@@ -1,6 +1,6 @@
 //! Strong-weak consistency on tensors. The mathematics is in [`crate::kernels::uda`].
 
-use super::{Place, place, positive, selecting, stored, threads};
+use super::{Place, place, positive, stored, threads, widened_on_devices};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::uda::uda as kernel;
@@ -41,7 +41,7 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
     let call = Call {
         threshold,
         temperature,
-        selecting: selecting(&weak, weak_dtype),
+        selecting: widened_on_devices(&weak, weak_dtype).kind(),
         kind: out.kind(),
     };
     let (loss, grad) = match place(&[&strong, &weak]) {
@@ -82,7 +82,7 @@ fn fused(
 struct Call {
     threshold: f64,
     temperature: f64,
-    /// Of the probabilities that decide what is selected: that of `y`, outside of autocast.
+    /// Of the probabilities that decide what is selected. The region of autocast may be over when backward runs.
     selecting: Kind,
     /// Of everything else.
     kind: Kind,

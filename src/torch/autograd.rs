@@ -65,7 +65,7 @@ impl StoredGrad {
     }
 
     /// The same tensors.
-    pub fn shallow_clone(&self) -> Self {
+    fn shallow_clone(&self) -> Self {
         Self {
             tensor: self.tensor.shallow_clone(),
             scale: self.scale,
@@ -91,14 +91,23 @@ impl Backward for StoredGrads {
         let incoming = Input::new("backward", "grad_output", incoming)?;
         self.0
             .iter_mut()
-            .map(|slot| match slot {
-                Some(_) if last => slot.take().map(|g| times(g, &incoming, true)),
-                Some(g) => Some(times(g.shallow_clone(), &incoming, false)),
-                None => None,
-            })
-            .map(Option::transpose)
+            .map(|slot| scaled(slot, &incoming, last))
             .collect()
     }
+}
+
+/// The gradient in `slot` times `incoming`, if there is one. It is given away where this is the `last` pass.
+pub fn scaled(
+    slot: &mut Option<StoredGrad>,
+    incoming: &Input<'_>,
+    last: bool,
+) -> Result<Option<Tensor>> {
+    let grad = if last {
+        slot.take()
+    } else {
+        slot.as_ref().map(StoredGrad::shallow_clone)
+    };
+    grad.map(|grad| times(grad, incoming, last)).transpose()
 }
 
 struct State {
@@ -222,7 +231,7 @@ unsafe extern "C" fn backward(
 }
 
 /// `grad * incoming / (scale * divisor)`. `own` says that the memory of `grad` may be reused.
-pub fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
+fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
     if let Some(out) = cuda::scale::scale(&stored, incoming, own)? {
         return Ok(out);
     }

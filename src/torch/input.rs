@@ -139,6 +139,11 @@ impl Facts {
         self.autocast
     }
 
+    /// Whether it is on the CPU, whatever it is there.
+    pub fn is_cpu(&self) -> bool {
+        self.device_type == CPU
+    }
+
     /// Whether it is on the meta device, and has no values.
     pub fn is_meta(&self) -> bool {
         self.device_type == META

@@ -2,7 +2,7 @@
 
 mod operations;
 
-use super::{Place, place, positive, selecting, threads};
+use super::{Place, place, positive, threads, widened_on_devices};
 use crate::error::{Error, Result};
 use crate::kernels::Loss;
 use crate::kernels::cc_loss::{FEW, Pairs, choose, gram, matrix};
@@ -66,7 +66,7 @@ pub fn cc_loss(
     let call = Call {
         temperature,
         thr,
-        selecting: selecting(&weak, dtype),
+        selecting: widened_on_devices(&weak, dtype).kind(),
     };
     let on_cpu = weak.on_cpu() && strong.on_cpu();
     let output = |(loss, fraction): (Tensor, Tensor)| -> Result<Output> {

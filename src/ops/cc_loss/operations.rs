@@ -14,7 +14,7 @@ use tch::{Kind, Tensor};
 pub struct Call {
     pub temperature: f64,
     pub thr: f64,
-    /// Of the probabilities that decide what is selected: that of the weak logits, outside of autocast.
+    /// Of the probabilities that decide what is selected. The region of autocast may be over when backward runs.
     pub selecting: Kind,
 }
 

@@ -190,33 +190,29 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
     // tllib does not compare num_classes with y: it only divides the smoothing mass.
     let (hit, rest) = (1.0 - epsilon, epsilon / num_classes as f64);
     let kind = loss_dtype(&input, dtype).kind();
-    match place(&[&input]) {
+    let loss = match place(&[&input]) {
         Place::Cuda if cuda::reaches(&indices) => {
             let out = loss_dtype(&input, dtype);
-            let loss = cuda::cross_entropy::smooth(&input, &indices, (hit, rest), dtype, out)?;
-            let held = Held::of(SMOOTH, labels)?;
-            attached(y, loss, move |y| {
-                smooth_composite(y, &held.get()?, hit, rest, kind)
-            })
+            cuda::cross_entropy::smooth(&input, &indices, (hit, rest), dtype, out)?
+        }
+        Place::Operations if indices.plain() => {
+            smooth_operations(&input, labels, (hit, rest), kind)?
         }
         Place::Cpu if indices.on_cpu() => {
             let labels = checked(labels, cols)?;
             let loss = by_dtype!(dtype, E => {
                 fused::<E>(&input, Targets::Smooth { labels: &labels, hit, rest })?
             });
-            attached(y, loss, move |y| {
+            return attached(y, loss, move |y| {
                 smooth_composite(y, &Tensor::f_from_slice(&labels)?, hit, rest, kind)
-            })
+            });
         }
-        Place::Operations if indices.plain() => {
-            let loss = smooth_operations(&input, labels, (hit, rest), kind)?;
-            let held = Held::of(SMOOTH, labels)?;
-            attached(y, loss, move |y| {
-                smooth_composite(y, &held.get()?, hit, rest, kind)
-            })
-        }
-        _ => smooth_composite(y, labels, hit, rest, kind),
-    }
+        _ => return smooth_composite(y, labels, hit, rest, kind),
+    };
+    let held = Held::of(SMOOTH, labels)?;
+    attached(y, loss, move |y| {
+        smooth_composite(y, &held.get()?, hit, rest, kind)
+    })
 }
 
 /// The values of `labels`; `IndexError` unless all are columns.
