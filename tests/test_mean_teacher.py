@@ -202,6 +202,18 @@ def test_overlapping_parameters_are_updated_one_after_the_other():
     torch.testing.assert_close(shared, expected)
 
 
+def test_a_teacher_in_the_students_memory_reads_the_student_first():
+    module = nn.Module()
+    module.same, module.shifted = (nn.Parameter(torch.arange(1.0, 4)) for _ in range(2))
+    teacher = EMATeacher(module, 0.5)
+    memory = torch.arange(1.0, 5)
+    teacher.teacher.same.data = module.same.data
+    teacher.teacher.shifted.data, module.shifted.data = memory[:3], memory[1:]
+    teacher.update()
+    assert torch.equal(module.same, torch.arange(1.0, 4))
+    torch.testing.assert_close(memory, torch.tensor([1.5, 2.5, 3.5, 4.0]))
+
+
 def test_a_graph_that_saved_the_teacher_notices_the_update():
     student = nn.Linear(3, 3)
     teacher = EMATeacher(student, 0.5)

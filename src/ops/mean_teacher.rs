@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::kernels::mean_teacher::{Pair, blend_all};
 use crate::kernels::parallel::threads_for;
 use crate::torch::input::{Borrowed, Facts, sparse};
-use crate::torch::{by_dtype, max_threads};
+use crate::torch::{Dtype, average, by_dtype, max_threads};
 use tch::{Device, Tensor};
 
 const CLASS: &str = "EMATeacher";
@@ -25,7 +25,8 @@ pub fn check_alpha(alpha: f64) -> Result<()> {
 /// `teacher <- alpha * teacher + (1 - alpha) * student` for all pairs, in place.
 ///
 /// Everything is checked before anything is written. Pairs of dense tensors of one memory layout go
-/// through the kernel of their device in one sweep; the others through libtorch, one by one.
+/// through the kernel of their device in one sweep, or where there is none through libtorch in lists; the
+/// others one by one.
 pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Result<()> {
     check_alpha(alpha)?;
     if teachers.len() != students.len() {
@@ -48,7 +49,10 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
     for (k, (teacher, student)) in facts.0.iter().zip(&facts.1).enumerate() {
         // SAFETY: the caller keeps both alive, and where they are `apart` no memory is shared beyond
         // tensors that are one and the same.
-        if apart && unsafe { sweeps.take(teacher, student) } {
+        let taken = apart
+            && (unsafe { sweeps.take(teacher, student) }
+                || sweeps.list((teacher, teachers[k]), (student, students[k])));
+        if taken {
             teachers[k].bump_version();
         } else {
             others.push((teachers[k].tensor(), students[k].tensor()));
@@ -58,12 +62,21 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
     tch::no_grad(|| others.iter().try_for_each(|(t, s)| composite(t, s, alpha)))
 }
 
-/// The pairs that kernels average, by where they are.
+/// The pairs that are averaged together.
 #[derive(Default)]
 struct Sweeps {
     cpu: Vec<Pair>,
     /// A model may be spread over a few.
     devices: Vec<(Device, Vec<cuda::mean_teacher::Pair>)>,
+    lists: Vec<Lists>,
+}
+
+/// Pairs for libtorch: on one device, all teachers of one dtype and all students of one.
+struct Lists {
+    device: Device,
+    dtypes: (Dtype, Dtype),
+    teachers: Vec<Borrowed>,
+    students: Vec<Borrowed>,
 }
 
 impl Sweeps {
@@ -93,13 +106,45 @@ impl Sweeps {
         pair.is_some()
     }
 
+    /// Takes a pair in for libtorch, or returns false where the two have to be averaged alone: libtorch scales
+    /// all teachers before it reads a student, and has lists for dense tensors of one device.
+    fn list(
+        &mut self,
+        (teacher, target): (&Facts, Borrowed),
+        (student, source): (&Facts, Borrowed),
+    ) -> bool {
+        let (Some(t), Some(s)) = (teacher.dtype(), student.dtype()) else {
+            return false;
+        };
+        let lists = teacher.plain() && student.plain() && alike(teacher, student);
+        let device = teacher.device();
+        if !lists || device != student.device() || teacher.data() == student.data() {
+            return false;
+        }
+        let known = |lists: &&mut Lists| lists.device == device && lists.dtypes == (t, s);
+        if let Some(lists) = self.lists.iter_mut().find(known) {
+            lists.teachers.push(target);
+            lists.students.push(source);
+        } else {
+            self.lists.push(Lists {
+                device,
+                dtypes: (t, s),
+                teachers: vec![target],
+                students: vec![source],
+            });
+        }
+        true
+    }
+
     fn run(&self, alpha: f64) -> Result<()> {
         let work = self.cpu.iter().map(Pair::len).sum();
         blend_all(&self.cpu, alpha, threads_for(work, GRAIN, max_threads()));
         self.devices.iter().try_for_each(|(device, pairs)| {
             // SAFETY: as `take` was promised.
             unsafe { cuda::mean_teacher::blend_all(*device, pairs, alpha) }
-        })
+        })?;
+        let mut lists = self.lists.iter();
+        lists.try_for_each(|list| average(&list.teachers, &list.students, alpha, 1.0 - alpha))
     }
 }
 
@@ -219,10 +264,10 @@ struct Span {
     writes: bool,
 }
 
-/// `None` for a tensor without memory that kernels may use.
+/// `None` for a tensor without memory that can be read.
 fn span(input: &Facts) -> Option<Span> {
     let len = input.numel();
-    if !(input.in_cpu_memory() || input.on_cuda()) || len == 0 {
+    if !(input.in_cpu_memory() || input.plain()) || len == 0 {
         return None;
     }
     let last = if input.contiguous() {
@@ -244,14 +289,15 @@ fn span(input: &Facts) -> Option<Span> {
     })
 }
 
-/// The update in libtorch operations, in place.
+/// The update in libtorch operations, in place. The student may lie in the teacher's memory: it is read first.
 fn composite(teacher: &Tensor, student: &Tensor, alpha: f64) -> Result<()> {
-    let student = student
+    let step = student
         .f_detach()?
         .f_to_device(teacher.device())?
-        .f_to_kind(teacher.f_kind()?)?;
+        .f_to_kind(teacher.f_kind()?)?
+        .f_mul_scalar(1.0 - alpha)?;
     let mut target = teacher.f_detach()?;
     let _ = target.f_mul_scalar_(alpha)?;
-    let _ = target.f_add_(&student.f_mul_scalar(1.0 - alpha)?)?;
+    let _ = target.f_add_(&step)?;
     Ok(())
 }

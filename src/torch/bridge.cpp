@@ -1,6 +1,7 @@
-// The C++ half of src/torch/: what tch does not offer. Three things:
+// The C++ half of src/torch/: what tch does not offer. Four things:
 //   describe   everything the checks and kernels ask of tensors, in one call;
 //   attach     one autograd node for all fused losses, whose backward is a Rust object;
+//   average    torch's operations on lists of tensors;
 //   bump/alias version counters and reference counts, for tensors that users may write.
 // No exception leaves an extern "C" function: a failure is returned as a malloc'ed message.
 #include <ATen/ATen.h>
@@ -293,6 +294,24 @@ bool tllib_aliased(const Tensor* t) {
   const auto& storage = t->storage();
   const bool idle_object = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference();
   return storage.use_count() > (idle_object ? 2u : 1u);
+}
+
+// targets[i] <- keep * targets[i] + take * sources[i], by two operations for all, unseen by autograd. On a device
+// each is a few launches where the tensors have one dtype there, and each source the strides of its target.
+char* tllib_average(const Tensor* const* targets, const Tensor* const* sources, size_t count, double keep,
+                    double take) {
+  return guarded([&] {
+    std::vector<Tensor> into, from;
+    into.reserve(count);
+    from.reserve(count);
+    for (size_t i = 0; i < count; ++i) {
+      into.push_back(*targets[i]);
+      from.push_back(*sources[i]);
+    }
+    at::AutoDispatchBelowADInplaceOrView unseen;
+    at::_foreach_mul_(into, keep);
+    at::_foreach_add_(into, from, take);
+  });
 }
 
 // torch.get_default_dtype()

@@ -18,6 +18,13 @@ use torch_sys::C_tensor;
 
 unsafe extern "C" {
     fn tllib_default_dtype() -> i32;
+    fn tllib_average(
+        targets: *const *const C_tensor,
+        sources: *const *const C_tensor,
+        count: usize,
+        keep: f64,
+        take: f64,
+    ) -> *mut c_char;
     fn tllib_bump_version(tensor: *const C_tensor);
     fn tllib_version(tensor: *const C_tensor) -> i64;
     fn tllib_aliased(tensor: *const C_tensor) -> bool;
@@ -43,6 +50,28 @@ fn check(failure: *mut c_char) -> Result<()> {
 pub fn bump_version(tensor: &Tensor) {
     // SAFETY: a `Tensor` always points to a live `at::Tensor`.
     unsafe { tllib_bump_version(tensor.as_ptr()) }
+}
+
+/// `target <- keep * target + take * source` for all pairs, in place and unseen by autograd, in two of torch's
+/// operations on lists. They take few launches on a device where all have one dtype, and the tensors of a pair the same
+/// strides, without gaps.
+pub fn average(
+    targets: &[input::Borrowed],
+    sources: &[input::Borrowed],
+    keep: f64,
+    take: f64,
+) -> Result<()> {
+    let count = targets.len().min(sources.len());
+    // SAFETY: a `Borrowed` is a pointer to a live tensor, and there are at least `count` of each.
+    check(unsafe {
+        tllib_average(
+            targets.as_ptr().cast(),
+            sources.as_ptr().cast(),
+            count,
+            keep,
+            take,
+        )
+    })
 }
 
 /// How often `tensor` was written, as far as torch knows.
