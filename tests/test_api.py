@@ -10,6 +10,8 @@ import importlib
 import inspect
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -174,3 +176,10 @@ def test_states_that_live_in_buffers():
 )
 def test_losses_have_no_state(stem, name, arguments):
     assert _ours(stem, name)(*arguments).state_dict() == {}
+
+
+def test_importing_a_loss_does_not_import_the_compiler():
+    """Which takes a second: workers of a DataLoader import what the script imports."""
+    modules = ", ".join(f"tllib_rs.{path}" for path in PROVIDED)
+    code = f"import sys, {modules}; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

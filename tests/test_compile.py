@@ -1,5 +1,5 @@
 """``torch.compile(fullgraph=True)`` of what keeps state: self-tuning, FlexMatch and the teacher. The losses
-are in test_losses.py."""
+are in test_compiled_losses.py."""
 
 import copy
 import pickle

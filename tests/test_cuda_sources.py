@@ -19,7 +19,7 @@ STEMS = sorted(path.stem for path in SOURCES.glob("*.cu"))
 #: The forms of a kernel, by the macro in common.cuh that makes them.
 FORMS = {"": (), "ROW_": ("128", "512", "1024", "4096", "any"), "FEW_ROWS_": ("128", "1024", "4096", "any")}
 #: What every loss goes through.
-EVERY_LOSS = ["test_losses.py", "test_on_device.py"]
+EVERY_LOSS = ["test_losses.py", "test_compiled_losses.py", "test_on_device.py"]
 #: The tests that are run once more through the kernels: files, and which of them.
 METHODS = {
     # Not the labels that are no columns: on a device they are not looked for (tests/test_on_device.py).

@@ -4,6 +4,9 @@ Eager calls go straight to the extension. Under ``torch.compile`` a call into an
 the graph, so each method registers the same function here as an opaque operator with a fake
 implementation (shapes and dtypes only). :func:`register` is for losses, whose backward scales the stored
 gradients, as the eager autograd node does; :func:`define` for everything else.
+
+Where no kernel serves, the loss is transparent (:func:`or_transparent`): the compiler sees its composite in
+torch's operations, and fuses them with each other and with what is around.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +14,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+
+from tllib_rs import _core
 
 _library = torch.library.Library("tllib_rs", "DEF")
 
@@ -67,7 +72,8 @@ def register(
     extra: int = 0,
     widened: Literal["never", "on devices", "everywhere"] = "never",
 ) -> Callable[..., Any]:
-    """Define the operator ``tllib_rs::name`` and return a function with the outputs of ``call``.
+    """Define the operator ``tllib_rs::name`` and return a function with the outputs of ``call``: that of
+    :func:`or_transparent`.
 
     Args:
         name: the method's stem.
@@ -131,11 +137,44 @@ def register(
         nowhere = {"never": (device,), "on devices": ("cpu", "meta"), "everywhere": ("meta",)}[widened]
         return device not in nowhere and torch.is_autocast_enabled(device)
 
-    def compiled(*args):
+    def opaque(*args):
         loss, *rest = operator(*args, region(args[0].device.type))
         return (loss, *rest[count:]) if extra else loss
 
+    results = ", ".join(["Tensor"] * (1 + extra))
+    return or_transparent(opaque, name, f"{schema} -> ({results})", call)
+
+
+def or_transparent(
+    opaque: Callable[..., Any], name: str, schema: str, call: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define the operator ``tllib_rs::name_composite``, in whose place a graph has what ``call`` is composed
+    of. Return a function that takes it where no kernel serves, and ``opaque`` elsewhere.
+
+    The composites take sizes for numbers, so that graphs of any size have the opaque operator.
+    """
+
+    def composed(*args):
+        sizes = (n for x in args if isinstance(x, torch.Tensor) for n in x.shape)
+        return opaque(*args) if any(isinstance(n, torch.SymInt) for n in sizes) else call(*args)
+
+    _library.define(f"{name}_composite{schema}")
+    _library.impl(f"{name}_composite", composed, "CompositeImplicitAutograd")
+    transparent = getattr(torch.ops.tllib_rs, f"{name}_composite").default
+
+    def compiled(*args):
+        return opaque(*args) if _has_kernels(args[0].device.type) else transparent(*args)
+
     return compiled
+
+
+def _has_kernels(device: str) -> bool:
+    return _core.has_kernels(device)
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler: a second more for who
+# only imports a loss.
+_has_kernels._dynamo_marked_constant = True
 
 
 @contextmanager

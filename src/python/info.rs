@@ -1,4 +1,6 @@
+use crate::cuda;
 use crate::kernels::isa;
+use crate::torch::composites_only;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -13,4 +15,15 @@ pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("profile", env!("TLLIB_RS_PROFILE"))?;
     info.set_item("isa", isa::level().name())?;
     Ok(info)
+}
+
+/// Whether there are kernels for tensors on this type of device, by torch's name for it.
+#[pyfunction]
+pub fn has_kernels(device: &str) -> bool {
+    let here = match device {
+        "cpu" => true,
+        "cuda" => cuda::enabled(),
+        _ => false,
+    };
+    here && !composites_only()
 }

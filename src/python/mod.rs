@@ -139,6 +139,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(pseudo_label::check_threshold, m)?)?;
     m.add_function(wrap_pyfunction!(mean_teacher::check_alpha, m)?)?;
     m.add_function(wrap_pyfunction!(info::build_info, m)?)?;
+    m.add_function(wrap_pyfunction!(info::has_kernels, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::confusion_matrix, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::mcc, m)?)?;
     m.add_class::<mcc::MccPart>()?;

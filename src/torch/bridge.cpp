@@ -231,8 +231,9 @@ struct FusedLoss : Node {
     std::vector<Tensor*> raw;
     unpacked.reserve(inputs.size());
     for (size_t i = 0; i < inputs.size(); ++i) {
-      // A copy of an inference tensor is an ordinary one, which the composite may save.
-      unpacked.push_back(constants[i].defined() ? constants[i].clone() : inputs[i].unpack());
+      // A copy of an inference tensor is an ordinary one, which the composite may save. An alias, because one input
+      // may be another or come from it: what is asked for is the derivative by this argument alone.
+      unpacked.push_back(constants[i].defined() ? constants[i].clone() : inputs[i].unpack().alias());
     }
     for (auto& t : unpacked) raw.push_back(&t);
     Tensor* loss = nullptr;
@@ -313,6 +314,8 @@ char* tllib_average(const Tensor* const* targets, const Tensor* const* sources, 
     at::_foreach_add_(into, from, take);
   });
 }
+
+bool tllib_composites_only() { return composites_only(); }
 
 // torch.get_default_dtype()
 int32_t tllib_default_dtype() {

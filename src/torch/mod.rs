@@ -18,6 +18,7 @@ use torch_sys::C_tensor;
 
 unsafe extern "C" {
     fn tllib_default_dtype() -> i32;
+    fn tllib_composites_only() -> bool;
     fn tllib_average(
         targets: *const *const C_tensor,
         sources: *const *const C_tensor,
@@ -72,6 +73,12 @@ pub fn average(
             take,
         )
     })
+}
+
+/// Whether `TLLIB_RS_COMPOSITE=1` asks for libtorch's operations in place of all kernels.
+pub fn composites_only() -> bool {
+    // SAFETY: it reads the environment once.
+    unsafe { tllib_composites_only() }
 }
 
 /// How often `tensor` was written, as far as torch knows.

@@ -8,7 +8,7 @@ from torch.distributed import ProcessGroup
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks, dtype_number
-from tllib_rs._library import at_least_float32, define, differentiate, register
+from tllib_rs._library import at_least_float32, define, differentiate, or_transparent, register
 
 __all__ = [
     "CrossEntropyLoss",
@@ -35,7 +35,7 @@ def _soft_triplet_like(features, teacher, _, margin, *__):
     return (features.new_empty((), dtype=at_least_float32(dtype)),)
 
 
-_compiled_distances = define(
+_opaque_distances = define(
     "distances",
     "(Tensor x, Tensor y) -> Tensor",
     lambda x, y: _core.distances(x.detach(), y.detach()),
@@ -53,6 +53,9 @@ differentiate(
     "distances",
     lambda ctx, incoming: _compiled_distances_backward(incoming, *ctx.saved_tensors),
     lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+)
+_compiled_distances = or_transparent(
+    _opaque_distances, "distances", "(Tensor x, Tensor y) -> Tensor", _core.distances
 )
 _compiled_hardest = register(
     "hardest",

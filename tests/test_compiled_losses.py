@@ -1,0 +1,136 @@
+"""Every loss under ``torch.compile``: an opaque operator where a kernel serves, and what it is composed of where none
+does. What keeps state is in test_compile.py."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.losses import LOSSES
+from tests.test_losses import assert_agree, every_loss, leaves, run
+from tllib_rs import _core
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+@every_loss
+def test_compile_without_graph_break(loss, generator):
+    compiled = torch.compile(
+        lambda *x: loss.first(loss.ours(*[2 * z for z in x])), fullgraph=True, backend="aot_eager"
+    )
+    inputs = leaves(loss, [x / 2 for x in loss.inputs(generator)], torch.float32)
+    expected = run(loss, lambda *x: loss.ours(*[2 * z for z in x]), inputs)
+    got = run(loss, compiled, inputs)
+    assert_agree(got, expected, torch.float32, 1e-6)
+
+
+@every_loss
+def test_any_number_of_rows(loss, generator):
+    """Graphs whose sizes are symbols, which are no numbers to the composites."""
+    compiled = torch.compile(loss.ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (7, 12):
+        inputs = leaves(loss, loss.inputs(generator, rows), torch.float32)
+        assert_agree(run(loss, compiled, inputs), run(loss, loss.ours, inputs), torch.float32, 1e-6)
+
+
+@every_loss
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_the_compiler_sees(loss, generator, dynamic):
+    """No operator of ours where there is no kernel, unless the sizes are symbols."""
+    called = []
+
+    def forward(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph)
+
+    inputs = leaves(loss, loss.inputs(generator), torch.float32)
+    compiled = torch.compile(
+        loss.ours, fullgraph=True, backend=aot_autograd(fw_compiler=forward), dynamic=dynamic
+    )
+    run(loss, compiled, inputs)
+    ours = [name for name in called if name.startswith("tllib_rs")]
+    assert called
+    if _core.has_kernels("cpu") or dynamic:
+        assert ours
+        assert not any("composite" in name for name in ours)
+    else:
+        assert not ours
+
+
+#: Those that take inputs of two dtypes.
+MIXED = "pseudo_label dst cc_loss pi_model pi_model_none pi_model_mask uda soft_triplet reid_cross_entropy"
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in MIXED.split()], ids=repr)
+def test_compile_without_a_kernel(loss, generator):
+    """What serves inputs of two dtypes here, and all inputs on devices without kernels."""
+    for first, second in ((torch.float32, torch.float64), (torch.float16, torch.float32)):
+        inputs = leaves(loss, loss.inputs(generator), first)
+        inputs[1] = inputs[1].detach().to(second).requires_grad_(inputs[1].requires_grad)
+        promised = []
+
+        def backend(graph, _):
+            [output] = graph.graph.find_nodes(op="output")
+            promised.append(output.args[0][0].meta["example_value"].dtype)  # noqa: B023
+            return graph
+
+        torch._dynamo.reset()
+        torch.compile(lambda *x: (loss.first(loss.ours(*x)),), fullgraph=True, backend=backend)(*inputs)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda *x: loss.first(loss.ours(*x)), fullgraph=True, backend="aot_eager")
+        got, expected = run(loss, compiled, inputs), run(loss, loss.ours, inputs)
+        assert promised == [expected[0].dtype] == [got[0].dtype]
+        assert_agree(got, expected, first, 1e-6 if first == torch.float32 else 2e-3)
+
+
+@every_loss
+def test_autocast_compiled(loss, generator):
+    inputs = [x.bfloat16() for x in loss.inputs(generator, 16, 10)]
+
+    def in_region(*x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss.first(loss.ours(*x))
+
+    compiled = torch.compile(in_region, fullgraph=True, backend="aot_eager")
+    got, expected = (run(loss, f, leaves(loss, inputs, torch.bfloat16)) for f in (compiled, in_region))
+    assert got[0].dtype == expected[0].dtype
+    assert_agree((got[0], []), (expected[0], []), torch.bfloat16, 1e-6)
+    # What is stored in bfloat16 is multiplied by what comes in, and rounded again.
+    assert_agree(got, expected, torch.bfloat16, 8e-3)
+
+
+@contextmanager
+def region_of_cuda(dtype):
+    """``torch.autocast("cuda", dtype)``, which needs a device."""
+    torch.set_autocast_enabled("cuda", True)
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_dtype("cuda", before)
+        torch.set_autocast_enabled("cuda", False)
+
+
+#: Of those the plain formulation waits for the device, is refused in the region, or is not what tllib does there, which
+#: raises for features in half precision.
+OTHERWISE = "cc_loss class_balance pairwise_distances"
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name not in OTHERWISE.split()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("region", [torch.float16, torch.bfloat16], ids=str)
+def test_dtype_in_a_region_of_cuda(loss, dtype, region, generator):
+    """What the compiler is told, which needs no device."""
+    inputs = leaves(loss, loss.inputs(generator), dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), region_of_cuda(region):
+        fake = [torch.empty_like(x, device="cuda", requires_grad=x.requires_grad) for x in inputs]
+        got, expected = (loss.first(call(*fake)) for call in (loss.ours, loss.plain))
+    assert (got.dtype, got.shape, got.device) == (expected.dtype, expected.shape, expected.device)
+    assert got.requires_grad
