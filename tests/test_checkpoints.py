@@ -162,3 +162,86 @@ def test_flexmatch_rejects_other_states_and_keeps_its_own(state, error, message)
         module.load_state_dict(state)
     assert torch.equal(module.net_outputs, before)
     torch.testing.assert_close(module.get_threshold(torch.arange(4)), threshold)
+
+
+def _unpickled(stem, name, **attributes):
+    """An object of our class with the attributes that tllib's has, and so a pickle of it, and no others."""
+    kind = _ours(stem, name)
+    blank = kind.__new__(kind)
+    if isinstance(blank, nn.Module):
+        nn.Module.__init__(blank)
+        buffers = {key: attributes.pop(key) for key in ("queue_list", "queue_ptr") if key in attributes}
+        modules = {
+            key: attributes.pop(key) for key in list(attributes) if isinstance(attributes[key], nn.Module)
+        }
+        state = blank.__dict__ | attributes | {"_buffers": buffers, "_modules": modules}
+    else:
+        state = attributes
+    again = kind.__new__(kind)
+    set_state = getattr(again, "__setstate__", again.__dict__.update)
+    set_state(state)
+    return again
+
+
+def test_whole_objects_that_tllib_pickled_are_ours_under_patch_tllib(generator):
+    y = torch.randn(4, 3, generator=generator)
+    labels = torch.tensor([0, 0, 1, 1])
+    mcc = _unpickled("self_training.mcc", "MinimumClassConfusionLoss", temperature=2.0)
+    torch.testing.assert_close(mcc(y), _ours("self_training.mcc", "MinimumClassConfusionLoss")(2.0)(y))
+    balance = _unpickled(
+        "self_training.self_ensemble", "ClassBalanceLoss", uniform_distribution=torch.ones(3) / 3
+    )
+    expected = _ours("self_training.self_ensemble", "ClassBalanceLoss")(3)(y.softmax(1))
+    torch.testing.assert_close(balance(y.softmax(1)), expected)
+    assert copy.deepcopy(balance).num_classes == 3
+    triplet = _unpickled("vision.models.reid.loss", "SoftTripletLoss", margin=0.1, normalize_feature=True)
+    expected = _ours("vision.models.reid.loss", "SoftTripletLoss")(0.1, True)(y, y, labels)
+    torch.testing.assert_close(triplet(y, y, labels), expected)
+    settings = {"alpha": 1.0, "lo": 0.0, "hi": 1.0, "max_iters": 10, "auto_step": True}
+    layer = _unpickled("modules.grl", "WarmStartGradientReverseLayer", iter_num=3, **settings)
+    layer(y)
+    assert copy.deepcopy(layer).iter_num == 4
+
+
+def test_whole_methods_that_tllib_pickled_are_ours_under_patch_tllib(generator):
+    student = nn.Linear(3, 2)
+    ema = _unpickled(
+        "self_training.mean_teacher", "EMATeacher", model=student, alpha=0.5, teacher=copy.deepcopy(student)
+    )
+    with torch.no_grad():
+        student.weight.add_(2)
+    ema.update()
+    torch.testing.assert_close(ema.teacher.weight, student.weight - 1)
+    assert ema.step == 0
+    ema.train()
+    arguments = {
+        "threshold": 0.95,
+        "warmup": False,
+        "mapping_func": torch.sqrt,
+        "num_classes": 3,
+        "device": "cpu",
+    }
+    thresholds = _unpickled("self_training.flexmatch", "DynamicThresholdingModule", n_unlabeled_samples=4,
+                            net_outputs=torch.tensor([-1, 0, 0, 2]), **arguments)  # fmt: skip
+    torch.testing.assert_close(
+        thresholds.get_threshold(torch.arange(3)), 0.95 * torch.tensor([1, 0, 0.5]).sqrt()
+    )
+    assert thresholds.net_outputs.dtype == torch.int64
+    whole = _self_tuning(_ours)
+    parts = {key: getattr(whole, key) for key in ("encoder_q", "encoder_k", "queue_list", "queue_ptr")}
+    again = _unpickled(
+        "self_training.self_tuning", "SelfTuning", K=3, m=0.999, T=0.07, num_classes=5, **copy.deepcopy(parts)
+    )
+    for module in (whole, again):
+        torch.manual_seed(0)
+        pgc_logits, _, _ = module(*torch.randn(2, 4, 3, generator=generator.manual_seed(0)), torch.arange(4))
+        pgc_logits.sum().backward()
+    assert torch.equal(whole.queue_list, again.queue_list)
+
+
+def test_a_subclass_of_the_teacher_may_have_a_method_step():
+    class Stepping(EMATeacher):
+        def step(self):
+            self.update()
+
+    Stepping(nn.Linear(2, 2), 0.5).step()

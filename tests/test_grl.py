@@ -141,3 +141,17 @@ def test_compiles_with_auto_step():
         compiled(x).sum().backward()
         torch.testing.assert_close(x.grad, torch.full_like(x, -math.tanh(0.05 * i)))
     assert layer.iter_num == 3
+
+
+def test_subclasses_of_the_function_as_for_tllib():
+    class Doubled(GradientReverseFunction):
+        @staticmethod
+        def forward(ctx, input, coeff=1.0):
+            return GradientReverseFunction.forward(ctx, input, 2 * coeff)
+
+    x = torch.ones(3, requires_grad=True)
+    Doubled.apply(x, 0.5).sum().backward()
+    torch.testing.assert_close(x.grad, -torch.ones(3))
+    x.grad = None
+    GradientReverseFunction.apply(x).sum().backward()
+    torch.testing.assert_close(x.grad, -torch.ones(3))

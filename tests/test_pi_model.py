@@ -149,3 +149,9 @@ def test_small_float16_gradients_survive_a_large_mean():
     p1 = torch.full((65_536, 2), 0.5, dtype=torch.float16, requires_grad=True)
     L2ConsistencyLoss()(p1, p1.detach() - 0.25).backward(torch.tensor(1024.0, dtype=torch.float16))
     torch.testing.assert_close(p1.grad, torch.full_like(p1, 1024 * 2 * 0.25 / 65_536))
+
+
+def test_an_assigned_measure_is_taken(generator):
+    loss, p = L2ConsistencyLoss(), torch.rand(2, 5, 3, generator=generator)
+    loss.distance_measure = lambda p1, p2: (p1 - p2).abs().sum(dim=1)
+    torch.testing.assert_close(loss(*p), (p[0] - p[1]).abs().sum(dim=1).mean())

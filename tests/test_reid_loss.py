@@ -437,3 +437,32 @@ def test_signatures_and_attributes_are_those_of_tllib():
     assert all(not m.state_dict() for m in [*modules, SoftTripletLoss()])
     children = [name for m in modules for name, _ in m.named_children()]
     assert children == ["log_softmax", "log_softmax", "margin_loss", "ranking_loss"]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_an_assigned_ranking_loss_is_called(normalize, generator):
+    f, memory = torch.randn(2, 8, 5, generator=generator, requires_grad=True)
+    labels = torch.arange(8) // 2
+    triplet, xbm = TripletLoss(0.3, normalize), TripletLossXBM(0.3, normalize)
+    for loss, name, inputs in (
+        (triplet, "margin_loss", (f, labels)),
+        (xbm, "ranking_loss", (f, labels, memory, labels.flip(0))),
+    ):
+        fused = loss(*inputs)
+        (expected,) = torch.autograd.grad(fused, f)
+        setattr(loss, name, torch.nn.MarginRankingLoss(0.3, reduction="none"))
+        each = loss(*inputs)
+        assert each.shape == (8,)
+        torch.testing.assert_close(each.mean(), fused)
+        torch.testing.assert_close(torch.autograd.grad(each.mean(), f)[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_of_32_bits(generator):
+    y = torch.randn(4, 3, generator=generator, requires_grad=True)
+    labels = torch.tensor([2, 0, 1, 1])
+    loss = CrossEntropyLossWithLabelSmooth(3)
+    results = [
+        (value, *torch.autograd.grad(value, y, create_graph=True))
+        for value in (loss(y, labels), loss(y, labels.int()))
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)

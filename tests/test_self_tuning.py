@@ -500,3 +500,37 @@ def test_threads_share_a_queue(generator):
     [thread.join() for thread in threads]
     assert not failures
     assert setting.queue.isfinite().all()
+
+
+def test_steps_that_a_subclass_changes(generator):
+    """Which are tllib's: the queue is what it would be with rows enqueued one by one."""
+    calls = []
+
+    class Changed(SelfTuning):
+        def _momentum_update_key_encoder(self):
+            calls.append("update")
+            super()._momentum_update_key_encoder()
+
+        def _dequeue_and_enqueue(self, h, label):
+            calls.append("enqueue")
+            super()._dequeue_and_enqueue(h, label)
+
+    torch.manual_seed(0)
+    first = SelfTuning(classifier(), classifier(), 5, K=2, m=0.9).double()
+    torch.manual_seed(0)
+    second = Changed(classifier(), classifier(), 5, K=2, m=0.9).double()
+    labels = torch.tensor([1, 3, 1, 1])
+    for module in (first, second):
+        module.encoder_q.bottleneck[3].p = module.encoder_k.bottleneck[3].p = 0.0
+    for _ in range(2):
+        views = torch.randn(2, 4, 3, generator=generator, dtype=torch.float64)
+        found = [forward(*views, labels)[0] for forward in (first, second)]
+        torch.testing.assert_close(*found)
+        grads = [
+            torch.autograd.grad(y.square().sum(), m.encoder_q.projector.weight)[0]
+            for y, m in zip(found, (first, second), strict=True)
+        ]
+        torch.testing.assert_close(*grads)
+        assert calls == ["update"] + 4 * ["enqueue"]
+        calls.clear()
+    torch.testing.assert_close(second.state_dict(), first.state_dict())

@@ -17,22 +17,39 @@ class GradientReverseFunction(Function):
     It has no ``jvp``, as in tllib: torch.compile refuses a function that has one.
     """
 
-    generate_vmap_rule = True
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See the class."""
+        # torch.func wants another form, and torch takes twice as long to call that.
+        transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+        if transformed and cls is GradientReverseFunction:
+            return _Transformed.apply(*args, **kwargs)
+        return super().apply(*args, **kwargs)
 
     @staticmethod
-    def forward(input: torch.Tensor, coeff: float | None = 1.0) -> torch.Tensor:
+    def forward(ctx: Any, input: torch.Tensor, coeff: float | None = 1.0) -> torch.Tensor:
         """A copy, so that what follows may write to it in place."""
+        ctx.coeff = coeff
         return input * 1.0
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        """Keep the coefficient."""
-        _, ctx.coeff = inputs
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Reverse the gradient."""
         return grad_output * -ctx.coeff, None
+
+
+class _Transformed(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: torch.Tensor, coeff: float | None = 1.0) -> torch.Tensor:
+        return input * 1.0
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, ctx.coeff = inputs
+
+    backward = staticmethod(GradientReverseFunction.backward)
 
 
 class GradientReverseLayer(nn.Module):
@@ -123,14 +140,21 @@ class WarmStartGradientReverseLayer(nn.Module):
 
     @iter_num.setter
     def iter_num(self, value: int) -> None:
-        self._iter_num = value
         # torch.compile makes every number on a module a constant of the graph, and would compile again
         # at each step; a tensor is an argument. A new one each time: a backward may still need the old.
-        self._iterations = torch.tensor(float(value), dtype=torch.float64, device="cpu")
+        iterations = torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
+        # Past Module.__setattr__, which looks for parameters, modules and buffers first.
+        self.__dict__.update(_iter_num=value, _iterations=iterations)
 
     def step(self) -> None:
         """Increase the number of iterations by 1."""
         self.iter_num += 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # tllib pickles the number itself.
+        if "iter_num" in self.__dict__:
+            self.iter_num = self.__dict__.pop("iter_num")
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

@@ -228,8 +228,10 @@ class DynamicThresholdingModule:
         return state | {"net_outputs": labels.cpu().numpy(), "labels_device": labels.device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        labels = torch.tensor(state.pop("net_outputs"), device=state.pop("labels_device"))
-        # Modules pickled before these settings existed lack them.
+        labels = state.pop("net_outputs")
+        # tllib pickles the tensor itself, and has none of these settings.
+        if not isinstance(labels, torch.Tensor):
+            labels = torch.tensor(labels, device=state.pop("labels_device"))
         self.__dict__.update({"process_group": None, "layout": "replicated", "dtype": labels.dtype} | state)
         device, self.device = self.device, labels.device
         self._connect()

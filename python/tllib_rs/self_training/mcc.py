@@ -9,6 +9,7 @@ from tllib_rs import _core
 from tllib_rs._distributed import Ranks
 from tllib_rs._library import register
 from tllib_rs.modules.classifier import Classifier as ClassifierBase
+from tllib_rs.modules.entropy import entropy  # noqa: F401  scripts for tllib import it from here
 
 __all__ = ["ImageClassifier", "MinimumClassConfusionLoss"]
 
@@ -67,6 +68,8 @@ class MinimumClassConfusionLoss(nn.Module):
         >>> g_t = torch.randn(32, 31, requires_grad=True)
         >>> loss(g_t).backward()
     """
+
+    _ranks: Ranks | None = None  # of those that tllib pickled, too
 
     def __init__(self, temperature: float, *, process_group: ProcessGroup | None = None):
         super().__init__()

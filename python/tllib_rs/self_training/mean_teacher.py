@@ -96,6 +96,13 @@ class EMATeacher:
         >>> teacher.update()  # after each step of the optimizer
     """
 
+    # Of the class, for teachers that tllib pickled, and so that a subclass may have a method of this name.
+    step: Any = 0
+    _schedule: Callable[[int], float] | None = None
+    _buffers = "leave"
+    _track = _unwrap = False
+    _plain = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -113,7 +120,6 @@ class EMATeacher:
             raise TypeError(f"EMATeacher: model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model
         self.alpha = _checked(alpha)
-        self.step = 0
         self._buffers = networks.checked_buffers(buffers)
         self._schedule = _schedule(schedule, alpha)
         self._track = track or schedule is not None

@@ -166,6 +166,7 @@ class L2ConsistencyLoss(ConsistencyLoss):
 
     def forward(self, p1: torch.Tensor, p2: torch.Tensor, mask: torch.Tensor | float = 1.0) -> torch.Tensor:
         """See the class."""
-        if torch.compiler.is_compiling():
+        # Scripts may assign another measure.
+        if torch.compiler.is_compiling() or self.distance_measure is not _squared_distance:
             return super().forward(p1, p2, mask)
         return _core.pi_model(p1, p2, mask, self.reduction)

@@ -1,6 +1,8 @@
 """Self-ensembling: `Self-ensembling for Visual Domain Adaptation (ICLR 2018)
 <https://arxiv.org/abs/1706.05208>`_. Its teacher is in :mod:`tllib_rs.self_training.mean_teacher`."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -67,6 +69,8 @@ class ClassBalanceLoss(nn.Module):
         >>> loss(p).backward()
     """
 
+    _ranks: Ranks | None = None
+
     def __init__(self, num_classes: int, *, process_group: ProcessGroup | None = None):
         super().__init__()
         _core.check_num_classes(num_classes)
@@ -87,6 +91,12 @@ class ClassBalanceLoss(nn.Module):
         if torch.compiler.is_compiling():
             return _compiled(p, self.num_classes)
         return _core.class_balance(p, self.num_classes)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # tllib pickles the probabilities themselves.
+        if "uniform_distribution" in self.__dict__:
+            self.num_classes = len(self.__dict__.pop("uniform_distribution"))
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

@@ -92,7 +92,8 @@ class SelfTuning(nn.Module):
 
     The queue is written in place. Several forwards may come before a backward, as when labelled and
     unlabelled batches share one. On the CPU only the replaced columns are kept for backward, and any other
-    write to ``queue_list`` in between makes that backward raise; other devices keep a copy of the queue.
+    write to ``queue_list`` in between that torch sees (not through ``.data`` or numpy) makes that backward
+    raise; other devices keep a copy of the queue.
 
     Args:
         encoder_q (Classifier): query encoder.
@@ -138,6 +139,10 @@ class SelfTuning(nn.Module):
         >>> loss.backward()
     """
 
+    _ranks: Ranks | None = None
+    _alike = False
+    _changed = False
+
     def __init__(
         self,
         encoder_q: nn.Module,
@@ -163,7 +168,6 @@ class SelfTuning(nn.Module):
         self.register_buffer("queue_list", F.normalize(queue, dim=0))
         self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
         self._history = _core.SelfTuningHistory()
-        self._alike = False
         if self._ranks is not None:
             # Its broadcast would write the queue, between forward and backward where a step has several.
             self._ddp_params_and_buffers_to_ignore = ["queue_list", "queue_ptr"]
@@ -172,18 +176,43 @@ class SelfTuning(nn.Module):
         self, im_q: torch.Tensor, im_k: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class."""
-        if torch.compiler.is_compiling() and self._ranks is None:
+        if torch.compiler.is_compiling() and self._ranks is None and not self._changed:
             return self._compiled_forward(im_q, im_k, labels)
         settings = self._settings()
         settings.check(im_q, im_k, labels, self.queue_list, self.queue_ptr)
         rows = None if self._ranks is None else self._announce(len(labels))
         h_q, y_q = _training_outputs("encoder_q", self.encoder_q(im_q))
         with torch.no_grad():
-            _core.ema_update(self.encoder_k, self.encoder_q, self.m)
+            self._momentum_update_key_encoder()
             h_k, _ = _training_outputs("encoder_k", self.encoder_k(im_k))
         enqueued = None if rows is None else self._gathered(rows, h_k, labels)
+        if self._changed and rows is None:
+            return self._row_by_row(h_q, h_k, labels), self._targets(h_q), y_q
         pgc_logits = self._history.step(h_q, h_k, labels, self.queue_list, self.queue_ptr, settings, enqueued)
         return pgc_logits, self._targets(h_q), y_q
+
+    @torch.no_grad()
+    def _momentum_update_key_encoder(self) -> None:
+        """Move the key encoder. A subclass may do otherwise."""
+        _core.ema_update(self.encoder_k, self.encoder_q, self.m)
+
+    @torch.no_grad()
+    def _dequeue_and_enqueue(self, h: torch.Tensor, label: torch.Tensor) -> None:
+        """Replace the oldest key of a class. A subclass may do otherwise: it is then called for each row."""
+        self._settings().enqueue(h, label.reshape(1).expand(len(h)), self.queue_list, self.queue_ptr)
+
+    def __init_subclass__(cls, **arguments: Any):
+        super().__init_subclass__(**arguments)
+        names = ("_momentum_update_key_encoder", "_dequeue_and_enqueue")
+        cls._changed = any(getattr(cls, name) is not getattr(SelfTuning, name) for name in names)
+
+    def _row_by_row(self, h_q: torch.Tensor, h_k: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        keep = torch.is_grad_enabled() and h_q.requires_grad
+        settings = (self.num_classes, self.K, self.m, self.T)
+        pgc_logits, _ = _log_probabilities(h_q, h_k, labels, self.queue_list, *settings, keep)
+        for row, label in zip(h_k.split(1), labels, strict=True):
+            self._dequeue_and_enqueue(row, label)
+        return pgc_logits
 
     def _compiled_forward(
         self, im_q: torch.Tensor, im_k: torch.Tensor, labels: torch.Tensor
@@ -207,6 +236,10 @@ class SelfTuning(nn.Module):
         targets = torch.zeros(h_q.shape[0], 1 + self.K * self.num_classes, device=h_q.device)
         targets[:, : 1 + self.K] = 1.0 / (self.K + 1)
         return targets
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # What tllib pickled has none.
+        super().__setstate__({"_history": _core.SelfTuningHistory()} | state)
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

@@ -173,14 +173,20 @@ pub fn check_smoothing(num_classes: i64, epsilon: f64) -> Result<()> {
 
 /// The cross entropy of the logits `y` (N, C) with smoothed `labels` (N).
 pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64) -> Result<Tensor> {
-    let (input, indices) = (
+    let (input, given) = (
         Input::new(SMOOTH, "y", y)?,
         Input::new(SMOOTH, "labels", labels)?,
     );
     check_smoothing(num_classes, epsilon)?;
     let dtype = input.floating()?;
     let (rows, cols) = input.matrix()?;
-    indices.int64()?;
+    given.integer()?;
+    let wide = match given.int64() {
+        Ok(()) => None,
+        Err(_) => Some(labels.f_to_kind(Kind::Int64)?),
+    };
+    let labels = wide.as_ref().unwrap_or(labels);
+    let indices = Input::new(SMOOTH, "labels", labels)?;
     indices.same_device(&input)?;
     if *indices.shape() != [rows as i64] {
         return Err(indices.wrong(&format!(

@@ -5,6 +5,7 @@
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks, dtype_number
@@ -180,13 +181,13 @@ class CrossEntropyLossWithLabelSmooth(nn.Module):
 
     Inputs:
         - y (tensor): unnormalized predictions, (minibatch, C), floating point.
-        - labels (tensor): (minibatch,), int64.
+        - labels (tensor): (minibatch,), int64 or int32.
 
     Returns:
         A scalar in the dtype of the predictions (float32 in an autocast region). NaN for an empty batch.
 
     Raises:
-        TypeError: y is not a floating-point tensor, or labels are not int64.
+        TypeError: y is not a floating-point tensor, or labels are neither int64 nor int32.
         ValueError: y is not (minibatch, C) with C > 0, or there is not one label for each row.
         IndexError: a label is negative or not below C (on the CPU; a CUDA device stops, or the loss is
             NaN where fused kernels run).
@@ -254,6 +255,25 @@ class CrossEntropyLoss(nn.Module):
         return _core.soft_cross_entropy(y, labels)
 
 
+def _is_fused(ranking: nn.Module) -> bool:
+    """Whether it is what the constructors made; scripts may assign another."""
+    return type(ranking) is nn.MarginRankingLoss and ranking.reduction == "mean"
+
+
+def _ranked(
+    ranking: nn.Module,
+    features: tuple[torch.Tensor, torch.Tensor],
+    labels: tuple[torch.Tensor, torch.Tensor],
+    normalize_feature: bool,
+) -> torch.Tensor:
+    """``ranking`` of the hardest distances."""
+    if normalize_feature:
+        features = tuple(F.normalize(f, dim=1) for f in features)
+    same = (labels[0][:, None] == labels[1]).float()
+    hardest_p, hardest_n = hard_examples_mining(pairwise_euclidean_distance(*features), same)
+    return ranking(hardest_n, hardest_p, torch.ones_like(hardest_n))
+
+
 class TripletLoss(nn.Module):
     r"""Triplet loss with the hardest positive and negative in the batch.
 
@@ -298,11 +318,13 @@ class TripletLoss(nn.Module):
         _core.check_margin("TripletLoss", margin)
         self.margin = margin
         self.normalize_feature = normalize_feature
-        # Not called, but its margin is the one that counts, as in tllib.
+        # Its margin is the one that counts, as in tllib.
         self.margin_loss = nn.MarginRankingLoss(margin=margin)
 
     def forward(self, f: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See the class."""
+        if not _is_fused(self.margin_loss):
+            return _ranked(self.margin_loss, (f, f), (labels, labels), self.normalize_feature)
         call = _compiled_triplet if torch.compiler.is_compiling() else _core.triplet
         return call(f, labels, self.margin_loss.margin, self.normalize_feature)
 
@@ -347,13 +369,15 @@ class TripletLossXBM(nn.Module):
         _core.check_margin("TripletLossXBM", margin)
         self.margin = margin
         self.normalize_feature = normalize_feature
-        # Not called, but its margin is the one that counts, as in tllib.
+        # Its margin is the one that counts, as in tllib.
         self.ranking_loss = nn.MarginRankingLoss(margin=margin)
 
     def forward(
         self, f: torch.Tensor, labels: torch.Tensor, xbm_f: torch.Tensor, xbm_labels: torch.Tensor
     ) -> torch.Tensor:
         """See the class."""
+        if not _is_fused(self.ranking_loss):
+            return _ranked(self.ranking_loss, (f, xbm_f), (labels, xbm_labels), self.normalize_feature)
         call = _compiled_triplet_xbm if torch.compiler.is_compiling() else _core.triplet_xbm
         return call(f, xbm_f, labels, xbm_labels, self.ranking_loss.margin, self.normalize_feature)
 
@@ -404,6 +428,8 @@ class SoftTripletLoss(nn.Module):
         >>> f, teacher = torch.randn(64, 2048, requires_grad=True), torch.randn(64, 2048)
         >>> loss(f, teacher, torch.arange(64) // 4).backward()
     """
+
+    _ranks: Ranks | None = None
 
     def __init__(
         self,
