@@ -250,7 +250,7 @@ def test_second_derivatives_notice_a_change_of_the_weak_logits():
     weak, strong = torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2, requires_grad=True)
     loss, _ = CCConsistency(1.0)(weak, strong)
     weak.zero_()
-    with pytest.raises(RuntimeError, match="CCConsistency: logits were modified in place"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation: CCConsistency's logits"):
         torch.autograd.grad(loss, strong, create_graph=True)
 
 
@@ -263,9 +263,9 @@ def test_compiled_returns_tensors(generator):
     expected, expected_fraction = loss(weak, other)
     value.backward()
     expected.backward()
-    assert value == expected
+    torch.testing.assert_close(value, expected)
     assert fraction == expected_fraction
-    assert torch.equal(leaf.grad, other.grad)
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-8)
     value, fraction = torch.compile(CCConsistency(1.0, 1.1), fullgraph=True, backend="aot_eager")(weak, leaf)
     assert value == 0
     assert fraction == 0

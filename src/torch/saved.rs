@@ -12,12 +12,22 @@ pub struct Saved {
     name: &'static str,
 }
 
+// SAFETY: at::Tensor's reference count is atomic, and nothing writes the metadata of a tensor that only the
+// backward pass holds.
+unsafe impl Sync for Saved {}
+
 impl Saved {
-    /// Detached, it shares memory and version with what the user has, but not the graph.
+    /// Detached, it shares memory and version with what the user has, but not the graph. A tensor of inference
+    /// mode, which has no version and no place in a graph, is copied.
     pub fn of(tensor: &Tensor, name: &'static str) -> Result<Self> {
+        let tensor = if tensor.f_is_inference()? {
+            tensor.f_detach_copy()?
+        } else {
+            tensor.f_detach()?
+        };
         Ok(Self {
-            tensor: tensor.f_detach()?,
-            version: version(tensor),
+            version: version(&tensor),
+            tensor,
             name,
         })
     }

@@ -12,7 +12,8 @@ use crate::kernels::real::Real;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::product::Libtorch;
-use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, version};
+use crate::torch::saved::Saved;
+use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar};
 use operations::{Call, composite, operations};
 use tch::Tensor;
 
@@ -86,11 +87,9 @@ pub fn cc_loss(
         Place::Composite => return output(composite(logits, logits_strong, call)?),
     };
     if let Some(grad) = grad {
-        let held = Held {
-            logits: logits.f_detach()?,
-            version: version(logits),
-        };
-        let formula = Box::new(move |t: &[Tensor]| held.loss(&t[0], call));
+        // For second derivatives.
+        let weak = Saved::of(logits, "CCConsistency's logits")?;
+        let formula = Box::new(move |t: &[Tensor]| Ok(composite(weak.get()?, &t[0], call)?.0));
         attach(
             c"CcLossBackward",
             &output.loss,
@@ -221,26 +220,5 @@ impl Way {
             value: f64::NAN,
             scale: 1.0,
         }))
-    }
-}
-
-/// The weak logits, for second derivatives.
-struct Held {
-    logits: Tensor,
-    version: i64,
-}
-
-// SAFETY: at::Tensor's reference count is atomic, and nothing writes this tensor's metadata.
-unsafe impl Sync for Held {}
-
-impl Held {
-    fn loss(&self, strong: &Tensor, call: Call) -> Result<Tensor> {
-        if version(&self.logits) != self.version {
-            return Err(Error::Bridge(format!(
-                "{CLASS}: logits were modified in place after the loss was computed, so that its second \
-                 derivatives are lost"
-            )));
-        }
-        Ok(composite(&self.logits, strong, call)?.0)
     }
 }

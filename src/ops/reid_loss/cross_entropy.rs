@@ -8,7 +8,8 @@ use crate::kernels::reid_loss::cross_entropy::{Targets, cross_entropy as kernel}
 use crate::ops::{Place, inside, loss_dtype, place, stored, threads};
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, version};
+use crate::torch::saved::Saved;
+use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar};
 use tch::{Kind, Tensor};
 
 const SOFT: &str = "CrossEntropyLoss";
@@ -51,42 +52,11 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
         Place::Operations => soft_operations(&input, labels, kind)?,
         Place::Composite => return soft_composite(y, labels, kind),
     };
-    let held = Held::of(SOFT, labels)?;
-    attached(y, loss, move |y| soft_composite(y, &held.get()?, kind))
-}
-
-/// The targets, which the composite needs again, and the version that the loss saw.
-struct Held {
-    class: &'static str,
-    labels: Tensor,
-    version: i64,
-}
-
-// SAFETY: at::Tensor's reference count is atomic, and nothing writes this tensor's metadata.
-unsafe impl Sync for Held {}
-
-impl Held {
-    fn of(class: &'static str, labels: &Tensor) -> Result<Self> {
-        Ok(Self {
-            class,
-            labels: labels.f_detach()?,
-            version: version(labels),
-        })
+    if loss.1.is_none() {
+        return Ok(loss.0);
     }
-
-    fn get(&self) -> Result<Tensor> {
-        if self.labels.f_is_inference()? {
-            // A copy is an ordinary tensor, which autograd may save.
-            return Ok(self.labels.f_detach_copy()?);
-        }
-        if version(&self.labels) == self.version {
-            return Ok(self.labels.shallow_clone());
-        }
-        Err(Error::Bridge(format!(
-            "{}: labels were modified in place, and the graph needs them as they were",
-            self.class
-        )))
-    }
+    let held = Saved::of(labels, "CrossEntropyLoss's labels")?;
+    attached(y, loss, move |y| soft_composite(y, held.get()?, kind))
 }
 
 /// By the CPU kernel.
@@ -215,9 +185,12 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
         }
         _ => return smooth_composite(y, labels, hit, rest, kind),
     };
-    let held = Held::of(SMOOTH, labels)?;
+    if loss.1.is_none() {
+        return Ok(loss.0);
+    }
+    let held = Saved::of(labels, "CrossEntropyLossWithLabelSmooth's labels")?;
     attached(y, loss, move |y| {
-        smooth_composite(y, &held.get()?, hit, rest, kind)
+        smooth_composite(y, held.get()?, hit, rest, kind)
     })
 }
 
