@@ -11,7 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.losses import LOSSES
 from tests.test_losses import assert_agree, every_loss, leaves, run
-from tllib_rs import _core
+from tllib_rs import _core, _library
+
+transparent = _library.or_transparent(
+    None, "test_entropy", "(Tensor p, str reduction) -> Tensor", _core.entropy
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +41,22 @@ def test_any_number_of_rows(loss, generator):
     for rows in (7, 12):
         inputs = leaves(loss, loss.inputs(generator, rows), torch.float32)
         assert_agree(run(loss, compiled, inputs), run(loss, loss.ours, inputs), torch.float32, 1e-6)
+
+
+@every_loss
+def test_windows_of_one_tensor(loss, generator):
+    """Offsets, and strides, that become symbols."""
+    for cut in (lambda x, k: x[k : k + 7], lambda x, k: x[:7, k : k + 5] if x.dim() == 2 else x[:7]):
+        torch._dynamo.reset()
+
+        def call(k, *inputs):
+            return loss.ours(*(cut(x, k) for x in inputs))  # noqa: B023
+
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        for k in (0, 3, 6):
+            inputs = leaves(loss, loss.inputs(generator, 14, 20 + k), torch.float32)
+            got, expected = (run(loss, lambda *x: f(k, *x), inputs) for f in (compiled, call))  # noqa: B023
+            assert_agree(got, expected, torch.float32, 1e-6)
 
 
 @every_loss
@@ -134,3 +154,18 @@ def test_dtype_in_a_region_of_cuda(loss, dtype, region, generator):
         got, expected = (loss.first(call(*fake)) for call in (loss.ours, loss.plain))
     assert (got.dtype, got.shape, got.device) == (expected.dtype, expected.shape, expected.device)
     assert got.requires_grad
+
+
+def test_graphs_that_torch_keeps_on_the_disk_are_told_apart_by_the_build(monkeypatch, tmp_path):
+    """It finds them by the operators in them, and knows nothing of what ours is composed of."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(_core, "has_kernels", lambda device: False)
+    found = []
+    for build in ("one", "two", "two"):
+        monkeypatch.setattr(_library, "_BUILD", build)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        x = torch.rand(2, 3, requires_grad=True)
+        torch.compile(lambda x: transparent(x, "none"), fullgraph=True)(x).sum().backward()
+        found.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
+    assert found == [0, 0, 1]

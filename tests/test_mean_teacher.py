@@ -316,3 +316,23 @@ def test_updates_inside_a_transform_of_torch_func():
         outside.update()
         torch.testing.assert_close(teacher.teacher.weight, outside.teacher.weight, rtol=0, atol=0)
     assert not teacher.teacher.weight.eq(student.weight).any()
+
+
+def test_half_precision_stays_where_the_student_stands():
+    """Also where the two are averaged alone, because their strides differ."""
+    for dtype in (torch.bfloat16, torch.float16):
+        student = nn.Linear(4, 4, bias=False).to(dtype)
+        with torch.no_grad():
+            student.weight.fill_(0.7)
+        teacher = EMATeacher(student, 0.998)
+        teacher.teacher.weight.data = teacher.teacher.weight.data.t()
+        for _ in range(300):
+            teacher.update()
+        assert torch.equal(teacher.teacher.weight, student.weight)
+
+
+def test_a_teacher_without_values_is_left_alone():
+    with torch.device("meta"):
+        teacher = EMATeacher(nn.Linear(2, 2), 0.9)
+    teacher.update()
+    assert teacher.teacher.weight.is_meta

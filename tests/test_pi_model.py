@@ -155,3 +155,10 @@ def test_an_assigned_measure_is_taken(generator):
     loss, p = L2ConsistencyLoss(), torch.rand(2, 5, 3, generator=generator)
     loss.distance_measure = lambda p1, p2: (p1 - p2).abs().sum(dim=1)
     torch.testing.assert_close(loss(*p), (p[0] - p[1]).abs().sum(dim=1).mean())
+
+
+def test_compiled_refuses_what_eager_refuses(generator):
+    compiled = torch.compile(L2ConsistencyLoss(), backend="aot_eager")
+    for other in ((1, 3), (5,), (5, 3, 2)):
+        with pytest.raises(Exception, match="L2ConsistencyLoss: p2 must"):
+            compiled(torch.rand(5, 3, generator=generator), torch.rand(other, generator=generator))

@@ -9,15 +9,20 @@ Where no kernel serves, the loss is transparent (:func:`or_transparent`): the co
 torch's operations, and fuses them with each other and with what is around.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 
-from tllib_rs import _core
+from tllib_rs import __version__, _core
 
 _library = torch.library.Library("tllib_rs", "DEF")
+_file = os.stat(_core.__file__)
+#: torch keeps compiled graphs on the disk, by the operators in them. What a transparent one is composed of is
+#: no part of that, so this is: another for each version and build.
+_BUILD = f"{__version__}-{_file.st_size:x}-{_file.st_mtime_ns:x}"
 
 
 def define(
@@ -155,15 +160,26 @@ def or_transparent(
     """
 
     def composed(*args):
-        sizes = (n for x in args if isinstance(x, torch.Tensor) for n in x.shape)
-        return opaque(*args) if any(isinstance(n, torch.SymInt) for n in sizes) else call(*args)
+        *args, _ = args
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if any(isinstance(n, torch.SymInt) for x in tensors for n in x.shape):
+            return opaque(*args)
+        # Strides and offsets may be symbols, too: those of a copy, which the compiler leaves out, are not.
+        return call(
+            *(
+                x.clone(memory_format=torch.contiguous_format)
+                if isinstance(x, torch.Tensor) and x._has_symbolic_sizes_strides
+                else x
+                for x in args
+            )
+        )
 
-    _library.define(f"{name}_composite{schema}")
+    _library.define(f"{name}_composite{schema.replace(')', ', str build)', 1)}")
     _library.impl(f"{name}_composite", composed, "CompositeImplicitAutograd")
     transparent = getattr(torch.ops.tllib_rs, f"{name}_composite").default
 
     def compiled(*args):
-        return opaque(*args) if _has_kernels(args[0].device.type) else transparent(*args)
+        return opaque(*args) if _has_kernels(args[0].device.type) else transparent(*args, _BUILD)
 
     return compiled
 

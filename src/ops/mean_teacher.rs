@@ -6,7 +6,7 @@ use crate::kernels::mean_teacher::{Pair, blend_all};
 use crate::kernels::parallel::threads_for;
 use crate::torch::input::{Borrowed, Facts, sparse};
 use crate::torch::{Dtype, average, by_dtype, max_threads};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const CLASS: &str = "EMATeacher";
 /// Elements that one thread averages in the time that makes another thread worth starting.
@@ -47,6 +47,9 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
     let mut sweeps = Sweeps::default();
     let mut others = Vec::new();
     for (k, (teacher, student)) in facts.0.iter().zip(&facts.1).enumerate() {
+        if teacher.is_meta() {
+            continue;
+        }
         // SAFETY: the caller keeps both alive, and where they are `apart` no memory is shared beyond
         // tensors that are one and the same.
         let taken = apart
@@ -290,14 +293,25 @@ fn span(input: &Facts) -> Option<Span> {
 }
 
 /// The update in libtorch operations, in place. The student may lie in the teacher's memory: it is read first.
+/// Half precision is averaged in float32: on the CPU libtorch would round `alpha` as well, and a teacher would
+/// leave a student that stands still.
 fn composite(teacher: &Tensor, student: &Tensor, alpha: f64) -> Result<()> {
+    let kind = teacher.f_kind()?;
+    let wide = match kind {
+        Kind::Half | Kind::BFloat16 => Kind::Float,
+        _ => kind,
+    };
     let step = student
         .f_detach()?
         .f_to_device(teacher.device())?
-        .f_to_kind(teacher.f_kind()?)?
+        .f_to_kind(wide)?
         .f_mul_scalar(1.0 - alpha)?;
     let mut target = teacher.f_detach()?;
-    let _ = target.f_mul_scalar_(alpha)?;
-    let _ = target.f_add_(&step)?;
+    if wide == kind {
+        let _ = target.f_mul_scalar_(alpha)?.f_add_(&step)?;
+    } else {
+        let average = target.f_to_kind(wide)?.f_mul_scalar(alpha)?.f_add(&step)?;
+        target.f_copy_(&average)?;
+    }
     Ok(())
 }

@@ -110,7 +110,9 @@ _compiled = register(
     "pi_model",
     "(Tensor p1, Tensor p2)",
     lambda p1, p2: _core.pi_model(p1, p2, 1.0, "none"),
-    lambda p1, p2: (p1.new_empty(p1.shape[:1], dtype=torch.promote_types(p1.dtype, p2.dtype)),),
+    lambda p1, p2: (
+        p1.new_empty(p1.shape[:1] + p1.shape[2:], dtype=torch.promote_types(p1.dtype, p2.dtype)),
+    ),
     differentiable=2,
     widened="on devices",
 )
@@ -118,11 +120,9 @@ _compiled = register(
 
 def _squared_distance(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
     """The squared distance of each row, over dimension 1."""
-    if not torch.compiler.is_compiling():
-        return _core.pi_model(p1, p2, 1.0, "none")
-    if p1.dim() == 2 and p1.shape == p2.shape:
+    if torch.compiler.is_compiling():
         return _compiled(p1, p2)
-    return (p1 - p2).square().sum(dim=1)
+    return _core.pi_model(p1, p2, 1.0, "none")
 
 
 class L2ConsistencyLoss(ConsistencyLoss):
