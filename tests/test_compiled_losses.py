@@ -37,7 +37,7 @@ def test_compile_without_graph_break(loss, generator):
 @every_loss
 def test_any_number_of_rows(loss, generator):
     """Graphs whose sizes are symbols, which are no numbers to the composites."""
-    compiled = torch.compile(loss.ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(lambda *x: loss.ours(*x), fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (7, 12):
         inputs = leaves(loss, loss.inputs(generator, rows), torch.float32)
         assert_agree(run(loss, compiled, inputs), run(loss, loss.ours, inputs), torch.float32, 1e-6)
@@ -71,7 +71,7 @@ def test_what_the_compiler_sees(loss, generator, dynamic):
 
     inputs = leaves(loss, loss.inputs(generator), torch.float32)
     compiled = torch.compile(
-        loss.ours, fullgraph=True, backend=aot_autograd(fw_compiler=forward), dynamic=dynamic
+        lambda *x: loss.ours(*x), fullgraph=True, backend=aot_autograd(fw_compiler=forward), dynamic=dynamic
     )
     run(loss, compiled, inputs)
     ours = [name for name in called if name.startswith("tllib_rs")]
