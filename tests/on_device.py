@@ -17,8 +17,10 @@ HERE = EMULATED or OPERATIONS or torch.cuda.is_available()
 ON_GPU = HERE and not (EMULATED or OPERATIONS)
 DEVICE = "cuda" if ON_GPU else "cpu"
 
+KERNELS = os.environ.get("TLLIB_RS_CUDA") == "1"
+
 somewhere = pytest.mark.skipif(not HERE, reason="NOT RUN: needs a GPU")
-kernels = pytest.mark.skipif(os.environ.get("TLLIB_RS_CUDA") != "1", reason="NOT RUN: needs TLLIB_RS_CUDA=1")
+kernels = pytest.mark.skipif(not KERNELS, reason="NOT RUN: needs TLLIB_RS_CUDA=1")
 gpu = pytest.mark.skipif(not ON_GPU, reason="NOT RUN: needs a GPU")
 inductor = pytest.mark.skipif(
     not (has_triton() and any(map(shutil.which, ("cc", "gcc", "clang")))),

@@ -5,6 +5,7 @@ import torch
 
 from tests import golden
 from tests.plain.cc_loss import cc_loss as plain
+from tllib_rs import _core
 from tllib_rs.self_training.cc_loss import CCConsistency
 
 
@@ -263,9 +264,13 @@ def test_compiled_returns_tensors(generator):
     expected, expected_fraction = loss(weak, other)
     value.backward()
     expected.backward()
-    torch.testing.assert_close(value, expected)
     assert fraction == expected_fraction
-    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-8)
+    if _core.has_kernels("cpu"):
+        assert value == expected
+        assert torch.equal(leaf.grad, other.grad)
+    else:  # The compiler has autograd differentiate the composite, which sums in another order.
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-8)
     value, fraction = torch.compile(CCConsistency(1.0, 1.1), fullgraph=True, backend="aot_eager")(weak, leaf)
     assert value == 0
     assert fraction == 0

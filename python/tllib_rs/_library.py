@@ -161,18 +161,14 @@ def or_transparent(
 
     def composed(*args):
         *args, _ = args
-        tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        if any(isinstance(n, torch.SymInt) for x in tensors for n in x.shape):
-            return opaque(*args)
-        # Strides and offsets may be symbols, too: those of a copy, which the compiler leaves out, are not.
-        return call(
-            *(
-                x.clone(memory_format=torch.contiguous_format)
-                if isinstance(x, torch.Tensor) and x._has_symbolic_sizes_strides
-                else x
-                for x in args
-            )
-        )
+        for place, x in enumerate(args):
+            if not isinstance(x, torch.Tensor) or not x._has_symbolic_sizes_strides:
+                continue
+            if any(isinstance(n, torch.SymInt) for n in x.shape):
+                return opaque(*args)
+            # Only strides and offset are symbols: those of a copy, which the compiler leaves out, are not.
+            args[place] = x.clone(memory_format=torch.contiguous_format)
+        return call(*args)
 
     _library.define(f"{name}_composite{schema.replace(')', ', str build)', 1)}")
     _library.impl(f"{name}_composite", composed, "CompositeImplicitAutograd")
