@@ -17,7 +17,7 @@ use std::ops::Range;
 
 /// The widest rows whose sums are taken side by side: there is little to do, and wider ones are added up
 /// sooner than transposed.
-const NARROW: usize = 16;
+const NARROW: usize = 31;
 
 /// Where the results go. Gradients are contiguous.
 pub struct Outputs<'a, E> {

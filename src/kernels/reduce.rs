@@ -3,6 +3,8 @@
 
 use super::isa::Isa;
 use super::real::Real;
+use std::array::from_fn;
+use std::ops::Add;
 
 /// Independent accumulators. So many that the loop over them is not unrolled before it is vectorised:
 /// unrolled, it depends on what LLVM makes of a hundred scalar instructions. It then knows their number,
@@ -23,32 +25,62 @@ const LONG_BLOCK: usize = BLOCK / LANES * MANY_LANES;
 /// The maximum; NaN if any value is NaN; minus infinity for an empty row.
 #[inline(always)]
 pub fn max<F: Real>(row: &[F]) -> F {
-    let (mut largest, mut magnitude) = ([F::NEG_INFINITY; LANES], [F::ZERO.magnitude(); LANES]);
-    let mut take = |chunk: &[F; LANES]| {
-        for k in 0..LANES {
-            largest[k] = largest[k].larger(chunk[k]);
-            magnitude[k] = magnitude[k].max(chunk[k].magnitude());
-        }
+    let mut most = Most {
+        largest: [F::NEG_INFINITY; LANES],
+        magnitude: [F::ZERO.magnitude(); LANES],
     };
     let (chunks, rest) = row.as_chunks::<LANES>();
     for chunk in chunks {
-        take(chunk);
+        most.take(chunk);
     }
-    if !rest.is_empty() {
-        take(last(row, &mut [F::NEG_INFINITY; LANES]));
+    // Values that are taken twice change nothing.
+    if rest.is_empty() {
+    } else if let Some(last) = row.last_chunk::<LANES>() {
+        most.take(last);
+    } else if let (Some(first), Some(last)) = (row.first_chunk::<REST>(), row.last_chunk::<REST>())
+    {
+        most.take(first);
+        most.take(last);
+    } else {
+        most.take(last(row, &mut [F::NEG_INFINITY; REST]));
     }
-    // No number is further from 0 than infinity.
-    let infinity = F::NEG_INFINITY.magnitude();
+    most.of_all()
+}
+
+/// The largest values so far, of each lane.
+struct Most<F: Real> {
+    largest: [F; LANES],
+    magnitude: [F::Bits; LANES],
+}
+
+impl<F: Real> Most<F> {
+    /// One more value for each of the first lanes.
+    #[inline(always)]
+    fn take<const N: usize>(&mut self, chunk: &[F; N]) {
+        for k in 0..N {
+            self.largest[k] = self.largest[k].larger(chunk[k]);
+            self.magnitude[k] = self.magnitude[k].max(chunk[k].magnitude());
+        }
+    }
+
+    /// The maximum, or NaN.
+    #[inline(always)]
     #[allow(
         clippy::needless_bitwise_bool,
         reason = "a branch would keep it from vectorising"
     )]
-    let nan = magnitude.iter().fold(false, |any, &m| any | (m > infinity));
-    if nan {
-        return F::NAN;
+    fn of_all(self) -> F {
+        // No number is further from 0 than infinity.
+        let infinity = F::NEG_INFINITY.magnitude();
+        let nan = self
+            .magnitude
+            .iter()
+            .fold(false, |any, &m| any | (m > infinity));
+        if nan {
+            return F::NAN;
+        }
+        folded(self.largest, F::larger)
     }
-    fold(&mut largest, 1, F::larger);
-    largest[0]
 }
 
 /// The first [`REST`] of the last `count` values of a row, and how many those are. Where there are fewer,
@@ -103,6 +135,32 @@ fn fold<T: Copy>(lanes: &mut [T], count: usize, f: impl Fn(T, T) -> T) {
     }
 }
 
+/// All lanes, folded in pairs. By value: lanes that are folded where they lie are written and read again at
+/// every step, which takes longer than the rest of a row of a hundred elements.
+#[inline(always)]
+fn folded<T: Copy>(lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
+    let lanes: [T; 16] = halved(lanes, &f);
+    folded_eight(halved(lanes, &f), f)
+}
+
+/// The same of eight.
+#[inline(always)]
+fn folded_eight<T: Copy>(lanes: [T; 8], f: impl Fn(T, T) -> T) -> T {
+    let lanes: [T; 4] = halved(lanes, &f);
+    let lanes: [T; 2] = halved(lanes, &f);
+    f(lanes[0], lanes[1])
+}
+
+/// The lower half of the lanes with the upper one.
+#[inline(always)]
+fn halved<T: Copy, const N: usize, const HALF: usize>(
+    lanes: [T; N],
+    f: impl Fn(T, T) -> T,
+) -> [T; HALF] {
+    const { assert!(N == 2 * HALF) };
+    from_fn(|k| f(lanes[k], lanes[k + HALF]))
+}
+
 /// The index of the first maximum, or of the first NaN; 0 for an empty row.
 #[inline(always)]
 pub fn argmax<F: Real>(row: &[F]) -> usize {
@@ -122,24 +180,19 @@ pub fn first<F: Real>(row: &[F], found: impl Fn(F) -> bool) -> usize {
     // Without an exit inside a chunk it is a few vector instructions.
     let holds = |chunk: &[F; LANES]| chunk.iter().fold(false, |any, &x| any | found(x));
     let start = chunks.iter().position(holds).unwrap_or(chunks.len()) * LANES;
+    let (chunks, _) = row[start..].as_chunks::<REST>();
+    let holds = |chunk: &[F; REST]| chunk.iter().fold(false, |any, &x| any | found(x));
+    let start = start + chunks.iter().position(holds).unwrap_or(chunks.len()) * REST;
     let within = row[start..].iter().position(|&x| found(x));
     within.map_or(0, |k| start + k)
 }
 
-/// The sum of the first [`LANES`] lanes.
+/// The sum of all lanes, the last steps in f64.
 #[inline(always)]
-fn across<F: Real>(lanes: &[F]) -> f64 {
-    let mut sums = [F::ZERO; LANES / 4];
-    for k in 0..LANES / 4 {
-        let pair = |k: usize| lanes[k] + lanes[k + LANES / 2];
-        sums[k] = pair(k) + pair(k + LANES / 4);
-    }
-    let mut wide = [0.0; LANES / 4];
-    for k in 0..LANES / 4 {
-        wide[k] = sums[k].to_f64();
-    }
-    fold(&mut wide, 1, |a, b| a + b);
-    wide[0]
+fn across<F: Real>(lanes: [F; LANES]) -> f64 {
+    let lanes: [F; 16] = halved(lanes, F::add);
+    let lanes: [F; 8] = halved(lanes, F::add);
+    folded_eight(lanes.map(F::to_f64), f64::add)
 }
 
 /// `sum_j row_j`
@@ -168,7 +221,7 @@ pub fn sum_of<F: Real>(row: &[F], f: impl Fn(F) -> F) -> f64 {
                 acc[k] += if k < REST - count { F::ZERO } else { term };
             }
         }
-        total += across(&acc);
+        total += across(acc);
     }
     total
 }
@@ -198,13 +251,14 @@ pub fn sum_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
                 acc[k] += f(x[k], y[k]);
             }
         }
-        fold(&mut acc, LANES, |a, b| a + b);
+        // Where they lie: moved, they make slower code of all that is around.
+        fold(&mut acc, LANES, F::add);
         for (x, y) in x_rest.chunks(LANES).zip(y_rest.chunks(LANES)) {
             for ((acc, &x), &y) in acc.iter_mut().zip(x).zip(y) {
                 *acc += f(x, y);
             }
         }
-        total += across(&acc);
+        total += across(from_fn(|k| acc[k]));
     }
     total
 }
@@ -223,8 +277,7 @@ fn sum_of_few_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
     for (&x, &y) in x_rest.iter().zip(y_rest) {
         total += f(x, y);
     }
-    fold(&mut acc, 1, |a, b| a + b);
-    (total + acc[0]).to_f64()
+    (total + folded_eight(acc, F::add)).to_f64()
 }
 
 /// Writes the first of what `f(row_j)` returns into `out`, of the same length, and returns the sum of
@@ -253,7 +306,7 @@ pub fn map_sum<F: Real>(row: &[F], out: &mut [F], f: impl Fn(F) -> (F, F)) -> f6
             }
             put(&written, out, behind);
         }
-        total += across(&acc);
+        total += across(acc);
     }
     total
 }

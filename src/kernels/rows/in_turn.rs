@@ -1,10 +1,12 @@
 //! Rows read one after the other: narrow ones are converted, or gathered from strides, several at a time.
 //!
-//! Columns that lie one behind the other are gathered row by row all the same: transposed in squares of 16,
-//! sixteen rows at a time, they took up to twice as long.
+//! Where the elements of a column lie one behind the other, whole lines of the cache are transposed if those of a
+//! row would be gone before the next row needs them. A batch is a power of two as a rule, and so is then the way from
+//! column to column: such lines have few places in the cache.
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
+use super::super::lanes::{LANES, Lanes};
 use super::super::real::Real;
 use super::{Rows, prefetch};
 use std::ops::Range;
@@ -15,6 +17,11 @@ const AHEAD: usize = 4096;
 const CACHE_LINE: usize = 64;
 /// Elements that are converted at a time where rows are narrow.
 const GROUP: usize = 4096;
+/// The nearest cache: sets, and lines that each has room for, at least.
+const SETS: usize = 64;
+const WAYS: usize = 8;
+/// Columns that are transposed at a time: their lines stay, though all may be of one set.
+const AT_ONCE: usize = WAYS;
 
 /// Room for converted rows of one matrix, and which ones it holds.
 pub struct Scratch<F> {
@@ -54,9 +61,18 @@ impl<E: Element> Rows<'_, E> {
         E::exact(&[]).is_some() && self.col_stride == 1 && (count == 1 || self.adjacent())
     }
 
-    /// How many rows are converted together, for the sake of the loop over them.
+    /// How many rows are converted together, for the sake of the loop over them, and of lines that are read once.
     fn at_a_time(&self) -> usize {
-        (GROUP / self.cols.max(1)).max(1)
+        let least = if self.transposes() { LANES } else { 1 };
+        (GROUP / self.cols.max(1)).max(least)
+    }
+
+    /// Whether columns in one piece are read by the line, and not by the row.
+    fn transposes(&self) -> bool {
+        let apart = self.col_stride.unsigned_abs() * size_of::<E>() / CACHE_LINE;
+        // The largest power of two that divides it: so many sets are passed over.
+        let step = (apart & apart.wrapping_neg()).clamp(1, SETS);
+        self.column_major() && self.cols > SETS / step * WAYS
     }
 
     /// Row `i` in the computing type, for sweeps that take one row after the other. `scratch` comes from
@@ -134,9 +150,53 @@ impl<E: Element> Kernel for Convert<'_, '_, E> {
             all.copy_row(0, out);
             return;
         }
+        if rows.transposes() && rows.height >= LANES {
+            rows.transpose_into(out);
+            return;
+        }
         for i in 0..rows.height {
             rows.copy_row(i, &mut out[i * rows.cols..]);
         }
+    }
+}
+
+impl<E: Element> Rows<'_, E> {
+    /// Writes all rows, one behind the other, where the elements of a column lie in one piece and the matrix is
+    /// no smaller than a tile.
+    #[inline(always)]
+    fn transpose_into(&self, out: &mut [E::Acc]) {
+        // The last tiles reach back over what is there already.
+        for i in (0..self.height).step_by(LANES) {
+            let i = i.min(self.height - LANES);
+            for j in (0..self.cols).step_by(AT_ONCE) {
+                let j = j.min(self.cols - AT_ONCE);
+                let tile = self.tile(i, j);
+                for k in 0..LANES {
+                    let row = &mut out[(i + k) * self.cols + j..][..AT_ONCE];
+                    for c in 0..AT_ONCE {
+                        row[c] = tile[c][k];
+                    }
+                }
+            }
+        }
+    }
+
+    /// [`LANES`] rows from `i` on of [`AT_ONCE`] columns from `j` on, column by column.
+    #[inline(always)]
+    fn tile(&self, i: usize, j: usize) -> [Lanes<E::Acc>; AT_ONCE] {
+        assert!(i + LANES <= self.height && j + AT_ONCE <= self.cols && self.row_stride == 1);
+        let first = self
+            .start_of(i)
+            .wrapping_offset(j as isize * self.col_stride);
+        let mut tile = [[E::Acc::ZERO; LANES]; AT_ONCE];
+        for (c, lanes) in tile.iter_mut().enumerate() {
+            let column = first.wrapping_offset(c as isize * self.col_stride);
+            for (k, lane) in lanes.iter_mut().enumerate() {
+                // SAFETY: of row `i + k` and column `j + c`, which are there: the constructor's contract covers it.
+                *lane = unsafe { *column.wrapping_add(k) }.load();
+            }
+        }
+        tile
     }
 }
 
