@@ -202,10 +202,15 @@ def test_calls_nest():
         assert "tllib.self_training.mcc" in sys.modules
         assert "in place" in repr(outer)
     assert "tllib.self_training.mcc" not in sys.modules
+    other = importlib.import_module("tllib.utils.meter")
     outer.undo()
     assert "undone" in repr(outer)
+    assert sys.modules["tllib.utils.meter"] is other
     with patch_tllib() as again:
         assert again is not outer
+        outer.undo()
+        served = importlib.import_module("tllib.self_training.mcc")
+        assert served.__name__ == "tllib_rs.self_training.mcc"
 
 
 def test_a_missing_module_of_ours_is_no_silence(monkeypatch):

@@ -10,7 +10,8 @@ which is why ``from tllib.vision.models.reid.loss import SoftTripletLoss`` works
 attributes on the way, and those are added to tllib's packages here. A package that breaks still breaks with
 its own error wherever it is imported for itself; only as a step on the way to one of our modules a
 placeholder stands in for it. Where ``tllib`` itself does not import, ``import tllib...`` fails as without us
-(the name that it binds is ``tllib``), and ``from tllib... import`` of our modules works.
+(the name that it binds is ``tllib``), and so does ``from tllib.self_training import mcc``, which asks the
+package; ``from tllib.self_training.mcc import ...`` works.
 """
 
 import importlib
@@ -91,7 +92,9 @@ class Patch(Mapping[str, Any]):
         and the next import loads them afresh. Where :func:`patch_tllib` was called several times, the last
         undo counts.
         """
-        self._uses = max(self._uses - 1, 0)
+        if not self._uses:
+            return
+        self._uses -= 1
         if not self._uses:
             self._restore()
 
