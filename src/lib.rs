@@ -12,7 +12,8 @@
 //!
 //! A method has one stem in all of them: `kernels/mcc.rs`, `ops/mcc.rs`, `python/mcc.rs`,
 //! `python/tllib_rs/self_training/mcc.py`, `tests/test_mcc.py`.
-//! `cargo test --no-default-features` builds and tests the kernels alone.
+//! `cargo test --no-default-features` builds and tests the kernels alone. One exception to the order: the autograd
+//! node, in `torch`, has gradients on CUDA scaled by `cuda`.
 
 // Tests compare exact values on purpose.
 #![cfg_attr(test, allow(clippy::float_cmp))]

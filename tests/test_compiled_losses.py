@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.losses import LOSSES
 from tests.test_losses import assert_agree, every_loss, leaves, run
 from tllib_rs import _core, _library
+from tllib_rs.vision.models.reid.loss import hard_examples_mining
 
 transparent = _library.or_transparent(
     None, "test_entropy", "(Tensor p, str reduction) -> Tensor", _core.entropy
@@ -169,3 +170,49 @@ def test_graphs_that_torch_keeps_on_the_disk_are_told_apart_by_the_build(monkeyp
         torch.compile(lambda x: transparent(x, "none"), fullgraph=True)(x).sum().backward()
         found.append(torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"])
     assert found == [0, 0, 1]
+
+
+#: Those whose gradients a large batch makes small.
+LARGE = "mcc pseudo_label dst class_balance entropy_mean pi_model uda reid_cross_entropy label_smooth"
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in LARGE.split()], ids=repr)
+def test_float16_gradients_of_a_large_batch_keep_their_digits(loss, generator):
+    """A loss scale reaches them first, as it does in eager: float16 has few numbers for what they are without."""
+
+    def scaled(*x):
+        return loss.first(loss.ours(*x)).float() * 2.0**12
+
+    inputs = leaves(loss, loss.inputs(generator, 20_000, 5), torch.float16)
+    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    (_, got), (_, expected) = (run(loss, call, inputs, 1.0) for call in (compiled, scaled))
+    for ours, eager in zip(got, expected, strict=True):
+        if ours is not None:
+            assert (eager != 0).float().mean() > 0.5
+            torch.testing.assert_close(ours, eager, rtol=4e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if "triplet" in loss.name], ids=repr)
+def test_inductor_mines_with_strided_labels(loss, generator):
+    """It gets argmax wrong on the CPU where it fuses it with a mask that it makes of strided labels."""
+    labels = torch.arange(32).repeat_interleave(2)[::2] // 4
+
+    def call(x):
+        if "xbm" in loss.name:
+            return loss.module(x, labels, x.flip(0), labels.flip(0))
+        return loss.module(x, x.sin(), labels) if "soft" in loss.name else loss.module(x, labels)
+
+    inputs = [torch.randn(32, 8, generator=generator, requires_grad=True)]
+    got, expected = (run(loss, f, inputs) for f in (torch.compile(call), call))
+    assert_agree(got, expected, torch.float32, 1e-5)
+
+
+def test_inductor_mines_a_matrix_that_it_masks(generator):
+    def call(distances, labels):
+        same = labels.unsqueeze(1).eq(labels.unsqueeze(0)).float()
+        return hard_examples_mining(distances, same, return_idxes=True)
+
+    distances = torch.rand(16, 16, generator=generator)
+    labels = torch.randint(3, (32,), generator=generator)[::2]
+    for ours, eager in zip(torch.compile(call)(distances, labels), call(distances, labels), strict=True):
+        assert torch.equal(ours, eager)

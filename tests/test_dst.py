@@ -58,7 +58,8 @@ def test_saturated_float32_is_exact_where_tllib_is_not(gap, form):
     [
         ("y_l", [1.0], TypeError, "WorstCaseEstimationLoss: y_l must be a torch.Tensor, got list"),
         ("y_u_adv", torch.zeros(4, 3).bool(), TypeError, r"y_u_adv must be float32, .*, got bool"),
-        ("y_l", torch.zeros(2, 3, 1), ValueError, r"y_l must have shape \(minibatch, C\) .* \[2, 3, 1\]"),
+        ("y_l", torch.zeros(2), ValueError, r"y_l must have shape \(minibatch, C, \.\.\.\) .* \[2\]"),
+        ("y_l", torch.zeros(2, 3, 1), ValueError, r"y_l_adv must have the shape of y_l, \[2, 3, 1\]"),
         (
             "y_l_adv",
             torch.zeros(2, 4),

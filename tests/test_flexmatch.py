@@ -366,3 +366,40 @@ def test_counts_on_a_device_outlive_an_inference():
         state.net_outputs[7:9] = step
         if step == 1:
             state.net_outputs = torch.zeros(20, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("write", ["data", "set_"])
+def test_what_is_assigned_to_the_data_of_net_outputs_are_new_labels(write):
+    """tllib's is an attribute like any other."""
+    module, held = make(3, 6), make(3, 6)
+    alias = held.net_outputs
+    for labels in ([0, 0, 0, 1, 1, 2], [2, 2, 2, 2, 1, 1]):
+        for tensor in (module.net_outputs, alias):
+            if write == "data":
+                tensor.data = torch.tensor(labels)
+            else:
+                tensor.set_(torch.tensor(labels))
+        counts = [0, *torch.tensor(labels).bincount(minlength=3).tolist()]
+        assert module.class_counts().tolist() == counts
+        assert module.net_outputs.tolist() == labels
+        if labels[0] == 0:
+            assert held.class_counts().tolist() == counts
+            held.update(torch.tensor([5]), torch.ones(1), torch.tensor([0]))
+            assert alias.tolist() == [0, 0, 0, 1, 1, 0]
+    fresh = make(3, 6)
+    fresh.net_outputs.data = torch.zeros(5, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"net_outputs must have shape .* got shape \[5\]"):
+        fresh.class_counts()
+    assert fresh.net_outputs.tolist() == [-1] * 6
+
+
+def test_net_outputs_is_one_tensor_while_it_is_held():
+    module = make()
+    alias = module.net_outputs
+    assert module.net_outputs is alias
+    with torch.inference_mode():
+        inside = make().net_outputs
+        assert module.net_outputs.sum() == -50
+    assert inside.is_inference()
+    module.net_outputs[0] = 1
+    assert module.class_counts()[2] == 1

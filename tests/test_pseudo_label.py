@@ -30,7 +30,7 @@ def test_golden(case, precision):
         (torch.zeros(2, 3), 1.0, TypeError, "y_target must be a torch.Tensor, got float"),
         (torch.zeros(2, 3, dtype=torch.bool), torch.zeros(2, 3), TypeError, "y must be float32, .* got bool"),
         (torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.cfloat), TypeError, "y_target must be .* complex dtype"),
-        (torch.zeros(2), torch.zeros(2), ValueError, r"y must have shape \(minibatch, C\) with C > 0, got shape \[2\]"),
+        (torch.zeros(2), torch.zeros(2), ValueError, r"y must have shape \(minibatch, C, \.\.\.\) with C > 0, got shape \[2\]"),
         (torch.zeros(2, 0), torch.zeros(2, 0), ValueError, r"got shape \[2, 0\]"),
         (torch.zeros(2, 3), torch.zeros(2, 4), ValueError, r"y_target must have the shape of y, \[2, 3\], got shape \[2, 4\]"),
         (torch.zeros(2, 3), torch.zeros(2, 3, device="meta"), RuntimeError, "y_target must be on the device of y"),
@@ -74,3 +74,14 @@ def test_float16_labels_among_very_many_classes(generator):
     labels = target.float().softmax(dim=1).half().max(dim=1).indices
     _, _, ours = ConfidenceBasedSelfTrainingLoss(0.0)(target, target)
     assert torch.equal(ours, labels)
+
+
+def test_every_place_of_an_image_is_a_row(generator):
+    y, target = torch.randn(2, 3, 6, 4, 5, generator=generator)
+    loss, mask, labels = ConfidenceBasedSelfTrainingLoss(0.5)(y, target)
+    rows = [x.movedim(1, -1).reshape(-1, 6) for x in (y, target)]
+    expected, mask_of_rows, labels_of_rows = ConfidenceBasedSelfTrainingLoss(0.5)(*rows)
+    torch.testing.assert_close(loss, expected)
+    assert 0 < mask.sum() < mask.numel()
+    assert torch.equal(mask, mask_of_rows.reshape(3, 4, 5))
+    assert torch.equal(labels, labels_of_rows.reshape(3, 4, 5))

@@ -466,3 +466,10 @@ def test_labels_of_32_bits(generator):
         for value in (loss(y, labels), loss(y, labels.int()))
     ]
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_repr_shows_the_settings():
+    assert repr(reid.SoftTripletLoss(0.1)) == "SoftTripletLoss(margin=0.1, normalize_feature=False)"
+    assert "margin=0.3, normalize_feature=True" in repr(reid.TripletLoss(0.3, True))
+    assert "margin=0.3, normalize_feature=False" in repr(reid.TripletLossXBM())
+    assert "num_classes=7, epsilon=0.1" in repr(reid.CrossEntropyLossWithLabelSmooth(7))

@@ -534,3 +534,30 @@ def test_steps_that_a_subclass_changes(generator):
         assert calls == ["update"] + 4 * ["enqueue"]
         calls.clear()
     torch.testing.assert_close(second.state_dict(), first.state_dict())
+
+
+def test_an_encoder_in_evaluation_mode_leaves_the_other_alone():
+    model = small_model()
+    for name in ("encoder_q", "encoder_k"):
+        model.train()
+        getattr(model, name).eval()
+        torch.nn.init.normal_(model.encoder_q.head.weight)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=rf"{name} must return \(projections, predictions\)"):
+            model(torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, dtype=torch.int64))
+        after = model.state_dict()
+        assert all(torch.equal(after[k], v) for k, v in before.items() if k.startswith("encoder_k."))
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        outputs = small_model()(torch.randn(6, 3), torch.randn(6, 3), torch.zeros(6, dtype=torch.int64))
+    assert [(x.device.type, x.shape[0]) for x in outputs] == [("meta", 6)] * 3
+
+
+def test_the_gradient_of_torch_func_is_refused_in_its_own_words():
+    """It forbids in-place operations on what it did not make, such as the keys' encoder."""
+    model = small_model()
+    batch = (torch.randn(6, 3), torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match="in-place operation .* that would mutate a captured Tensor"):
+        torch.func.grad(lambda x: model(x, batch[0], batch[1])[0].sum())(batch[0])

@@ -31,7 +31,7 @@ def test_golden(case, precision):
             torch.zeros(3),
             torch.zeros(3),
             ValueError,
-            r"y_strong must have shape \(minibatch, C\) with C > 0, got shape \[3\]",
+            r"y_strong must have shape \(minibatch, C, \.\.\.\) with C > 0, got shape \[3\]",
         ),
         (torch.zeros(2, 0), torch.zeros(2, 0), ValueError, r"got shape \[2, 0\]"),
         (

@@ -105,11 +105,8 @@ def register(
             others = [x.detach() if isinstance(x, torch.Tensor) else x for x in args[count:]]
             outputs = call(*leaves, *others)
             loss, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
-            # In this thread: in another, a graph that is captured knows nothing of the gradients' memory.
-            with torch.autograd.set_multithreading_enabled(False):
-                grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss)) if leaves else ()
-        # A composite's may be laid out like the inputs.
-        return (loss.detach(), *(grad.contiguous() for grad in grads), *rest)
+            grads = _gradients(loss, leaves) if leaves else ()
+        return (loss.detach(), *grads, *rest)
 
     def fake_compute(*args):
         loss, *rest = fake(*args[:-1])
@@ -117,22 +114,23 @@ def register(
             loss = loss.new_empty(loss.shape, dtype=at_least_float32(loss.dtype))
         return (
             loss,
-            *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in args[:count]),
+            *(x.new_empty(x.shape, dtype=_kept(x)) for x in args[:count]),
             *rest,
         )
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*output[1 : 1 + count])
+        ctx.dtypes = [x.dtype for x in inputs[:count]]
         ctx.arguments = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
 
     def backward(ctx, incoming, *_):
-        def scaled(grad):
+        def scaled(grad, dtype):
             # A loss for each row scales what is along dimension 1.
             each = incoming.unsqueeze(1) if 0 < incoming.dim() < grad.dim() else incoming
-            return (grad * each).to(grad.dtype)
+            return (grad * each).to(dtype)
 
-        return tuple(map(scaled, ctx.saved_tensors)) + (None,) * (ctx.arguments - count)
+        return tuple(map(scaled, ctx.saved_tensors, ctx.dtypes)) + (None,) * (ctx.arguments - count)
 
     outputs = ", ".join(["Tensor"] * (1 + count + extra))
     operator = define(name, f"{schema[:-1]}, bool autocast) -> ({outputs})", compute, fake_compute)
@@ -187,6 +185,22 @@ def _has_kernels(device: str) -> bool:
 # What torch.compiler.assume_constant_result does, which imports the whole compiler: a second more for who
 # only imports a loss.
 _has_kernels._dynamo_marked_constant = True
+
+
+def _gradients(loss: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients with respect to the leaves, contiguous, as :func:`_kept` says."""
+    grads = _core.gradients(loss, len(leaves))
+    if grads is None:
+        # Of a composite. In this thread: in another, a graph that is captured knows nothing of their memory.
+        with torch.autograd.set_multithreading_enabled(False):
+            grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+    return [grad.to(_kept(leaf)).contiguous() for grad, leaf in zip(grads, leaves, strict=True)]
+
+
+def _kept(x: torch.Tensor) -> torch.dtype:
+    """The dtype in which a gradient with respect to ``x`` waits for the incoming one: many would be 0 in
+    float16 before a loss scale reaches them."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 @contextmanager

@@ -1,11 +1,11 @@
 //! Worst-case estimation on tensors. The mathematics is in [`crate::kernels::dst`].
 
-use super::{Place, inside, loss_dtype, nll_gradient, place, stored, threads};
+use super::{Place, counting, finite, inside, loss_dtype, nll_gradient, place, stored, threads};
 use crate::cuda;
 use crate::cuda::dst::Part;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::dst::{Goal, OFFSET, Outputs, dst as kernel};
-use crate::torch::autograd::{Constant, StoredGrad, attach};
+use crate::torch::autograd::{Constant, Room, StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar};
 use tch::{Kind, Reduction, Tensor};
@@ -14,15 +14,10 @@ const CLASS: &str = "WorstCaseEstimationLoss";
 
 /// `ValueError` for a trade-off that is not finite.
 pub fn check_eta_prime(eta_prime: f64) -> Result<()> {
-    if eta_prime.is_finite() {
-        return Ok(());
-    }
-    Err(Error::Value(format!(
-        "{CLASS}: eta_prime must be a finite number, got {eta_prime}"
-    )))
+    finite(CLASS, "eta_prime", eta_prime)
 }
 
-/// Logits of both heads on the same rows, (minibatch, C).
+/// Logits of both heads on the same rows, (minibatch, C, ...).
 struct Heads<'a> {
     main: Input<'a>,
     adversarial: Input<'a>,
@@ -40,12 +35,8 @@ impl<'a> Heads<'a> {
         );
         y.floating()?;
         let dtype = adv.floating()?;
-        y.matrix()?;
-        adv.matrix()?;
-        adv.same_device(&y)?;
-        if adv.shape() != y.shape() {
-            return Err(adv.wrong(&format!("have the shape of {}, {:?}", main.0, y.shape())));
-        }
+        y.classes()?;
+        adv.like(&y)?;
         Ok(Self {
             main: y,
             adversarial: adv,
@@ -133,12 +124,10 @@ fn sweep(goal: Goal, heads: &Heads<'_>, dtype: Dtype, weight: f64) -> Result<(f6
         let logits = adversarial.dense_rows::<E>()?;
         let y = main.dense_rows::<E>()?;
         let mut labels = Owned::<i64>::new(&[y.rows() as i64])?;
-        let wanted = adversarial.wants_grad();
-        let mut grad = wanted.then(|| Owned::<E>::new(adversarial.shape())).transpose()?;
-        let out = Outputs { labels: labels.slice(), grad: grad.as_mut().map(Owned::slice) };
+        let mut grad = Room::<E>::of(adversarial)?;
+        let out = Outputs { labels: labels.slice(), grad: grad.slice() };
         let loss = kernel(goal, logits, y, weight, out, threads(2 * adversarial.numel()));
-        let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));
-        Ok((loss.value, Part { labels: labels.into_tensor(), grad }))
+        Ok((loss.value, Part { labels: labels.into_tensor(), grad: grad.stored(loss.scale) }))
     })
 }
 
@@ -155,18 +144,34 @@ fn composite(
     kind: Kind,
 ) -> Result<Tensor> {
     let agree = agreement(&logits[0].f_log_softmax(1, inside(kind))?, labels[0])?;
-    let Split { own, others, .. } = Split::of(logits[1], labels[1], inside(kind))?;
-    // Each form of 1 - p_a where it does not cancel, gradients included.
-    let remainder = own
-        .f_rsub_scalar(1.0)?
-        .f_where_self(&own.f_lt(0.5)?, &others)?;
+    let remainder = remainder(logits[1], labels[1], inside(kind))?;
     let disagree = disagreement(&remainder.f_add_scalar(OFFSET)?)?;
     together(&agree, &disagree, eta_prime, kind)
 }
 
+/// `1 - p_ia` for the label `a` of each row. Masks and sums, which a compiler fuses with the exponential; it would
+/// keep the result of each gather and scatter.
+fn remainder(logits: &Tensor, labels: &Tensor, kind: Kind) -> Result<Tensor> {
+    let z = logits.f_to_kind(kind)?;
+    let largest = z.f_detach()?.f_amax([1].as_slice(), true)?;
+    let e = z.f_sub(&largest)?.f_exp()?;
+    let along = vec![1; z.dim() - 2];
+    let classes = counting(z.size()[1], &z)?.f_view([&[-1], &along[..]].concat().as_slice())?;
+    let label = labels.f_unsqueeze(1)?.f_eq_tensor(&classes)?;
+    let sum = |t: Tensor| t.f_sum_dim_intlist(1, false, kind);
+    let own = sum(e.f_masked_fill(&label.f_logical_not()?, 0.0)?)?;
+    let others = sum(e.f_masked_fill(&label, 0.0)?)?;
+    let all = own.f_add(&others)?;
+    let (own, others) = (own.f_div(&all)?, others.f_div(&all)?);
+    // Each form where it does not cancel, gradients included.
+    Ok(own
+        .f_rsub_scalar(1.0)?
+        .f_where_self(&own.f_lt(0.5)?, &others)?)
+}
+
 /// `mean_i -ln p_ia`
 fn agreement(log_p: &Tensor, labels: &Tensor) -> Result<Tensor> {
-    Ok(log_p.f_nll_loss(labels, None::<Tensor>, Reduction::Mean, -100)?)
+    Ok(log_p.f_nll_loss_nd(labels, None::<Tensor>, Reduction::Mean, -100)?)
 }
 
 /// `mean_i ln min(u_i, 1)`
@@ -181,13 +186,13 @@ fn together(agree: &Tensor, disagree: &Tensor, eta_prime: f64, kind: Kind) -> Re
 
 /// The probability of each row's label, and those of the other classes.
 struct Split {
-    /// (minibatch, 1)
+    /// (minibatch, 1, ...)
     index: Tensor,
-    /// (minibatch)
+    /// (minibatch, ...)
     own: Tensor,
-    /// The probabilities with 0 for the label, (minibatch, C).
+    /// The probabilities with 0 for the label, (minibatch, C, ...).
     rest: Tensor,
-    /// The sum of `rest`, (minibatch).
+    /// The sum of `rest`, (minibatch, ...).
     others: Tensor,
 }
 
@@ -222,8 +227,8 @@ fn operations(
         .f_log_softmax(1, inside(kind))?;
     let agree = agreement(&log_p, &labels)?;
     let grad = if labeled.adversarial.wants_grad() {
-        let each = eta_prime / labels.size1()? as f64;
-        let weight = log_p.f_new_full([labels.size1()?], each, (inside(kind), log_p.device()))?;
+        let each = eta_prime / labels.numel() as f64;
+        let weight = log_p.f_new_full(labels.size(), each, (inside(kind), log_p.device()))?;
         Some(nll_gradient(&log_p, &labels, &weight)?)
     } else {
         None
@@ -252,7 +257,7 @@ fn disagreement_gradient(split: &Split, u: &Tensor) -> Result<StoredGrad> {
     let slope = split
         .own
         .f_div(u)?
-        .f_mul_scalar(-1.0 / split.own.size1()? as f64)?
+        .f_mul_scalar(-1.0 / split.own.numel() as f64)?
         .f_masked_fill(&split.own.f_lt(OFFSET)?, 0.0)?
         .f_unsqueeze(1)?;
     // 1 - p_a without a difference.

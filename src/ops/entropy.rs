@@ -7,9 +7,9 @@ use crate::kernels::element::stored_scale;
 use crate::kernels::entropy::entropy as kernel;
 use crate::kernels::mcc::ENTROPY_EPSILON;
 use crate::kernels::reduce::sum;
-use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
+use crate::torch::{Dtype, by_dtype, scalar, vector};
 use tch::{Kind, Tensor};
 
 const CLASS: &str = "entropy";
@@ -62,16 +62,15 @@ fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<
         let rows = input.dense_rows::<E>()?;
         let batch = rows.rows();
         let mut each = vec![0.0; batch];
-        let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;
+        let mut grad = Room::<E>::of(input)?;
         let (weight, scale) = weight(input, dtype, mean);
-        let slice = grad.as_mut().map(Owned::slice);
-        kernel(rows, &mut each, slice, weight * scale, threads(input.numel()));
+        kernel(rows, &mut each, grad.slice(), weight * scale, threads(input.numel()));
         let out = if mean {
             scalar(sum(&each) / batch as f64, dtype)?
         } else {
             vector(&each, dtype)?
         };
-        Ok((out, grad.map(|g| StoredGrad::new(g.into_tensor(), scale))))
+        Ok((out, grad.stored(scale)))
     })
 }
 

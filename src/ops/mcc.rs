@@ -5,9 +5,9 @@ use super::{Place, inside, loss_dtype, place, positive, stored, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::mcc::{ENTROPY_EPSILON, finish, mcc as kernel, sweep};
-use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, Without, by_dtype, scalar, vector};
+use crate::torch::{Dtype, Without, by_dtype, scalar, vector};
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
@@ -47,11 +47,9 @@ fn fused(
 ) -> Result<(Tensor, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
         let rows = input.dense_rows::<E>()?;
-        let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;
-        let slice = grad.as_mut().map(Owned::slice);
-        let loss = kernel(rows, temperature, slice, threads(input.numel()));
-        let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));
-        Ok((scalar(loss.value, loss_dtype(input, dtype))?, grad))
+        let mut grad = Room::<E>::of(input)?;
+        let loss = kernel(rows, temperature, grad.slice(), threads(input.numel()));
+        Ok((scalar(loss.value, loss_dtype(input, dtype))?, grad.stored(loss.scale)))
     })
 }
 
@@ -77,10 +75,8 @@ impl Part {
         }
         by_dtype!(dtype, E => {
             let rows = input.dense_rows::<E>()?;
-            let wants_grad = input.wants_grad();
-            let mut grad = wants_grad.then(|| Owned::<E>::new(input.shape())).transpose()?;
-            let slice = grad.as_mut().map(Owned::slice);
-            let mut swept = sweep(rows, temperature, slice, threads(input.numel()));
+            let mut grad = Room::<E>::of(&input)?;
+            let mut swept = sweep(rows, temperature, grad.slice(), threads(input.numel()));
             let sums = vector(&[&swept.sums.s[..], &swept.sums.e].concat(), Dtype::F64)?;
             let logits = logits.shallow_clone();
             let second: Second = Box::new(move |all: &Exchanged<'_>| {
@@ -90,10 +86,9 @@ impl Part {
                 swept.sums.e.copy_from_slice(e);
                 let input = Input::new(CLASS, "logits", &logits)?;
                 let rows = input.dense_rows::<E>()?;
-                let loss = finish(swept, rows, temperature, grad.as_mut().map(Owned::slice));
+                let loss = finish(swept, rows, temperature, grad.slice());
                 let value = scalar(loss.value, out)?;
-                let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));
-                all.attach(LABEL, CLASS, &value, &logits, grad)?;
+                all.attach(LABEL, CLASS, &value, &logits, grad.stored(loss.scale))?;
                 Ok(value)
             });
             Ok(Self { sums, second })

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::kernels::mean_teacher::{Pair, blend_all};
 use crate::kernels::parallel::threads_for;
 use crate::torch::input::{Borrowed, Facts, sparse};
-use crate::torch::{Dtype, average, by_dtype, max_threads};
+use crate::torch::{Dtype, average, beside, by_dtype, max_threads};
 use tch::{Device, Kind, Tensor};
 
 const CLASS: &str = "EMATeacher";
@@ -301,11 +301,7 @@ fn composite(teacher: &Tensor, student: &Tensor, alpha: f64) -> Result<()> {
         Kind::Half | Kind::BFloat16 => Kind::Float,
         _ => kind,
     };
-    let step = student
-        .f_detach()?
-        .f_to_device(teacher.device())?
-        .f_to_kind(wide)?
-        .f_mul_scalar(1.0 - alpha)?;
+    let step = beside(&student.f_detach()?, wide, teacher)?.f_mul_scalar(1.0 - alpha)?;
     let mut target = teacher.f_detach()?;
     if wide == kind {
         let _ = target.f_mul_scalar_(alpha)?.f_add_(&step)?;

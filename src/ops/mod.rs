@@ -24,9 +24,9 @@ use crate::error::{Error, Result};
 use crate::kernels::parallel::threads_for;
 use crate::torch::autograd::StoredGrad;
 use crate::torch::input::Input;
-use crate::torch::{Dtype, max_threads};
+use crate::torch::{Dtype, beside, max_threads};
 use std::num::NonZeroUsize;
-use tch::{Kind, Reduction, Tensor};
+use tch::{Device, Kind, Reduction, Tensor};
 
 /// Elements of exponential and logarithm that one thread computes in the time that makes another
 /// thread worth starting.
@@ -79,17 +79,42 @@ fn nll_gradient(log_p: &Tensor, labels: &Tensor, weight: &Tensor) -> Result<Stor
     let kind = log_p.f_kind()?;
     // Read where the reduction is a mean only.
     let total = weight.f_new_empty([1], (kind, weight.device()))?;
-    let of_log = log_p.f_nll_loss_backward(
-        weight,
-        labels,
-        None::<Tensor>,
-        Reduction::None,
-        -100,
-        &total,
-    )?;
+    let none = (None::<Tensor>, Reduction::None, -100);
+    let of_log = if log_p.dim() == 2 {
+        log_p.f_nll_loss_backward(weight, labels, none.0, none.1, none.2, &total)?
+    } else {
+        // Of any other number of dimensions libtorch makes images of one line.
+        let shape = log_p.size();
+        let (rows, cols, line) = (shape[0], shape[1], shape[2..].iter().product());
+        let each = [rows, 1, line];
+        log_p
+            .f_reshape([rows, cols, 1, line])?
+            .f_nll_loss2d_backward(
+                &weight.f_reshape(each)?,
+                &labels.f_reshape(each)?,
+                none.0,
+                none.1,
+                none.2,
+                &total,
+            )?
+            .f_reshape(&shape)?
+    };
     stored(&Tensor::f_internal_log_softmax_backward_data(
         &of_log, log_p, 1, kind,
     )?)
+}
+
+/// 0, 1, ... below `end`, int64, on the device of `like`.
+fn counting(end: i64, like: &Tensor) -> Result<Tensor> {
+    match like.device() {
+        // Where it is needed: from the host it would be copied, and waited for.
+        known @ Device::Cuda(_) => Ok(Tensor::f_arange(end, (Kind::Int64, known))?),
+        _ => beside(
+            &Tensor::f_arange(end, (Kind::Int64, Device::Cpu))?,
+            Kind::Int64,
+            like,
+        ),
+    }
 }
 
 /// A gradient that libtorch operations computed, in the dtype they computed in. Autograd converts what a node
@@ -120,6 +145,26 @@ fn widened_on_devices(input: &Input<'_>, dtype: Dtype) -> Dtype {
     } else {
         loss_dtype(input, dtype)
     }
+}
+
+/// `ValueError` for NaN.
+fn not_nan(class: &str, name: &str, value: f64) -> Result<()> {
+    if !value.is_nan() {
+        return Ok(());
+    }
+    Err(Error::Value(format!(
+        "{class}: {name} must be a number, got {value}"
+    )))
+}
+
+/// `ValueError` unless `value` is finite.
+fn finite(class: &str, name: &str, value: f64) -> Result<()> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Value(format!(
+        "{class}: {name} must be a finite number, got {value}"
+    )))
 }
 
 /// `ValueError` unless `value` is a finite number above 0.

@@ -7,9 +7,9 @@ use crate::error::{Error, Result};
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::pi_model::{Outputs, pi_model as kernel};
 use crate::kernels::reduce::sum;
-use crate::torch::autograd::{Backward, Composite, StoredGrad, attach, attach_with, scaled};
+use crate::torch::autograd::{Backward, Composite, Room, StoredGrad, attach, attach_with, scaled};
 use crate::torch::input::{Facts, Input};
-use crate::torch::{Dtype, Owned, by_dtype, scalar, vector};
+use crate::torch::{Dtype, by_dtype, scalar, vector};
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
@@ -97,10 +97,7 @@ impl<'a> Call<'a> {
         if p1.shape().len() < 2 {
             return Err(p1.wrong("have shape (minibatch, C, ...)"));
         }
-        p2.same_device(&p1)?;
-        if p2.shape() != p1.shape() {
-            return Err(p2.wrong(&format!("have the shape of p1, {:?}", p1.shape())));
-        }
+        p2.like(&p1)?;
         let (number, mask) = match mask {
             Mask::Number(number) => (*number, None),
             Mask::Tensor(tensor) => (1.0, Some(Input::new(CLASS, "mask", tensor)?)),
@@ -285,16 +282,14 @@ impl<'a> Call<'a> {
             let b = self.p2.dense_rows::<E>()?;
             let largest = weights.map_or(self.number, |w| w.iter().fold(0.0, |a: f64, w| a.max(w.abs())));
             let scale = self.scale::<E>(largest);
-            let room = |i: &Input<'_>| i.wants_grad().then(|| Owned::<E>::new(i.shape())).transpose();
-            let (mut grad_a, mut grad_b) = (room(&self.p1)?, room(&self.p2)?);
+            let (mut grad_a, mut grad_b) = (Room::<E>::of(&self.p1)?, Room::<E>::of(&self.p2)?);
             let out = Outputs {
                 distances,
-                grad_a: grad_a.as_mut().map(Owned::slice),
-                grad_b: grad_b.as_mut().map(Owned::slice),
+                grad_a: grad_a.slice(),
+                grad_b: grad_b.slice(),
             };
             kernel(a, b, weights, scale * self.mean() * self.number, out, threads(self.p1.numel()));
-            let stored = |g: Owned<E>| StoredGrad::new(g.into_tensor(), scale);
-            Ok(vec![grad_a.map(stored), grad_b.map(stored)])
+            Ok(vec![grad_a.stored(scale), grad_b.stored(scale)])
         })
     }
 }
@@ -313,6 +308,10 @@ impl Backward for Opposite {
         };
         let other = self.wanted[1].then(|| grad.f_neg()).transpose()?;
         Ok(vec![self.wanted[0].then_some(grad), other])
+    }
+
+    fn widen(&mut self) -> Result<()> {
+        self.grad.as_mut().map_or(Ok(()), StoredGrad::widen)
     }
 }
 

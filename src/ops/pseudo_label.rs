@@ -1,10 +1,10 @@
 //! Pseudo labels on tensors. The mathematics is in [`crate::kernels::pseudo_label`].
 
-use super::{Place, nll_gradient, place, threads};
+use super::{Place, nll_gradient, not_nan, place, threads};
 use crate::cuda;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::pseudo_label::{Outputs, pseudo_label as kernel};
-use crate::torch::autograd::{Constant, StoredGrad, attach};
+use crate::torch::autograd::{Constant, Room, StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar};
 use tch::{Kind, Reduction, Tensor};
@@ -15,23 +15,18 @@ const CLASS: &str = "ConfidenceBasedSelfTrainingLoss";
 pub struct Output {
     /// Scalar, differentiable with respect to the logits.
     pub loss: Tensor,
-    /// (minibatch), float32: 1 where the row is selected.
+    /// (minibatch, ...), float32: 1 where the row is selected.
     pub mask: Tensor,
-    /// (minibatch), int64.
+    /// (minibatch, ...), int64.
     pub labels: Tensor,
 }
 
 /// `ValueError` for a threshold that is NaN.
 pub fn check_threshold(threshold: f64) -> Result<()> {
-    if threshold.is_nan() {
-        return Err(Error::Value(format!(
-            "{CLASS}: threshold must be a number, got {threshold}"
-        )));
-    }
-    Ok(())
+    not_nan(CLASS, "threshold", threshold)
 }
 
-/// The loss of the logits `y` with pseudo labels from `y_target`, both (minibatch, C).
+/// The loss of the logits `y` with pseudo labels from `y_target`, both (minibatch, C, ...).
 pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Output> {
     let (input, target) = (
         Input::new(CLASS, "y", y)?,
@@ -40,12 +35,8 @@ pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Out
     check_threshold(threshold)?;
     let dtype = input.floating()?;
     target.floating()?;
-    input.matrix()?;
-    target.matrix()?;
-    target.same_device(&input)?;
-    if input.shape() != target.shape() {
-        return Err(target.wrong(&format!("have the shape of y, {:?}", input.shape())));
-    }
+    input.classes()?;
+    target.like(&input)?;
     let (output, grad) = match place(&[&input, &target]) {
         Place::Cuda => launched(&input, &target, dtype, threshold)?,
         Place::Cpu => fused(&input, &target, dtype, threshold)?,
@@ -93,11 +84,11 @@ fn fused(
         let targets = target.dense_rows::<E>()?;
         let batch = [logits.rows() as i64];
         let (mut mask, mut labels) = (Owned::<f32>::new(&batch)?, Owned::<i64>::new(&batch)?);
-        let mut grad = input.wants_grad().then(|| Owned::<E>::new(input.shape())).transpose()?;
+        let mut grad = Room::<E>::of(input)?;
         let out = Outputs {
             mask: mask.slice(),
             labels: labels.slice(),
-            grad: grad.as_mut().map(Owned::slice),
+            grad: grad.slice(),
         };
         let loss = kernel(logits, targets, threshold, out, threads(2 * input.numel()));
         // The mask is float32, and so promotes a half cross entropy, in tllib too.
@@ -106,7 +97,7 @@ fn fused(
             mask: mask.into_tensor(),
             labels: labels.into_tensor(),
         };
-        Ok((output, grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale))))
+        Ok((output, grad.stored(loss.scale)))
     })
 }
 
@@ -128,7 +119,7 @@ impl Held {
 
     fn of_log(&self, log_p: &Tensor) -> Result<Tensor> {
         let (labels, mask) = (self.0.get(), self.1.get());
-        let each = log_p.f_nll_loss(labels, None::<Tensor>, Reduction::None, -100)?;
+        let each = log_p.f_nll_loss_nd(labels, None::<Tensor>, Reduction::None, -100)?;
         Ok(each.f_mul(mask)?.f_mean(log_p.f_kind()?)?)
     }
 
@@ -160,7 +151,7 @@ fn operations(
     let loss = held.of_log(&log_p)?;
     let grad = if input.wants_grad() {
         let mask = held.1.get().f_to_kind(log_p.f_kind()?)?;
-        let weight = mask.f_mul_scalar(1.0 / input.shape()[0] as f64)?;
+        let weight = mask.f_mul_scalar(1.0 / mask.numel() as f64)?;
         Some(nll_gradient(&log_p, held.0.get(), &weight)?)
     } else {
         None

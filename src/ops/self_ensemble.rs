@@ -94,6 +94,13 @@ impl Backward for SameRows {
             rows.f_to_kind(self.dtype.kind())?.f_contiguous()?,
         )])
     }
+
+    fn widen(&mut self) -> Result<()> {
+        if self.dtype == Dtype::F16 {
+            self.dtype = Dtype::F32;
+        }
+        Ok(())
+    }
 }
 
 fn checked(p: &Tensor, num_classes: i64) -> Result<(Input<'_>, Dtype)> {
@@ -112,7 +119,9 @@ pub fn part(p: &Tensor, num_classes: i64) -> Result<Tensor> {
     let (input, dtype) = checked(p, num_classes)?;
     if !input.on_cpu() {
         let sums = p.f_detach()?.f_sum_dim_intlist(0, false, Kind::Double)?;
-        let count = sums.f_new_full([1], input.shape()[0] as f64, (Kind::Double, sums.device()))?;
+        let count = sums
+            .f_narrow(0, 0, 1)?
+            .f_full_like(input.shape()[0] as f64)?;
         return Ok(Tensor::f_cat(&[sums, count], 0)?);
     }
     by_dtype!(dtype, E => {

@@ -1,27 +1,23 @@
 //! Strong-weak consistency on tensors. The mathematics is in [`crate::kernels::uda`].
 
-use super::{Place, place, positive, stored, threads, widened_on_devices};
+use super::{Place, not_nan, place, positive, stored, threads, widened_on_devices};
 use crate::cuda;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::uda::uda as kernel;
-use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, by_dtype, scalar};
+use crate::torch::{Dtype, by_dtype, scalar};
 use tch::{Kind, Tensor};
 
 const CLASS: &str = "StrongWeakConsistencyLoss";
 
 /// `ValueError` for a threshold that is NaN or a temperature that is not above 0.
 pub fn check(threshold: f64, temperature: f64) -> Result<()> {
-    if threshold.is_nan() {
-        return Err(Error::Value(format!(
-            "{CLASS}: threshold must be a number, got {threshold}"
-        )));
-    }
+    not_nan(CLASS, "threshold", threshold)?;
     positive(CLASS, "temperature", temperature)
 }
 
-/// The loss of the logits `y_strong` against those of `y`, both (minibatch, C), differentiable with
+/// The loss of the logits `y_strong` against those of `y`, both (minibatch, C, ...), differentiable with
 /// respect to `y_strong`.
 pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> Result<Tensor> {
     let (strong, weak) = (
@@ -30,12 +26,8 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
     );
     check(threshold, temperature)?;
     let (dtype, weak_dtype) = (strong.floating()?, weak.floating()?);
-    strong.matrix()?;
-    weak.matrix()?;
-    weak.same_device(&strong)?;
-    if weak.shape() != strong.shape() {
-        return Err(weak.wrong(&format!("have the shape of y_strong, {:?}", strong.shape())));
-    }
+    strong.classes()?;
+    weak.like(&strong)?;
     // The mask is float32, and so promotes half types, in tllib too.
     let out = dtype.promote(weak_dtype).at_least_f32();
     let call = Call {
@@ -69,11 +61,9 @@ fn fused(
     by_dtype!(dtype, E => {
         let z = strong.dense_rows::<E>()?;
         let y = weak.dense_rows::<E>()?;
-        let mut grad = strong.wants_grad().then(|| Owned::<E>::new(strong.shape())).transpose()?;
-        let slice = grad.as_mut().map(Owned::slice);
-        let loss = kernel(z, y, threshold, temperature, slice, threads(2 * strong.numel()));
-        let grad = grad.map(|g| StoredGrad::new(g.into_tensor(), loss.scale));
-        Ok((scalar(loss.value, dtype.at_least_f32())?, grad))
+        let mut grad = Room::<E>::of(strong)?;
+        let loss = kernel(z, y, threshold, temperature, grad.slice(), threads(2 * strong.numel()));
+        Ok((scalar(loss.value, dtype.at_least_f32())?, grad.stored(loss.scale)))
     })
 }
 

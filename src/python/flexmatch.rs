@@ -45,7 +45,7 @@ impl FlexMatch {
     ) -> PyResult<T> {
         let stale = {
             let mut state = self.lock();
-            state.look();
+            state.look()?;
             state.is_stale()
         };
         if stale {
@@ -107,6 +107,7 @@ impl FlexMatch {
     /// Makes a copy of `labels` the new ones; they may be of any of the types that labels are stored in.
     fn load(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
         let labels = tensor(CLASS, "net_outputs", labels)?;
+        self.lock().release()?;
         without_gil(py, self.samples, move || {
             let labels = labels;
             // The lock is given back before the argument, whose end may ask for the GIL.
@@ -172,17 +173,17 @@ impl FlexMatch {
     }
 
     /// Whether anybody else can reach the labels now.
-    fn is_shared(&self) -> bool {
+    fn is_shared(&self) -> PyResult<bool> {
         let mut state = self.lock();
-        state.look();
-        state.is_shared()
+        state.look()?;
+        Ok(state.is_shared())
     }
 
     /// Whether the next step counts all samples again.
-    fn is_stale(&self) -> bool {
+    fn is_stale(&self) -> PyResult<bool> {
         let mut state = self.lock();
-        state.look();
-        state.is_stale()
+        state.look()?;
+        Ok(state.is_stale())
     }
 
     /// Samples per class, and in front those without a label, int64.

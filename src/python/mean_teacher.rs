@@ -1,4 +1,4 @@
-use super::{no_tensor, number, without_gil};
+use super::{must_be, number, without_gil};
 use crate::ops::mean_teacher as ops;
 use crate::torch::input::Borrowed;
 use pyo3::exceptions::{PyTypeError, PyValueError};
@@ -176,7 +176,7 @@ impl<'py> Walk<'py> {
         // SAFETY: a live object, under the GIL; `found` keeps it as long as `tensors`.
         match unsafe { Borrowed::of(held.as_ptr().cast()) } {
             Some(tensor) => self.tensors.push(tensor),
-            None => return Err(no_tensor(CLASS, "parameter", &held)?),
+            None => return Err(must_be(CLASS, "parameter", "a torch.Tensor", &held)),
         }
         self.found.push(held);
         Ok(())

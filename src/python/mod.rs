@@ -5,6 +5,7 @@ mod cuda;
 mod dst;
 mod entropy;
 mod flexmatch;
+mod gradients;
 mod info;
 mod mcc;
 mod mean_teacher;
@@ -22,6 +23,7 @@ use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyInt};
 use pyo3_tch::PyTensor;
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::Tensor;
 
@@ -54,16 +56,15 @@ fn raised_inside() -> Option<PyErr> {
 fn tensor(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<Tensor> {
     match object.extract::<PyTensor>() {
         Ok(tensor) => Ok(tensor.0),
-        Err(_) => Err(no_tensor(class, name, object)?),
+        Err(_) => Err(must_be(class, name, "a torch.Tensor", object)),
     }
 }
 
-/// The `TypeError` about an argument that is no tensor.
-fn no_tensor(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<PyErr> {
-    Ok(PyTypeError::new_err(format!(
-        "{class}: {name} must be a torch.Tensor, got {}",
-        object.get_type().name()?
-    )))
+/// The `TypeError` about an argument of another type.
+fn must_be(class: &str, name: &str, expected: &str, object: &Bound<'_, PyAny>) -> PyErr {
+    let kind = object.get_type().name();
+    let kind = kind.map_or_else(|_| "?".to_owned(), |kind| kind.to_string());
+    PyTypeError::new_err(format!("{class}: {name} must be {expected}, got {kind}"))
 }
 
 /// The number behind `object`, or a `TypeError` that names the argument. A tensor that is trained would get no
@@ -76,24 +77,16 @@ fn number(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<f64> {
             "{class}: {name} must be a number, got a tensor that requires a gradient: it is a constant here"
         )));
     }
-    object.extract().map_err(|_| {
-        let kind = object
-            .get_type()
-            .name()
-            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
-        PyTypeError::new_err(format!("{class}: {name} must be a number, got {kind}"))
-    })
+    object
+        .extract()
+        .map_err(|_| must_be(class, name, "a number", object))
 }
 
 /// The integer behind `object`, or a `TypeError` that names the argument.
 fn integer(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<i64> {
-    object.extract().map_err(|_| {
-        let kind = object
-            .get_type()
-            .name()
-            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
-        PyTypeError::new_err(format!("{class}: {name} must be an integer, got {kind}"))
-    })
+    object
+        .extract()
+        .map_err(|_| must_be(class, name, "an integer", object))
 }
 
 /// Runs `body` without the GIL where it touches enough `elements` to be worth it.
@@ -102,19 +95,27 @@ fn without_gil<T: Send>(
     elements: usize,
     body: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
-    // tch panics in a few calls that have no fallible form; Python gets an ordinary exception.
+    // tch panics in a few calls that have no fallible form, and in all that take a number and fail; Python gets an
+    // ordinary exception.
     let body = || {
-        catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
-            Err(Error::Bridge(
-                "a call failed; the lines above say which".to_owned(),
-            ))
-        })
+        catch_unwind(AssertUnwindSafe(body))
+            .unwrap_or_else(|panic| Err(Error::Bridge(said(&*panic))))
     };
     Ok(if elements >= GIL_WORTH {
         py.allow_threads(body)?
     } else {
         body()?
     })
+}
+
+/// The first line of what libtorch said before tch panicked.
+fn said(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map_or("", String::as_str);
+    let of_torch = text.split_once("Torch(\"").map(|(_, said)| said);
+    of_torch
+        .and_then(|said| said.split("\\n").next())
+        .unwrap_or("a call failed; the lines above say which")
+        .to_owned()
 }
 
 /// The number of elements; 0 for what is no dense tensor, which the checks will refuse.
@@ -140,6 +141,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(mean_teacher::check_alpha, m)?)?;
     m.add_function(wrap_pyfunction!(info::build_info, m)?)?;
     m.add_function(wrap_pyfunction!(info::has_kernels, m)?)?;
+    m.add_function(wrap_pyfunction!(gradients::gradients, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::confusion_matrix, m)?)?;
     m.add_function(wrap_pyfunction!(mcc::mcc, m)?)?;
     m.add_class::<mcc::MccPart>()?;

@@ -1,6 +1,5 @@
-use super::{elements, number, tensor, without_gil};
+use super::{elements, must_be, number, tensor, without_gil};
 use crate::ops::pi_model::{self as ops, Mask, Reduction};
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyFloat;
 use pyo3_tch::PyTensor;
@@ -41,12 +40,8 @@ pub fn check_reduction(class: &str, reduction: &Bound<'_, PyAny>) -> PyResult<()
 }
 
 fn parse(class: &str, reduction: &Bound<'_, PyAny>) -> PyResult<Reduction> {
-    let name: Option<String> = reduction.extract().map_err(|_| {
-        let kind = reduction
-            .get_type()
-            .name()
-            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
-        PyTypeError::new_err(format!("{class}: reduction must be a str, got {kind}"))
-    })?;
+    let name: Option<String> = reduction
+        .extract()
+        .map_err(|_| must_be(class, "reduction", "a str", reduction))?;
     Ok(Reduction::parse(class, name.as_deref())?)
 }

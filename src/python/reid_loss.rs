@@ -1,6 +1,5 @@
-use super::{elements, number, tensor, without_gil};
+use super::{elements, integer, number, tensor, without_gil};
 use crate::ops::reid_loss::{self as ops, Arguments, Objective};
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 use tch::Tensor;
@@ -223,23 +222,14 @@ pub fn label_smooth(
     epsilon: &Bound<'_, PyAny>,
 ) -> PyResult<PyTensor> {
     let (y, labels) = (tensor(SMOOTH, "y", y)?, tensor(SMOOTH, "labels", labels)?);
-    let (classes, epsilon) = (count(num_classes)?, number(SMOOTH, "epsilon", epsilon)?);
+    let (classes, epsilon) = (
+        integer(SMOOTH, "num_classes", num_classes)?,
+        number(SMOOTH, "epsilon", epsilon)?,
+    );
     without_gil(py, elements(&y), move || {
         ops::label_smooth(&y, &labels, classes, epsilon)
     })
     .map(PyTensor)
-}
-
-fn count(num_classes: &Bound<'_, PyAny>) -> PyResult<i64> {
-    num_classes.extract().map_err(|_| {
-        let kind = num_classes
-            .get_type()
-            .name()
-            .map_or_else(|_| "?".to_owned(), |n| n.to_string());
-        PyTypeError::new_err(format!(
-            "{SMOOTH}: num_classes must be an integer, got {kind}"
-        ))
-    })
 }
 
 /// Raises unless `margin` is one that `class` accepts.
@@ -252,7 +242,7 @@ pub fn check_margin(class: &str, margin: &Bound<'_, PyAny>) -> PyResult<()> {
 #[pyfunction]
 pub fn check_smoothing(num_classes: &Bound<'_, PyAny>, epsilon: &Bound<'_, PyAny>) -> PyResult<()> {
     Ok(ops::check_smoothing(
-        count(num_classes)?,
+        integer(SMOOTH, "num_classes", num_classes)?,
         number(SMOOTH, "epsilon", epsilon)?,
     )?)
 }

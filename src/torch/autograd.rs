@@ -7,7 +7,7 @@
 //! derive it.
 
 use super::input::Input;
-use super::{Owned, by_dtype, check, max_threads};
+use super::{Owned, Stored, by_dtype, check, max_threads};
 use crate::cuda;
 use crate::error::Result;
 use crate::kernels::element::Element;
@@ -64,6 +64,14 @@ impl StoredGrad {
         }
     }
 
+    /// As [`Backward::widen`] says.
+    pub fn widen(&mut self) -> Result<()> {
+        if self.tensor.f_kind()? == Kind::Half {
+            self.tensor = self.tensor.f_to_kind(Kind::Float)?;
+        }
+        Ok(())
+    }
+
     /// The same tensors.
     fn shallow_clone(&self) -> Self {
         Self {
@@ -76,11 +84,39 @@ impl StoredGrad {
     }
 }
 
+/// Room for the gradient with respect to an input, where one is wanted.
+pub struct Room<E>(Option<Owned<E>>);
+
+impl<E: Element + Stored> Room<E> {
+    /// In the shape of `input`.
+    pub fn of(input: &Input<'_>) -> Result<Self> {
+        let room = input.wants_grad().then(|| Owned::new(input.shape()));
+        Ok(Self(room.transpose()?))
+    }
+
+    /// Where a kernel writes it.
+    pub fn slice(&mut self) -> Option<&mut [E]> {
+        self.0.as_mut().map(Owned::slice)
+    }
+
+    /// Written, times `scale`.
+    pub fn stored(self, scale: f64) -> Option<StoredGrad> {
+        self.0
+            .map(|grad| StoredGrad::new(grad.into_tensor(), scale))
+    }
+}
+
 /// The backward pass of a node.
 pub trait Backward: Send {
     /// The gradient with respect to each input of the node, `None` for one that wants none. `last`
     /// says that the object is released after this call, so that its tensors may be given away.
     fn grads(&mut self, incoming: &Tensor, last: bool) -> Result<Vec<Option<Tensor>>>;
+
+    /// From now on gradients in float16 come in float32: without the scale that they are stored with, many would
+    /// be 0.
+    fn widen(&mut self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// One stored gradient for each input, `None` for an input that wants none.
@@ -93,6 +129,10 @@ impl Backward for StoredGrads {
             .iter_mut()
             .map(|slot| scaled(slot, &incoming, last))
             .collect()
+    }
+
+    fn widen(&mut self) -> Result<()> {
+        self.0.iter_mut().flatten().try_for_each(StoredGrad::widen)
     }
 }
 
@@ -123,6 +163,7 @@ struct Vtable {
         unsafe extern "C" fn(*mut c_void, *const C_tensor, bool, *mut *mut C_tensor) -> *mut c_char,
     composite:
         unsafe extern "C" fn(*mut c_void, *const *mut C_tensor, *mut *mut C_tensor) -> *mut c_char,
+    widen: unsafe extern "C" fn(*mut c_void) -> *mut c_char,
     release: unsafe extern "C" fn(*mut c_void),
     drop: unsafe extern "C" fn(*mut c_void),
 }
@@ -130,6 +171,7 @@ struct Vtable {
 static VTABLE: Vtable = Vtable {
     backward,
     composite,
+    widen,
     release,
     drop: drop_state,
 };
@@ -142,6 +184,12 @@ unsafe extern "C" {
         state: *mut c_void,
         vtable: *const Vtable,
         label: *const c_char,
+    ) -> *mut c_char;
+    fn tllib_gradients(
+        loss: *const C_tensor,
+        grads: *mut *mut C_tensor,
+        count: usize,
+        found: *mut bool,
     ) -> *mut c_char;
 }
 
@@ -184,6 +232,20 @@ pub fn attach_with(
             label.as_ptr(),
         )
     })
+}
+
+/// The gradients of `loss` with respect to the first `count` inputs of its node, once and for all; in float32 where
+/// they are float16. `None` where the node is another's, or has fewer inputs.
+pub fn gradients(loss: &Tensor, count: usize) -> Result<Option<Vec<Option<Tensor>>>> {
+    let mut raw = vec![std::ptr::null_mut(); count];
+    let mut found = false;
+    // SAFETY: the loss is live; there is room for `count` tensors, which are ours afterwards.
+    check(unsafe { tllib_gradients(loss.as_ptr(), raw.as_mut_ptr(), count, &raw mut found) })?;
+    let grads = raw
+        .into_iter()
+        // SAFETY: null, or a tensor that the bridge gave up.
+        .map(|grad| (!grad.is_null()).then(|| unsafe { Tensor::from_ptr(grad) }));
+    Ok(found.then(|| grads.collect()))
 }
 
 /// Runs `body`; an error or a panic becomes a message that the bridge throws and frees.
@@ -328,6 +390,19 @@ unsafe extern "C" fn composite(
         // SAFETY: per contract; the bridge deletes the tensor.
         unsafe { *out = loss.as_ptr().cast_mut() };
         Ok(())
+    })
+}
+
+/// # Safety
+/// `state` comes from `attach` and was not dropped.
+unsafe extern "C" fn widen(state: *mut c_void) -> *mut c_char {
+    guarded(|| {
+        // SAFETY: per contract; the bridge holds the node's mutex.
+        let state = unsafe { &mut *state.cast::<State>() };
+        match &mut state.passes {
+            Some((pass, _)) => pass.widen(),
+            None => Ok(()),
+        }
     })
 }
 

@@ -168,6 +168,8 @@ struct tllib_vtable {
   char* (*backward)(void* state, const Tensor* grad, bool last, Tensor** grads);
   // The loss again from `inputs`, in operations that autograd can differentiate.
   char* (*composite)(void* state, Tensor* const* inputs, Tensor** loss);
+  // Gradients in float16 come in float32 from now on.
+  char* (*widen)(void* state);
   void (*release)(void* state);
   void (*drop)(void* state);
 };
@@ -194,10 +196,7 @@ struct FusedLoss : Node {
   void will_release_variables() override { last_ = true; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    released_ = true;
-    inputs.clear();
-    constants.clear();
-    vtable_->release(state_);
+    release();
   }
 
   variable_list apply(variable_list&& incoming) override {
@@ -207,13 +206,39 @@ struct FusedLoss : Node {
     return at::GradMode::is_enabled() ? differentiable(incoming[0]) : fused(incoming[0]);
   }
 
+  // The gradients with respect to the first `count` inputs for an incoming 1, in float32 where they are float16.
+  // There is no backward pass after it.
+  bool take(const Tensor& one, Tensor** grads, size_t count) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (inputs.size() < count || released_) return false;
+    std::vector<Tensor*> all(inputs.size(), nullptr);
+    check(vtable_->widen(state_));
+    check(vtable_->backward(state_, &one, /*last=*/true, all.data()));
+    for (size_t i = 0; i < all.size(); ++i) {
+      if (i < count) grads[i] = all[i];
+      else delete all[i];
+    }
+    release();
+    return true;
+  }
+
   std::vector<SavedVariable> inputs;
   // Instead of the saved variable, where an input comes from inference mode and cannot be saved.
   std::vector<Tensor> constants;
 
  private:
+  void release() {
+    released_ = true;
+    inputs.clear();
+    constants.clear();
+    vtable_->release(state_);
+  }
+
   variable_list fused(const Tensor& incoming) {
     std::vector<Tensor*> raw(inputs.size(), nullptr);
+    // The last pass gives the gradients away. Should something fail between here and the release, another pass has
+    // to say that there are none.
+    released_ = last_;
     check(vtable_->backward(state_, &incoming, last_, raw.data()));
     variable_list grads(inputs.size());
     for (size_t i = 0; i < raw.size(); ++i) {
@@ -282,6 +307,14 @@ char* tllib_attach(const Tensor* loss, Tensor* const* inputs, size_t count, void
   });
 }
 
+// What FusedLoss::take gives, each gradient the caller's. `found` is false where the loss has another node.
+char* tllib_gradients(const Tensor* loss, Tensor** grads, size_t count, bool* found) {
+  return guarded([&] {
+    auto* node = dynamic_cast<FusedLoss*>(loss->grad_fn().get());
+    *found = node && node->take(at::ones_like(*loss), grads, count);
+  });
+}
+
 // A write that autograd cannot see must still be noticed by graphs that saved the tensor.
 void tllib_bump_version(const Tensor* t) {
   if (!t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
@@ -295,6 +328,12 @@ bool tllib_aliased(const Tensor* t) {
   const auto& storage = t->storage();
   const bool idle_object = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference();
   return storage.use_count() > (idle_object ? 2u : 1u);
+}
+
+// Whether anybody but the caller, who has one reference, holds the very tensor. Needs the GIL.
+bool tllib_held(const Tensor* t) {
+  const bool idle_object = t->unsafeGetTensorImpl()->pyobj_slot()->has_unique_reference();
+  return t->use_count() > (idle_object ? 2u : 1u);
 }
 
 // targets[i] <- keep * targets[i] + take * sources[i], by two operations for all, unseen by autograd. On a device

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::rows::Rows;
 use std::ffi::c_char;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 const CPU: i32 = 0;
@@ -312,6 +312,14 @@ impl<'a> Input<'a> {
         self.int64()
     }
 
+    /// Integers in 64 bits: the tensor itself where it has them.
+    pub fn to_int64(&self) -> Result<Tensor> {
+        if self.int64().is_ok() {
+            return Ok(self.tensor.shallow_clone());
+        }
+        Ok(self.tensor.f_to_kind(Kind::Int64)?)
+    }
+
     /// The same values in memory that may be read directly: contiguous, and without the pending
     /// negation or conjugation that a view may carry. `TypeError` for what has no memory here.
     pub fn in_memory(&self) -> Result<Tensor> {
@@ -356,6 +364,14 @@ impl<'a> Input<'a> {
         })
     }
 
+    /// (minibatch, C, ...) with at least one class.
+    pub fn classes(&self) -> Result<()> {
+        match *self.shape() {
+            [_, cols, ..] if cols > 0 => Ok(()),
+            _ => Err(self.wrong("have shape (minibatch, C, ...) with C > 0")),
+        }
+    }
+
     /// (minibatch, C) with at least one class.
     pub fn matrix(&self) -> Result<(usize, usize)> {
         match *self.shape() {
@@ -370,6 +386,19 @@ impl<'a> Input<'a> {
             [n] => Ok(n as usize),
             _ => Err(self.wrong("have one dimension")),
         }
+    }
+
+    /// `RuntimeError` and [`Error::Value`] unless both have one device and one shape.
+    pub fn like(&self, other: &Input<'_>) -> Result<()> {
+        self.same_device(other)?;
+        if self.shape() == other.shape() {
+            return Ok(());
+        }
+        Err(self.wrong(&format!(
+            "have the shape of {}, {:?}",
+            other.name,
+            other.shape()
+        )))
     }
 
     /// `RuntimeError` unless both are on one device.

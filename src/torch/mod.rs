@@ -29,6 +29,7 @@ unsafe extern "C" {
     fn tllib_bump_version(tensor: *const C_tensor);
     fn tllib_version(tensor: *const C_tensor) -> i64;
     fn tllib_aliased(tensor: *const C_tensor) -> bool;
+    fn tllib_held(tensor: *const C_tensor) -> bool;
     fn tllib_free(text: *mut c_char);
     fn tllib_without_autocast() -> *mut c_void;
     fn tllib_without_transforms() -> *mut c_void;
@@ -54,8 +55,8 @@ pub fn bump_version(tensor: &Tensor) {
 }
 
 /// `target <- keep * target + take * source` for all pairs, in place and unseen by autograd, in two of torch's
-/// operations on lists. They take few launches on a device where all have one dtype, and the tensors of a pair the same
-/// strides, without gaps.
+/// operations on lists. They take few launches on a device where all have one dtype, and the tensors of a pair
+/// the same strides, without gaps.
 pub fn average(
     targets: &[input::Borrowed],
     sources: &[input::Borrowed],
@@ -92,6 +93,12 @@ pub fn version(tensor: &Tensor) -> i64 {
 pub fn aliased(tensor: &Tensor) -> bool {
     // SAFETY: as above.
     unsafe { tllib_aliased(tensor.as_ptr()) }
+}
+
+/// Whether anybody but the caller, who has one reference, holds this very tensor. The caller holds the GIL.
+pub fn held(tensor: &Tensor) -> bool {
+    // SAFETY: as above.
+    unsafe { tllib_held(tensor.as_ptr()) }
 }
 
 /// Until it is dropped, on the same thread (it is not `Send`), something leaves this thread's operations as
@@ -267,6 +274,16 @@ impl<T: Stored> Owned<T> {
     pub fn into_tensor(self) -> Tensor {
         self.tensor
     }
+}
+
+/// `tensor` as `kind` on the device of `like`, whatever that is: tch has names for a few devices, and takes all others
+/// for MPS.
+pub fn beside(tensor: &Tensor, kind: Kind, like: &Tensor) -> Result<Tensor> {
+    if let known @ (Device::Cpu | Device::Cuda(_)) = like.device() {
+        return Ok(tensor.f_to_device_(known, kind, false, false)?);
+    }
+    let nothing = like.f_reshape([-1])?.f_narrow(0, 0, 0)?;
+    Ok(tensor.f_type_as(&nothing.f_to_kind(kind)?)?)
 }
 
 /// Contiguous, of `kind` and outside any graph: the memory of `tensor` itself where that is so.

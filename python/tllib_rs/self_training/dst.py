@@ -135,7 +135,8 @@ class WorstCaseEstimationLoss(nn.Module):
         eta_prime (float): the trade-off :math:`\eta'`.
 
     Inputs:
-        - y_l (tensor): logits of the main head on labeled samples, (minibatch, C), floating point.
+        - y_l (tensor): logits of the main head on labeled samples, (minibatch, C), floating point. Further
+          dimensions, of which each place counts as a row, may follow, here and below.
         - y_l_adv (tensor): logits of the worst-case head on them, same shape.
         - y_u (tensor): logits of the main head on unlabeled samples, (minibatch, C).
         - y_u_adv (tensor): logits of the worst-case head on them, same shape.
@@ -146,7 +147,7 @@ class WorstCaseEstimationLoss(nn.Module):
 
     Raises:
         TypeError: an input is not a floating-point tensor.
-        ValueError: an input is not (minibatch, C), the shapes of a pair differ, or :math:`\eta'` is not
+        ValueError: an input is not (minibatch, C, ...), the shapes of a pair differ, or :math:`\eta'` is not
             finite.
         RuntimeError: the devices differ.
 

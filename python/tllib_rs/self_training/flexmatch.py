@@ -52,7 +52,7 @@ class DynamicThresholdingModule:
 
     The counts are kept up to date by :meth:`update`, so a step costs :math:`O(B)` however many samples
     there are. Outside writes to :attr:`net_outputs` are noticed and counted, once; while you keep a
-    reference to it, once a step.
+    reference to it, once a call.
 
     Args:
         threshold (float): the fixed threshold :math:`\tau`.

@@ -54,11 +54,12 @@ class MinimumClassConfusionLoss(nn.Module):
             process is no member of the group.
         RuntimeError: the group was destroyed; ``create_graph=True`` with a group.
 
-    With a group the ranks add up their :math:`\sum_i w_i p_{ic}` and :math:`\sum_i w_i p_{ic}^2`, :math:`2C`
-    numbers in float64, in one message. Their batches may differ in size, also be empty; classes and
-    temperature may not. All get the same loss, and each the gradient with respect to its own logits **times
-    the number of ranks**, so that the mean which DistributedDataParallel takes is the gradient of the loss.
-    Backward sends nothing, so the incoming gradient must be the same on every rank.
+    With a group the ranks add up their :math:`\sum_i w_i p_{ic}` and
+    :math:`\sum_i w_i p_{ic} (1 - p_{ic})`, :math:`2C` numbers in float64, in one message. Their batches may
+    differ in size, also be empty; classes and temperature may not. All get the same loss, and each the
+    gradient with respect to its own logits **times the number of ranks**, so that the mean which
+    DistributedDataParallel takes is the gradient of the loss. Backward sends nothing, so the incoming
+    gradient must be the same on every rank.
 
     A class that has probability 0 in every row makes tllib's loss NaN; here it contributes its limit.
 

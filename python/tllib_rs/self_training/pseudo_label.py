@@ -17,8 +17,8 @@ _compiled = register(
     _core.pseudo_label,
     lambda y, y_target, threshold: (
         y.new_empty((), dtype=at_least_float32(y.dtype)),
-        y.new_empty(y.shape[0], dtype=torch.float32),
-        y.new_empty(y.shape[0], dtype=torch.int64),
+        y.new_empty(y.shape[:1] + y.shape[2:], dtype=torch.float32),
+        y.new_empty(y.shape[:1] + y.shape[2:], dtype=torch.int64),
     ),
     extra=2,
     widened="on devices",
@@ -38,19 +38,20 @@ class ConfidenceBasedSelfTrainingLoss(nn.Module):
         threshold (float): :math:`\tau`, rounded to the dtype of the predictions and compared strictly.
 
     Inputs:
-        - y (tensor): unnormalized predictions to train, (minibatch, C), floating point.
+        - y (tensor): unnormalized predictions to train, (minibatch, C), floating point. Further
+          dimensions, of which each place counts as a row, may follow.
         - y_target (tensor): unnormalized predictions that give the labels, same shape. May be ``y``.
 
     Returns:
         A tuple of
 
         - self_training_loss: scalar; float64 for float64 predictions, else float32.
-        - mask: (minibatch,), float32, 1 where a row is selected.
-        - pseudo_labels: (minibatch,), int64; of equal probabilities the first class.
+        - mask: (minibatch, ...), float32, 1 where a row is selected.
+        - pseudo_labels: (minibatch, ...), int64; of equal probabilities the first class.
 
     Raises:
         TypeError: an input is not a floating-point tensor.
-        ValueError: an input is not (minibatch, C), the shapes differ, or the threshold is NaN.
+        ValueError: an input is not (minibatch, C, ...), the shapes differ, or the threshold is NaN.
         RuntimeError: the devices differ.
 
     Examples::

@@ -182,6 +182,7 @@ class SelfTuning(nn.Module):
         settings.check(im_q, im_k, labels, self.queue_list, self.queue_ptr)
         rows = None if self._ranks is None else self._announce(len(labels))
         h_q, y_q = _training_outputs("encoder_q", self.encoder_q(im_q))
+        _check_mode("encoder_k", self.encoder_k)
         with torch.no_grad():
             self._momentum_update_key_encoder()
             h_k, _ = _training_outputs("encoder_k", self.encoder_k(im_k))
@@ -220,11 +221,11 @@ class SelfTuning(nn.Module):
         # The same in operators: the graph keeps a copy of the queue for backward.
         queue = (self.queue_list, self.queue_ptr)
         settings = (self.num_classes, self.K, self.m, self.T)
+        h_q, y_q = _training_outputs("encoder_q", self.encoder_q(im_q))
+        _check_mode("encoder_k", self.encoder_k)
         with torch.no_grad():
             parameters = (list(self.encoder_k.parameters()), list(self.encoder_q.parameters()))
             _momentum(*parameters, im_q, im_k, labels, *queue, *settings)
-        h_q, y_q = _training_outputs("encoder_q", self.encoder_q(im_q))
-        with torch.no_grad():
             h_k, _ = _training_outputs("encoder_k", self.encoder_k(im_k))
         keep = torch.is_grad_enabled() and h_q.requires_grad
         pgc_logits, _ = _log_probabilities(h_q, h_k, labels, self.queue_list, *settings, keep)
@@ -341,6 +342,15 @@ def _copy_parameters(encoder_q: nn.Module, encoder_k: nn.Module) -> None:
     for source, target in zip(sources, targets, strict=True):
         target.data.copy_(source.data)
         target.requires_grad = False
+
+
+def _check_mode(name: str, encoder: nn.Module) -> None:
+    """Before anything changes, where a module says by its mode what it will return."""
+    if isinstance(encoder, Classifier) and not encoder.training:
+        raise ValueError(
+            f"SelfTuning: {name} must return (projections, predictions), as in training mode, "
+            "and is in evaluation mode"
+        )
 
 
 def _training_outputs(name: str, outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,7 +37,7 @@ class StrongWeakConsistencyLoss(nn.Module):
 
     Inputs:
         - y_strong (tensor): unnormalized predictions on strongly augmented samples, (minibatch, C),
-          floating point.
+          floating point. Further dimensions, of which each place counts as a row, may follow.
         - y (tensor): unnormalized predictions on weakly augmented samples, same shape; gets no gradient.
 
     Returns:
@@ -45,7 +45,7 @@ class StrongWeakConsistencyLoss(nn.Module):
 
     Raises:
         TypeError: an input is not a floating-point tensor.
-        ValueError: an input is not (minibatch, C), the shapes differ, the threshold is NaN, or the
+        ValueError: an input is not (minibatch, C, ...), the shapes differ, the threshold is NaN, or the
             temperature is not above 0.
         RuntimeError: the devices differ.
 

@@ -2,18 +2,18 @@
 
 mod operations;
 
-use super::{Place, place, positive, threads, widened_on_devices};
-use crate::error::{Error, Result};
+use super::{Place, not_nan, place, positive, threads, widened_on_devices};
+use crate::error::Result;
 use crate::kernels::Loss;
 use crate::kernels::cc_loss::{FEW, Pairs, choose, gram, matrix};
 use crate::kernels::element::Element;
 use crate::kernels::product::{Alone, Multiply};
 use crate::kernels::real::Real;
-use crate::torch::autograd::{StoredGrad, attach};
+use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::product::Libtorch;
 use crate::torch::saved::Saved;
-use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar};
+use crate::torch::{Dtype, Stored, by_dtype, scalar};
 use operations::{Call, composite, operations};
 use tch::Tensor;
 
@@ -38,12 +38,7 @@ pub struct Output {
 /// `ValueError` for a temperature that is not above 0 or a threshold that is NaN.
 pub fn check_arguments(temperature: f64, thr: f64) -> Result<()> {
     positive(CLASS, "temperature", temperature)?;
-    if thr.is_nan() {
-        return Err(Error::Value(format!(
-            "{CLASS}: thr must be a number, got {thr}"
-        )));
-    }
-    Ok(())
+    not_nan(CLASS, "thr", thr)
 }
 
 /// The loss between weakly and strongly augmented logits, both (minibatch, C).
@@ -60,10 +55,7 @@ pub fn cc_loss(
     strong.floating()?;
     let (rows, _) = weak.matrix()?;
     strong.matrix()?;
-    strong.same_device(&weak)?;
-    if weak.shape() != strong.shape() {
-        return Err(strong.wrong(&format!("have the shape of logits, {:?}", weak.shape())));
-    }
+    strong.like(&weak)?;
     let call = Call {
         temperature,
         thr,
@@ -137,11 +129,8 @@ fn measure<E: Element + Stored>(
     strong: &Input<'_>,
     dtype: Dtype,
 ) -> Result<(f64, Option<StoredGrad>)> {
-    let mut grad = strong
-        .wants_grad()
-        .then(|| Owned::<E>::new(strong.shape()))
-        .transpose()?;
-    let out = grad.as_mut().map(Owned::slice);
+    let mut grad = Room::<E>::of(strong)?;
+    let out = grad.slice();
     let (count, cols) = (pairs.chosen.len(), pairs.weak.cols());
     let loss = if count == 0 {
         if let Some(out) = out {
@@ -160,8 +149,7 @@ fn measure<E: Element + Stored>(
             way.go(pairs, out, &Libtorch)?
         }
     };
-    let grad = grad.map(|grad| StoredGrad::new(grad.into_tensor(), loss.scale));
-    Ok((loss.value, grad))
+    Ok((loss.value, grad.stored(loss.scale)))
 }
 
 /// How the loss is computed.

@@ -5,6 +5,7 @@
 
 use crate::cuda;
 use crate::error::Result;
+use crate::ops::counting;
 use tch::{Kind, Tensor};
 
 /// Labels that are widened to indices at a time: the count needs no second copy of all labels.
@@ -14,7 +15,7 @@ const NOBODY: i64 = 1 << 62;
 
 /// `counts[c + 1]` of all samples.
 pub fn count(net_outputs: &Tensor, classes: usize) -> Result<Tensor> {
-    let mut counts = Tensor::f_zeros([classes as i64 + 1], (Kind::Int64, net_outputs.device()))?;
+    let mut counts = counting(classes as i64 + 1, net_outputs)?.f_zeros_like()?;
     for chunk in net_outputs.f_split(CHUNK, 0)? {
         let places = chunk.f_to_kind(Kind::Int64)?.f_add_scalar(1)?;
         counts = counts.f_scatter_add(0, &places, &places.f_ones_like()?)?;

@@ -14,10 +14,10 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::flexmatch::Counts;
 use crate::torch::input::Input;
-use crate::torch::{aliased, bump_version, pages, version};
+use crate::torch::{aliased, beside, bump_version, held, pages, version};
 use batch::Batch;
 pub use stored::Stored;
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 const CLASS: &str = "DynamicThresholdingModule";
 
@@ -31,10 +31,12 @@ enum Tally {
 /// The labels of all samples, and what they count up to.
 #[allow(
     clippy::struct_excessive_bools,
-    reason = "four independent facts, not states of a machine"
+    reason = "five independent facts, not states of a machine"
 )]
 pub struct FlexMatch {
     net_outputs: Tensor,
+    /// The alias that was handed out, while somebody may hold it: what is assigned to its `.data` are new labels.
+    handed: Option<Tensor>,
     stored: Stored,
     classes: usize,
     samples: usize,
@@ -50,6 +52,8 @@ pub struct FlexMatch {
     exposed: bool,
     /// Whether one was alive at the last look.
     shared: bool,
+    /// Whether all samples were counted since the last look.
+    counted: bool,
 }
 
 impl FlexMatch {
@@ -80,6 +84,7 @@ impl FlexMatch {
         let version = version(&net_outputs);
         Ok(Self {
             net_outputs,
+            handed: None,
             stored,
             classes,
             samples,
@@ -90,13 +95,46 @@ impl FlexMatch {
             version,
             exposed: false,
             shared: false,
+            counted: false,
         })
     }
 
-    /// The labels, to be read or written by the caller.
+    /// The labels, to be read or written by the caller, who has the GIL.
     pub fn net_outputs(&mut self) -> Result<Tensor> {
-        self.exposed = true;
-        Ok(self.net_outputs.f_detach()?)
+        self.adopt()?;
+        (self.exposed, self.counted) = (true, false);
+        let handed = match self.handed.take() {
+            // One of inference mode may not be written outside.
+            Some(handed) if !handed.f_is_inference()? => handed,
+            _ => self.net_outputs.f_detach()?,
+        };
+        Ok(self.handed.insert(handed).shallow_clone())
+    }
+
+    /// Before [`Self::load`], which works without the GIL: the alias that was handed out is given up here.
+    pub fn release(&mut self) -> Result<()> {
+        self.adopt()?;
+        self.handed = None;
+        Ok(())
+    }
+
+    /// Takes what was assigned to the `.data` of the alias that was handed out, or to the alias by `set_`.
+    fn adopt(&mut self) -> Result<()> {
+        let Some(handed) = self.handed.take() else {
+            return Ok(());
+        };
+        let here = |t: &Tensor| -> Result<_> {
+            let facts = Input::new(CLASS, "net_outputs", t)?;
+            Ok((facts.data(), facts.shape().to_vec(), facts.scalar_type()))
+        };
+        if here(&handed)? != here(&self.net_outputs)? {
+            self.set_net_outputs(&handed)?;
+        }
+        // Where what was assigned had to be copied, the alias is none any more.
+        if held(&handed) && here(&handed)? == here(&self.net_outputs)? {
+            self.handed = Some(handed);
+        }
+        Ok(())
     }
 
     /// Takes `labels` as the new `net_outputs`. On the same device it is adopted, not copied.
@@ -104,7 +142,7 @@ impl FlexMatch {
         let input = Input::new(CLASS, "net_outputs", labels)?;
         input.of_type(self.stored.scalar_type())?;
         self.check_shape(&input)?;
-        let mut moved = labels.f_detach()?.f_to_device(self.net_outputs.device())?;
+        let mut moved = beside(&labels.f_detach()?, self.stored.kind(), &self.net_outputs)?;
         if self.on_host {
             moved = Input::new(CLASS, "net_outputs", &moved)?.in_memory()?;
             host::count(&moved, self.stored, self.classes)?;
@@ -112,7 +150,8 @@ impl FlexMatch {
             moved = moved.f_contiguous()?;
         }
         self.net_outputs = moved;
-        self.exposed = true;
+        self.handed = None;
+        (self.exposed, self.counted) = (true, false);
         Ok(())
     }
 
@@ -126,10 +165,7 @@ impl FlexMatch {
         let here = labels.f_detach()?.f_to_device(Device::Cpu)?;
         let here = Input::new(CLASS, "net_outputs", &here)?.in_memory()?;
         let counts = host::count(&here, from, self.classes)?;
-        let mut copy = Tensor::f_empty(
-            [self.samples as i64],
-            (self.stored.kind(), self.net_outputs.device()),
-        )?;
+        let mut copy = self.net_outputs.f_empty_like()?;
         pages::ask_for_large(&copy);
         copy.f_copy_(&here)?;
         self.version = version(&copy);
@@ -138,7 +174,7 @@ impl FlexMatch {
             self.tally = Some(Tally::Host(counts));
         }
         // On a device they are counted again, where the counts are.
-        (self.exposed, self.shared) = (!self.on_host, false);
+        (self.exposed, self.shared, self.counted) = (!self.on_host, false, false);
         Ok(())
     }
 
@@ -189,7 +225,7 @@ impl FlexMatch {
         let totals = if self.on_host {
             Tally::Host(Counts::from_raw(raw))
         } else {
-            Tally::Device(counts.f_to_device(self.net_outputs.device())?)
+            Tally::Device(beside(counts, Kind::Int64, &self.net_outputs)?)
         };
         self.totals = Some((totals, all));
         Ok(())
@@ -228,12 +264,11 @@ impl FlexMatch {
         input.vector()?;
         let (samples, classes) = (self.samples, self.classes);
         let pairs = host::Pairs::unpack(&input, samples, classes)?;
-        let device = self.net_outputs.device();
         self.write(
             || Ok(pairs),
             |counts, outputs| {
                 let width = classes as i64 + 1;
-                let words = words.f_to_device(device)?;
+                let words = beside(words, Kind::Int64, outputs)?;
                 let idxes = words.f_divide_scalar_mode(width, "floor")?;
                 let labels = words.f_remainder(width)?.f_sub_scalar(1)?;
                 device::update(counts, outputs, &idxes, &idxes.f_ones_like()?, &labels)
@@ -266,15 +301,18 @@ impl FlexMatch {
     pub fn counts(&mut self) -> Result<Tensor> {
         match self.tally()? {
             Tally::Host(counts) => Ok(Tensor::f_from_slice(counts.raw())?),
-            Tally::Device(counts) => Ok(counts.f_clone_detached()?),
+            Tally::Device(counts) => Ok(counts.f_detach_copy()?),
         }
     }
 
     /// Looks whether others can reach the labels. To be called at the start of every step, with the
     /// GIL; the rest of a step never asks for it.
-    pub fn look(&mut self) {
+    pub fn look(&mut self) -> Result<()> {
+        self.adopt()?;
         self.shared = aliased(&self.net_outputs);
         self.exposed |= self.shared;
+        self.counted = false;
+        Ok(())
     }
 
     /// Whether others could reach them at the last look.
@@ -282,9 +320,11 @@ impl FlexMatch {
         self.shared
     }
 
-    /// Whether the next step has to count all samples again.
+    /// Whether the next step has to count all samples again: once for each look, where an alias is held.
     pub fn is_stale(&self) -> bool {
-        self.tally.is_none() || self.exposed || version(&self.net_outputs) != self.version
+        self.tally.is_none()
+            || (self.exposed && !self.counted)
+            || version(&self.net_outputs) != self.version
     }
 
     /// Counts all samples, where that is needed.
@@ -306,6 +346,7 @@ impl FlexMatch {
             self.version = version(&self.net_outputs);
             // The holder of an alias may go on writing in ways that leave no trace.
             self.exposed = self.shared;
+            self.counted = true;
         }
         self.tally
             .as_mut()
@@ -321,16 +362,4 @@ fn in_place_of(before: Option<Tally>, fresh: Tensor) -> Result<Tensor> {
     };
     counts.f_copy_(&fresh)?;
     Ok(counts)
-}
-
-trait CloneDetached: Sized {
-    fn f_clone_detached(&self) -> Result<Self>;
-}
-
-impl CloneDetached for Tensor {
-    fn f_clone_detached(&self) -> Result<Self> {
-        let mut copy = self.f_empty_like()?;
-        copy.f_copy_(self)?;
-        Ok(copy)
-    }
 }

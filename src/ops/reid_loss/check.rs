@@ -1,8 +1,9 @@
 //! What the triplet losses ask of their arguments.
 
+use super::integral;
 use super::triplet::{Arguments, Objective};
-use super::{finite, integral};
 use crate::error::{Error, Result};
+use crate::ops::finite;
 use crate::torch::Dtype;
 use crate::torch::input::{Facts, Input};
 

@@ -4,6 +4,7 @@ use super::triplet::{Arguments, Objective};
 use crate::error::{Error, Result};
 use crate::kernels::reid_loss::mining::Hardest;
 use crate::kernels::reid_loss::{CLAMP, OFFSET, SMALLEST_NORM};
+use crate::ops::counting;
 use crate::torch::Without;
 use tch::{Kind, Tensor};
 
@@ -16,7 +17,7 @@ pub fn composite(call: &Arguments<'_>, kind: Kind, out: Kind) -> Result<Tensor> 
         call.normalize,
         kind,
     )?;
-    let pairs = Pairs::mined(&u, &v, call)?;
+    let pairs = Pairs::mined(&u, &v, call, Search::Compiled)?;
     let reference = reference(call, &pairs, out)?;
     of_pairs(&u, &v, &pairs, call.objective, reference.as_ref(), out)
 }
@@ -141,6 +142,43 @@ pub fn of_differences(
     Ok(each.f_mean(kind)?)
 }
 
+/// How the first largest or smallest element of each row, or the first NaN, is found.
+#[derive(Clone, Copy, Debug)]
+pub enum Search {
+    /// By libtorch's operation.
+    Direct,
+    /// In operations that `torch.compile` may fuse with what is around. The inductor of torch 2.11 finds a wrong
+    /// element on the CPU where it fuses argmax with a mask that it makes of strided labels; the largest number it
+    /// gets right.
+    Compiled,
+}
+
+impl Search {
+    /// The index of the largest.
+    pub fn largest(self, keys: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Direct => Ok(keys.f_argmax(1, false)?),
+            Self::Compiled => first(keys, &keys.f_amax([1].as_slice(), true)?),
+        }
+    }
+
+    /// The index of the smallest.
+    pub fn smallest(self, keys: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Direct => Ok(keys.f_argmin(1, false)?),
+            Self::Compiled => first(keys, &keys.f_amin([1].as_slice(), true)?),
+        }
+    }
+}
+
+/// The index of the first element of each row that is its `value`, or NaN.
+fn first(keys: &Tensor, value: &Tensor) -> Result<Tensor> {
+    let cols = keys.size()[1];
+    let found = keys.f_eq_tensor(value)?.f_logical_or(&keys.f_isnan()?)?;
+    let columns = counting(cols, keys)?.f_where_scalarother(&found, cols)?;
+    Ok(columns.f_amin([1].as_slice(), false)?)
+}
+
 /// The mined pairs.
 pub struct Pairs {
     /// Of each anchor's hardest positive, then of the hardest negatives, (2 N).
@@ -167,7 +205,7 @@ impl Pairs {
     }
 
     /// In libtorch operations, from features `u` and `v` whose identities the call has.
-    pub fn mined(u: &Tensor, v: &Tensor, call: &Arguments<'_>) -> Result<Self> {
+    pub fn mined(u: &Tensor, v: &Tensor, call: &Arguments<'_>, search: Search) -> Result<Self> {
         let (u, v, kind) = (u.f_detach()?, v.f_detach()?, u.f_kind()?);
         let squares = v.f_square()?.f_sum_dim_intlist(1, false, kind)?;
         let keys = {
@@ -183,12 +221,11 @@ impl Pairs {
         // Where nobody qualifies, everybody does, at tllib's offset. That is so of one of the two at most.
         let has_positive = same.f_any_dim(1, true)?;
         let has_negative = other.f_any_dim(1, true)?;
-        let positive = keys
-            .f_masked_fill(&other.f_logical_and(&has_positive)?, f64::NEG_INFINITY)?
-            .f_argmax(1, false)?;
-        let negative = keys
-            .f_masked_fill(&same.f_logical_and(&has_negative)?, f64::INFINITY)?
-            .f_argmin(1, false)?;
+        let masked = |of: &Tensor, any: &Tensor, value| -> Result<Tensor> {
+            Ok(keys.f_masked_fill(&of.f_logical_and(any)?, value)?)
+        };
+        let positive = search.largest(&masked(&other, &has_positive, f64::NEG_INFINITY)?)?;
+        let negative = search.smallest(&masked(&same, &has_negative, f64::INFINITY)?)?;
         let offset = has_positive
             .f_logical_and(&has_negative)?
             .f_squeeze_dim(1)?

@@ -1,15 +1,14 @@
 //! The two classification losses on tensors.
 
-use super::finite;
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::reid_loss::cross_entropy::{Targets, cross_entropy as kernel};
-use crate::ops::{Place, inside, loss_dtype, place, stored, threads};
-use crate::torch::autograd::{StoredGrad, attach};
+use crate::ops::{Place, finite, inside, loss_dtype, place, stored, threads};
+use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::saved::Saved;
-use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar};
+use crate::torch::{Dtype, Stored, by_dtype, scalar};
 use tch::{Kind, Tensor};
 
 const SOFT: &str = "CrossEntropyLoss";
@@ -23,13 +22,8 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
     );
     let dtype = input.floating()?;
     let target_dtype = targets.floating()?;
-    if input.shape().len() < 2 || input.shape()[1] == 0 {
-        return Err(input.wrong("have shape (minibatch, C) with C > 0"));
-    }
-    targets.same_device(&input)?;
-    if targets.shape() != input.shape() {
-        return Err(targets.wrong(&format!("have the shape of y, {:?}", input.shape())));
-    }
+    input.classes()?;
+    targets.like(&input)?;
     let wider = if target_dtype == Dtype::F64 {
         Dtype::F64
     } else {
@@ -52,11 +46,10 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
         Place::Operations => soft_operations(&input, labels, kind)?,
         Place::Composite => return soft_composite(y, labels, kind),
     };
-    if loss.1.is_none() {
-        return Ok(loss.0);
-    }
-    let held = Saved::of(labels, "CrossEntropyLoss's labels")?;
-    attached(y, loss, move |y| soft_composite(y, held.get()?, kind))
+    attached(y, loss, || {
+        let held = Saved::of(labels, "CrossEntropyLoss's labels")?;
+        Ok(move |y: &Tensor| soft_composite(y, held.get()?, kind))
+    })
 }
 
 /// By the CPU kernel.
@@ -65,24 +58,23 @@ where
     E: Element + Stored,
 {
     let logits = input.dense_rows::<E>()?;
-    let mut grad = input
-        .wants_grad()
-        .then(|| Owned::<E>::new(input.shape()))
-        .transpose()?;
-    let slice = grad.as_mut().map(Owned::slice);
-    let loss = kernel(logits, targets, slice, threads(2 * input.numel()));
+    let mut grad = Room::<E>::of(input)?;
+    let loss = kernel(logits, targets, grad.slice(), threads(2 * input.numel()));
     let out = scalar(loss.value, loss_dtype(input, input.floating()?))?;
-    let grad = grad.map(|grad| StoredGrad::new(grad.into_tensor(), loss.scale));
-    Ok((out, grad))
+    Ok((out, grad.stored(loss.scale)))
 }
 
-/// Makes the loss differentiable with respect to `y`, where there is a gradient.
-fn attached(
+/// Makes the loss differentiable with respect to `y`, where there is a gradient; only then is a formula made.
+fn attached<F>(
     y: &Tensor,
     (loss, grad): (Tensor, Option<StoredGrad>),
-    formula: impl Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
-) -> Result<Tensor> {
+    formula: impl FnOnce() -> Result<F>,
+) -> Result<Tensor>
+where
+    F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
+{
     if grad.is_some() {
+        let formula = formula()?;
         let formula = Box::new(move |t: &[Tensor]| formula(&t[0]));
         attach(
             c"SoftCrossEntropyBackward",
@@ -151,11 +143,7 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
     let dtype = input.floating()?;
     let (rows, cols) = input.matrix()?;
     given.integer()?;
-    let wide = match given.int64() {
-        Ok(()) => None,
-        Err(_) => Some(labels.f_to_kind(Kind::Int64)?),
-    };
-    let labels = wide.as_ref().unwrap_or(labels);
+    let labels = &given.to_int64()?;
     let indices = Input::new(SMOOTH, "labels", labels)?;
     indices.same_device(&input)?;
     if *indices.shape() != [rows as i64] {
@@ -179,18 +167,17 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
             let loss = by_dtype!(dtype, E => {
                 fused::<E>(&input, Targets::Smooth { labels: &labels, hit, rest })?
             });
-            return attached(y, loss, move |y| {
-                smooth_composite(y, &Tensor::f_from_slice(&labels)?, hit, rest, kind)
+            return attached(y, loss, || {
+                Ok(move |y: &Tensor| {
+                    smooth_composite(y, &Tensor::f_from_slice(&labels)?, hit, rest, kind)
+                })
             });
         }
         _ => return smooth_composite(y, labels, hit, rest, kind),
     };
-    if loss.1.is_none() {
-        return Ok(loss.0);
-    }
-    let held = Saved::of(labels, "CrossEntropyLossWithLabelSmooth's labels")?;
-    attached(y, loss, move |y| {
-        smooth_composite(y, held.get()?, hit, rest, kind)
+    attached(y, loss, || {
+        let held = Saved::of(labels, "CrossEntropyLossWithLabelSmooth's labels")?;
+        Ok(move |y: &Tensor| smooth_composite(y, held.get()?, hit, rest, kind))
     })
 }
 

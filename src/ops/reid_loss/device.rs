@@ -42,12 +42,8 @@ pub fn triplet(call: &Arguments<'_>, inputs: &Inputs<'_>) -> Result<Tensor> {
         (Some(teacher), Objective::Taught) => Some(prepared(teacher, false)?),
         _ => None,
     };
-    let int64 = |labels: &Input<'_>| match labels.int64() {
-        Ok(()) => Ok(labels.tensor.shallow_clone()),
-        Err(_) => labels.tensor.f_to_kind(Kind::Int64),
-    };
-    let labels = int64(&inputs.labels)?;
-    let memory_labels = memory.map(|(_, labels)| int64(labels)).transpose()?;
+    let labels = inputs.labels.to_int64()?;
+    let memory_labels = memory.map(|(_, labels)| labels.to_int64()).transpose()?;
     let mining = Mining {
         u: &u,
         v,

@@ -1,5 +1,6 @@
 //! Hard example mining on tensors.
 
+use super::composite::Search;
 use crate::cuda::{self, triplet::LARGEST};
 use crate::error::Result;
 use crate::kernels::element::Element;
@@ -30,14 +31,9 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
     if cols == 0 {
         return Err(distances.wrong("have shape (N, M) with M > 0"));
     }
-    identity.same_device(&distances)?;
-    if identity.shape() != distances.shape() {
-        return Err(identity.wrong(&format!(
-            "have the shape of dist_mat, {:?}",
-            distances.shape()
-        )));
-    }
-    if place(&[&distances, &identity]) == Place::Cuda && cols <= LARGEST {
+    identity.like(&distances)?;
+    let place = place(&[&distances, &identity]);
+    if place == Place::Cuda && cols <= LARGEST {
         return cuda::hardest::hardest(&distances, &identity, dtype);
     }
     let found = match dtype {
@@ -46,7 +42,10 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
     };
     match found {
         Some(found) => Ok(found),
-        None => composite(dist_mat, identity_mat, dtype),
+        None if place == Place::Composite => {
+            composite(dist_mat, identity_mat, dtype, Search::Compiled)
+        }
+        None => composite(dist_mat, identity_mat, dtype, Search::Direct),
     }
 }
 
@@ -66,7 +65,12 @@ fn scan<F: Element<Acc = F> + Real + Stored>(
 }
 
 /// The same in libtorch operations.
-fn composite(dist_mat: &Tensor, identity_mat: &Tensor, dtype: Dtype) -> Result<(Tensor, Tensor)> {
+fn composite(
+    dist_mat: &Tensor,
+    identity_mat: &Tensor,
+    dtype: Dtype,
+    search: Search,
+) -> Result<(Tensor, Tensor)> {
     let (d, s) = (dist_mat.f_detach()?, identity_mat.f_detach()?);
     let s = if s.is_floating_point() {
         s
@@ -77,7 +81,7 @@ fn composite(dist_mat: &Tensor, identity_mat: &Tensor, dtype: Dtype) -> Result<(
     let negative = s.f_mul_scalar(OFFSET)?.f_add(&d)?;
     // A sort puts NaN last, and tllib takes the first.
     let negative = negative.f_masked_fill(&negative.f_isnan()?, f64::INFINITY)?;
-    Ok((positive.f_argmax(1, false)?, negative.f_argmin(1, false)?))
+    Ok((search.largest(&positive)?, search.smallest(&negative)?))
 }
 
 /// Features as the kernels take them: contiguous, in the computing type, outside any graph.

@@ -16,18 +16,7 @@ pub use distances::{distances, distances_backward};
 pub use mining::hardest;
 pub use triplet::{Arguments, Objective, triplet};
 
-use crate::error::{Error, Result};
 use tch::Kind;
-
-/// `ValueError` unless `value` is finite.
-fn finite(class: &str, name: &str, value: f64) -> Result<()> {
-    if value.is_finite() {
-        return Ok(());
-    }
-    Err(Error::Value(format!(
-        "{class}: {name} must be a finite number, got {value}"
-    )))
-}
 
 /// Whether labels of this kind fit into 64-bit integers.
 fn integral(kind: Kind) -> bool {

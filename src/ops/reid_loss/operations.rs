@@ -1,7 +1,9 @@
 //! The triplet losses in libtorch operations, with the gradient in closed form: that of 2N pairs.
 
 use super::check::Inputs;
-use super::composite::{Distances, Pairs, Side, of_differences, of_pairs, reference, sides};
+use super::composite::{
+    Distances, Pairs, Search, Side, of_differences, of_pairs, reference, sides,
+};
 use super::triplet::{Arguments, Objective};
 use crate::error::Result;
 use crate::kernels::reid_loss::{CLAMP, SMALLEST_NORM};
@@ -15,7 +17,7 @@ pub fn triplet(call: &Arguments<'_>, inputs: &Inputs<'_>, kind: Kind, out: Kind)
     let u = side(call.features.1)?;
     let memory = call.memory.map(|(memory, _)| side(memory)).transpose()?;
     let v = memory.as_ref().unwrap_or(&u);
-    let pairs = Pairs::mined(&u.unit, &v.unit, call)?;
+    let pairs = Pairs::mined(&u.unit, &v.unit, call, Search::Direct)?;
     let reference = reference(call, &pairs, out)?;
     let distances = Distances::of(&u.unit, &v.unit, &pairs.index)?;
     let t = distances.difference()?.f_add(&pairs.offset)?;

@@ -8,13 +8,13 @@ pub mod parts;
 mod plan;
 mod queue;
 
-use super::threads;
+use super::{counting, threads};
 use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::kernels::self_tuning::{Shape, log_probabilities};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, Stored, Without};
+use crate::torch::{Dtype, Owned, Stored, Without, beside};
 use check::{Checked, Pointers};
 use node::{Held, Node};
 use plan::Plan;
@@ -72,8 +72,8 @@ impl Batch<'_> {
     /// waiting for it.
     fn beside(&self, labels: &Tensor) -> Result<Tensor> {
         let device = self.h_q.device();
-        if device == Device::Cpu || labels.device() != Device::Cpu {
-            return Ok(labels.f_to_device_(device, Kind::Int64, false, false)?);
+        if !matches!(device, Device::Cuda(_)) || labels.device() != Device::Cpu {
+            return beside(labels, Kind::Int64, self.h_q);
         }
         // Page-locked memory is read when the device comes to it, by when the caller may have filled it anew.
         let own = labels.f_to_device_(Device::Cpu, Kind::Int64, false, true)?;
@@ -223,7 +223,7 @@ fn formula(
 /// The columns of the queue in the order of the output: the own class, then the others.
 fn order(labels: &Tensor, settings: Settings) -> Result<Tensor> {
     let keys = settings.keys;
-    let arange = |n: i64| Tensor::f_arange(n, (Kind::Int64, labels.device()));
+    let arange = |n: i64| counting(n, labels);
     let start = labels.f_mul_scalar(keys)?.f_unsqueeze(1)?;
     let own = start.f_add(&arange(keys)?)?;
     let others = arange(keys * (settings.classes - 1))?.f_unsqueeze(0)?;

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::kernels::self_tuning::enqueue;
+use crate::ops::counting;
 use tch::{Kind, Tensor};
 
 /// Where the keys of a batch go.
@@ -33,13 +34,12 @@ impl Plan {
     /// *and* the value of the last one there, so that the order of the device's writes does not
     /// matter.
     pub fn on_device(labels: &Tensor, pointers: &Tensor, keys: i64) -> Result<Self> {
-        let of = (Kind::Int64, labels.device());
         let zeros = pointers.f_zeros_like()?;
         let totals = zeros.f_scatter_add(0, labels, &labels.f_ones_like()?)?;
         let starts = totals.f_cumsum(0, Kind::Int64)?.f_sub(&totals)?;
         let (sorted, order) = labels.f_sort_stable(true, 0, false)?;
         let start = starts.f_index_select(0, &sorted)?;
-        let turn = Tensor::f_arange(labels.size1()?, of)?.f_sub(&start)?;
+        let turn = counting(labels.size1()?, labels)?.f_sub(&start)?;
         let behind = totals
             .f_index_select(0, &sorted)?
             .f_sub_scalar(1)?

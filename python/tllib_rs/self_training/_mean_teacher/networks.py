@@ -113,17 +113,6 @@ def _pairs(teacher: nn.Module, student: nn.Module, kind: str) -> list[tuple[Tens
     return shards.local_pairs(*(getattr(net, f"{kind}s")() for net in (teacher, student)), kind)
 
 
-class _Tensors(nn.Module):
-    """Tensors in the form in which the update takes networks."""
-
-    def __init__(self, tensors: list[Tensor]):
-        super().__init__()
-        self.tensors = tensors
-
-    def parameters(self, recurse: bool = True) -> list[Tensor]:
-        return self.tensors
-
-
 def update(teacher: nn.Module, student: nn.Module, alpha: float, buffers: str) -> None:
     """``teacher <- alpha * teacher + (1 - alpha) * student``, and the buffers by their policy.
 
@@ -140,7 +129,7 @@ def update(teacher: nn.Module, student: nn.Module, alpha: float, buffers: str) -
         (averaged if buffers == "average" and both else copied).append(pair)
     ours = [*teacher.parameters(), *(t for t, _ in averaged)]
     theirs = [*student.parameters(), *(s for _, s in averaged)]
-    _core.ema_update(_Tensors(ours), _Tensors(theirs), alpha)
+    _core.ema_update_parameters(ours, theirs, alpha)
     with torch.no_grad():
         for ours, theirs in copied:
             ours.copy_(theirs)

@@ -214,6 +214,10 @@ class CrossEntropyLossWithLabelSmooth(nn.Module):
             return _compiled_label_smooth(y, labels, self.num_classes, self.epsilon)
         return _core.label_smooth(y, labels, self.num_classes, self.epsilon)
 
+    def extra_repr(self) -> str:
+        """The arguments, for ``repr``."""
+        return f"num_classes={self.num_classes}, epsilon={self.epsilon}"
+
 
 class CrossEntropyLoss(nn.Module):
     r"""Cross entropy with the predictions of another network as targets, as in Mutual Mean-Teaching.
@@ -274,7 +278,18 @@ def _ranked(
     return ranking(hardest_n, hardest_p, torch.ones_like(hardest_n))
 
 
-class TripletLoss(nn.Module):
+class _Triplet(nn.Module):
+    """What the triplet losses have in common."""
+
+    margin: float | None
+    normalize_feature: bool
+
+    def extra_repr(self) -> str:
+        """The arguments, for ``repr``."""
+        return f"margin={self.margin}, normalize_feature={self.normalize_feature}"
+
+
+class TripletLoss(_Triplet):
     r"""Triplet loss with the hardest positive and negative in the batch.
 
     With the Euclidean distances :math:`a_i` to the farthest sample of the same identity (which may be the
@@ -329,7 +344,7 @@ class TripletLoss(nn.Module):
         return call(f, labels, self.margin_loss.margin, self.normalize_feature)
 
 
-class TripletLossXBM(nn.Module):
+class TripletLossXBM(_Triplet):
     r""":class:`TripletLoss` whose pairs are looked for in a memory of earlier batches: `Cross-Batch Memory
     for Embedding Learning (CVPR 2020) <https://arxiv.org/abs/1912.06798>`_.
 
@@ -382,7 +397,7 @@ class TripletLossXBM(nn.Module):
         return call(f, xbm_f, labels, xbm_labels, self.ranking_loss.margin, self.normalize_feature)
 
 
-class SoftTripletLoss(nn.Module):
+class SoftTripletLoss(_Triplet):
     r"""Soft triplet loss of Mutual Mean-Teaching.
 
     With the distances :math:`a_i`, :math:`b_i` of :class:`TripletLoss` and
@@ -407,7 +422,7 @@ class SoftTripletLoss(nn.Module):
         - labels (tensor): identities, (minibatch,).
 
     Returns:
-        A scalar; float64 for float64 features, else float32.
+        A scalar; float64 where the features or, without a margin, the teacher's are float64, else float32.
 
     Raises:
         TypeError: an input is not a tensor, or features are not floating point.
