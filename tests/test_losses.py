@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.losses import LOSSES, Observed
+from tllib_rs import _core
 from tllib_rs.modules.entropy import entropy
 from tllib_rs.vision.models.reid.loss import pairwise_euclidean_distance
 
@@ -309,6 +310,31 @@ def test_constants_under_func_transforms(loss, generator):
     torch.testing.assert_close(torch.func.grad(weighted)(weight), expected)
     torch.testing.assert_close(torch.func.jvp(weighted, (weight,), (weight,)), (2 * expected, 2 * expected))
     torch.testing.assert_close(torch.vmap(weighted)(weight[None]), 2 * expected[None])
+
+
+#: Those that read columns in one piece as such.
+BY_COLUMNS = "entropy entropy_mean pi_model pi_model_none pi_model_mask class_balance"
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in BY_COLUMNS.split()], ids=repr)
+@pytest.mark.parametrize("shape", [(16, 5), (45, 45), (33, 70), (15, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_columns_in_one_piece(loss, generator, shape, dtype):
+    """Gradients are laid out as the inputs are, whatever comes in."""
+    inputs = [x.to(dtype) for x in loss.inputs(generator, *shape)]
+    columns = [x.t().contiguous().t() if x.dim() == 2 else x for x in inputs]
+    value = loss.first(loss.ours(*inputs))
+    weights = [0.37, torch.rand(value.shape, generator=generator, dtype=torch.float64)]
+    for weight in weights if value.dim() else weights[:1]:
+        got, expected = (run(loss, loss.ours, leaves(loss, x, dtype), weight) for x in (columns, inputs))
+        tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+        assert_agree(got, expected, dtype, tolerance)
+        if _core.has_kernels("cpu") and shape[0] > 15:
+            assert all(g.stride() == x.stride() for g, x in zip(got[1], columns, strict=False))
+    kept = leaves(loss, columns, dtype)
+    loss.first(loss.ours(*kept)).sum().backward(retain_graph=True)
+    loss.first(loss.ours(*kept)).sum().backward()
+    assert all(x.grad.stride() == x.stride() for x in kept if x.requires_grad)
 
 
 #: Those that take any number of dimensions, with classes along dimension 1.

@@ -9,8 +9,10 @@ use super::parallel::{cut, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::{Rows, store_row};
+mod columns;
 mod narrow;
 
+pub use columns::entropy_by_columns;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 

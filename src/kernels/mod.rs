@@ -2,9 +2,10 @@
 //!
 //! The foundation: [`isa`] picks an instruction set at run time, [`real`] has the arithmetic and
 //! the vectorisable `exp` and `ln`, [`element`] the storage types, [`rows`] strided matrices,
-//! [`reduce`] the sweeps over one row, [`lanes`] those over narrow rows side by side, [`softmax`] a row of
-//! probabilities, [`product`] products of matrices, [`parallel`] the threads. Every other module is a method.
+//! [`reduce`] the sweeps over one row, [`lanes`] those over narrow rows side by side, [`columns`] those over columns in
+//! one piece, [`softmax`] a row of probabilities, [`product`] products of matrices, [`parallel`] the threads. Every other module is a method.
 
+pub mod columns;
 pub mod element;
 pub mod isa;
 pub mod lanes;

@@ -10,8 +10,10 @@ use super::parallel::{cut, cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::Rows;
+mod columns;
 mod narrow;
 
+pub use columns::pi_model_by_columns;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 

@@ -230,6 +230,29 @@ pub fn repeat_row<E: Element>(row: &[f64], scale: f64, out: &mut [E], threads: N
     run(jobs);
 }
 
+/// The same, `out` being contiguous column by column.
+pub fn repeat_row_by_columns<E: Element>(
+    row: &[f64],
+    scale: f64,
+    out: &mut [E],
+    threads: NonZeroUsize,
+) {
+    let rows = out.len() / row.len().max(1);
+    let ranges = split(row.len(), threads);
+    let jobs: Vec<_> = cut(out, &ranges, rows)
+        .into_iter()
+        .zip(ranges)
+        .map(|(out, range)| {
+            move || {
+                for (column, &g) in out.chunks_mut(rows.max(1)).zip(&row[range]) {
+                    column.fill(E::store(E::Acc::of(g * scale)));
+                }
+            }
+        })
+        .collect();
+    run(jobs);
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::element::Bf16;
@@ -274,6 +297,10 @@ mod tests {
                 let each = |m: &f64| -u * m.ln() - (1.0 - u) * (1.0 - m).ln();
                 assert!((value - means.iter().map(each).sum::<f64>() * u).abs() < 1e-12);
                 let mut grad = vec![9.0; rows * cols];
+                repeat_row_by_columns(&slope, 2.0, &mut grad, threads);
+                for (c, column) in grad.chunks(rows).enumerate() {
+                    assert!(column.iter().all(|&g| g == 2.0 * slope[c]));
+                }
                 repeat_row(&slope, 2.0, &mut grad, threads);
                 for k in (0..grad.len()).step_by(7) {
                     let (mut up, mut down) = (p.clone(), p.clone());

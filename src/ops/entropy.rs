@@ -3,8 +3,9 @@
 use super::{Place, place, stored, threads, widened_on_devices};
 use crate::cuda;
 use crate::error::{Error, Result};
+use crate::kernels::columns;
 use crate::kernels::element::stored_scale;
-use crate::kernels::entropy::entropy as kernel;
+use crate::kernels::entropy::{entropy as kernel, entropy_by_columns};
 use crate::kernels::mcc::ENTROPY_EPSILON;
 use crate::kernels::reduce::sum;
 use crate::torch::autograd::{Room, StoredGrad, attach};
@@ -62,8 +63,10 @@ fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<
         let rows = input.dense_rows::<E>()?;
         let batch = rows.rows();
         let mut each = vec![0.0; batch];
-        let mut grad = Room::<E>::of(input)?;
+        let columns = columns::fit(&rows);
+        let mut grad = Room::<E>::laid_out(input, columns)?;
         let (weight, scale) = weight(input, dtype, mean);
+        let kernel = if columns { entropy_by_columns } else { kernel };
         kernel(rows, &mut each, grad.slice(), weight * scale, threads(input.numel()));
         let out = if mean {
             scalar(sum(&each) / batch as f64, dtype)?

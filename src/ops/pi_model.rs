@@ -4,8 +4,9 @@ use super::{Place, inside, place, stored, threads, widened_on_devices};
 use crate::cuda;
 use crate::cuda::pi_model::Weights;
 use crate::error::{Error, Result};
+use crate::kernels::columns;
 use crate::kernels::element::{Element, stored_scale};
-use crate::kernels::pi_model::{Outputs, pi_model as kernel};
+use crate::kernels::pi_model::{Outputs, pi_model as kernel, pi_model_by_columns};
 use crate::kernels::reduce::sum;
 use crate::torch::autograd::{Backward, Composite, Room, StoredGrad, attach, attach_with, scaled};
 use crate::torch::input::{Facts, Input};
@@ -282,12 +283,15 @@ impl<'a> Call<'a> {
             let b = self.p2.dense_rows::<E>()?;
             let largest = weights.map_or(self.number, |w| w.iter().fold(0.0, |a: f64, w| a.max(w.abs())));
             let scale = self.scale::<E>(largest);
-            let (mut grad_a, mut grad_b) = (Room::<E>::of(&self.p1)?, Room::<E>::of(&self.p2)?);
+            let columns = columns::fit(&a) && columns::fit(&b);
+            let room = |input: &Input<'_>| Room::<E>::laid_out(input, columns);
+            let (mut grad_a, mut grad_b) = (room(&self.p1)?, room(&self.p2)?);
             let out = Outputs {
                 distances,
                 grad_a: grad_a.slice(),
                 grad_b: grad_b.slice(),
             };
+            let kernel = if columns { pi_model_by_columns } else { kernel };
             kernel(a, b, weights, scale * self.mean() * self.number, out, threads(self.p1.numel()));
             Ok(vec![grad_a.stored(scale), grad_b.stored(scale)])
         })

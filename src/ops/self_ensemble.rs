@@ -4,13 +4,15 @@ use super::ranks::{Exchanged, gradient, leaf};
 use super::{Place, inside, loss_dtype, place, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
+use crate::kernels::columns;
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::self_ensemble::{
     LOG_FLOOR, SLOPE_FLOOR, class_balance as kernel, column_means, column_sums, repeat_row,
+    repeat_row_by_columns,
 };
-use crate::torch::autograd::{Backward, Composite, StoredGrad, attach, attach_with};
+use crate::torch::autograd::{Backward, Composite, Room, StoredGrad, attach, attach_with};
 use crate::torch::input::Input;
-use crate::torch::{Dtype, Owned, Stored, by_dtype, scalar, vector};
+use crate::torch::{Dtype, Stored, by_dtype, scalar, vector};
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
@@ -191,14 +193,18 @@ fn of_means<E: Element + Stored>(
     }
     let threads = threads(input.numel() / CHEAP);
     let (value, slope) = kernel(means, count, threads);
-    let mut grad = None;
-    if input.wants_grad() {
-        let mut stored = Owned::<E>::new(input.shape())?;
-        let scale = stored_scale::<E>(slope.iter().fold(0.0, |bound, g| g.abs().max(bound)));
-        repeat_row(&slope, scale, stored.slice(), threads);
-        grad = Some(StoredGrad::new(stored.into_tensor(), scale));
+    let columns = input.rows::<E>().is_some_and(|rows| columns::fit(&rows));
+    let mut grad = Room::<E>::laid_out(input, columns)?;
+    let scale = stored_scale::<E>(slope.iter().fold(0.0, |bound, g| g.abs().max(bound)));
+    if let Some(grad) = grad.slice() {
+        let repeat = if columns {
+            repeat_row_by_columns
+        } else {
+            repeat_row
+        };
+        repeat(&slope, scale, grad, threads);
     }
-    Ok((scalar(value, out)?, grad))
+    Ok((scalar(value, out)?, grad.stored(scale)))
 }
 
 /// The same in libtorch operations. Where a mean is outside [0, 1] the loss is NaN: raising would

@@ -50,6 +50,8 @@ pub struct StoredGrad {
     pub capture: Option<u64>,
     /// On a device, where the gradient is large: a byte for each row, 0 where the row is 0 or NaN throughout.
     pub chosen: Option<Tensor>,
+    /// Whether the tensor is transposed: laid out as an input whose columns lie in one piece.
+    pub by_columns: bool,
 }
 
 impl StoredGrad {
@@ -61,6 +63,7 @@ impl StoredGrad {
             divisor: None,
             capture: None,
             chosen: None,
+            by_columns: false,
         }
     }
 
@@ -80,29 +83,48 @@ impl StoredGrad {
             divisor: self.divisor.as_ref().map(Tensor::shallow_clone),
             capture: self.capture,
             chosen: self.chosen.as_ref().map(Tensor::shallow_clone),
+            by_columns: self.by_columns,
         }
     }
 }
 
 /// Room for the gradient with respect to an input, where one is wanted.
-pub struct Room<E>(Option<Owned<E>>);
+pub struct Room<E> {
+    room: Option<Owned<E>>,
+    by_columns: bool,
+}
 
 impl<E: Element + Stored> Room<E> {
     /// In the shape of `input`.
     pub fn of(input: &Input<'_>) -> Result<Self> {
-        let room = input.wants_grad().then(|| Owned::new(input.shape()));
-        Ok(Self(room.transpose()?))
+        Self::laid_out(input, false)
+    }
+
+    /// Contiguous row by row, or column by column.
+    pub fn laid_out(input: &Input<'_>, by_columns: bool) -> Result<Self> {
+        let mut shape = input.shape().to_vec();
+        if by_columns {
+            shape.reverse();
+        }
+        let room = input.wants_grad().then(|| Owned::new(&shape));
+        Ok(Self {
+            room: room.transpose()?,
+            by_columns,
+        })
     }
 
     /// Where a kernel writes it.
     pub fn slice(&mut self) -> Option<&mut [E]> {
-        self.0.as_mut().map(Owned::slice)
+        self.room.as_mut().map(Owned::slice)
     }
 
     /// Written, times `scale`.
     pub fn stored(self, scale: f64) -> Option<StoredGrad> {
-        self.0
-            .map(|grad| StoredGrad::new(grad.into_tensor(), scale))
+        let by_columns = self.by_columns;
+        self.room.map(|grad| StoredGrad {
+            by_columns,
+            ..StoredGrad::new(grad.into_tensor(), scale)
+        })
     }
 }
 
@@ -294,6 +316,13 @@ unsafe extern "C" fn backward(
 
 /// `grad * incoming / (scale * divisor)`. `own` says that the memory of `grad` may be reused.
 fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
+    let by_columns = stored.by_columns;
+    let scaled = as_it_lies(stored, incoming, own)?;
+    Ok(if by_columns { scaled.f_tr()? } else { scaled })
+}
+
+/// The same without the transposition of one that is laid out by columns.
+fn as_it_lies(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
     if let Some(out) = cuda::scale::scale(&stored, incoming, own)? {
         return Ok(out);
     }
@@ -301,10 +330,12 @@ fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> 
         tensor: mut grad,
         scale,
         divisor,
+        by_columns,
         ..
     } = stored;
     let on_cpu = Input::new("backward", "gradient", &grad)?;
     let rows = on_cpu.shape().first().copied().unwrap_or(1);
+    let rows = (!by_columns).then_some(rows);
     if let (Some(dtype), Some(mut factors), true) =
         (on_cpu.dtype(), numbers(incoming, rows), on_cpu.on_cpu())
     {
@@ -335,7 +366,7 @@ fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> 
     let kind = grad.f_kind()?;
     let mut incoming = incoming.tensor.shallow_clone();
     // A loss for each row scales what is along dimension 1.
-    if (1..grad.dim()).contains(&incoming.dim()) {
+    if !by_columns && (1..grad.dim()).contains(&incoming.dim()) {
         incoming = incoming.f_unsqueeze(1)?;
     }
     if matches!(kind, Kind::Half | Kind::BFloat16) {
@@ -352,11 +383,13 @@ fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> 
     Ok(out.f_to_kind(kind)?)
 }
 
-/// The values of an ordinary CPU tensor of no dimensions, or of one that has `rows` elements.
-fn numbers(input: &Input<'_>, rows: i64) -> Option<Vec<f64>> {
+/// The values of an ordinary CPU tensor of no dimensions, or of one that has `rows` elements; one value where all
+/// are the same memory, as in the gradient of a sum.
+fn numbers(input: &Input<'_>, rows: Option<i64>) -> Option<Vec<f64>> {
     let (count, stride) = match (input.shape(), input.strides()) {
         ([], _) => (1, 0),
-        (&[n], &[stride]) if n == rows => (n as isize, stride as isize),
+        (&[n], &[0]) if n > 0 => (1, 0),
+        (&[n], &[stride]) if Some(n) == rows => (n as isize, stride as isize),
         _ => return None,
     };
     let dtype = input.dtype().filter(|_| input.on_cpu())?;

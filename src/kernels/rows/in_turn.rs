@@ -72,7 +72,9 @@ impl<E: Element> Rows<'_, E> {
         let apart = self.col_stride.unsigned_abs() * size_of::<E>() / CACHE_LINE;
         // The largest power of two that divides it: so many sets are passed over.
         let step = (apart & apart.wrapping_neg()).clamp(1, SETS);
-        self.column_major() && self.cols > SETS / step * WAYS
+        // Half precision is converted in vectors, where it lies in one piece.
+        let converted = E::exact(&[]).is_none() && self.cols >= AT_ONCE;
+        self.column_major() && (converted || self.cols > SETS / step * WAYS)
     }
 
     /// Row `i` in the computing type, for sweeps that take one row after the other. `scratch` comes from
