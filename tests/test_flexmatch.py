@@ -5,7 +5,9 @@ import io
 import math
 import pathlib
 import pickle
+import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -403,3 +405,49 @@ def test_net_outputs_is_one_tensor_while_it_is_held():
     assert inside.is_inference()
     module.net_outputs[0] = 1
     assert module.class_counts()[2] == 1
+
+
+def test_threads_that_read_write_and_count_do_not_wait_for_each_other_for_ever():
+    """The end of a tensor that Python has seen lets go of the GIL, for whoever waits for the state."""
+    code = """
+        import threading, time, torch
+        from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
+
+        module = DynamicThresholdingModule(0.95, True, lambda x: x, 3, 40_000, "cpu")
+        labels, ends = torch.zeros(40_000, dtype=torch.int64), time.monotonic() + 3
+
+        def repeat(step):
+            while time.monotonic() < ends:
+                step()
+
+        def assign():
+            module.net_outputs = labels.clone()
+
+        def write():
+            module.net_outputs.data = labels.clone()
+
+        steps = (
+            lambda: module.net_outputs,
+            lambda: module.net_outputs.untyped_storage(),
+            assign,
+            write,
+            module.class_counts,
+            lambda: module.load_state_dict({"net_outputs": labels}),
+            lambda: module.get_threshold(labels[:8]),
+            lambda: module.update(labels[:1], torch.ones(1), labels[:1]),
+        )
+        threads = [threading.Thread(target=repeat, args=(step,), daemon=True) for step in steps]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive(), "waits for ever"
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.losses import LOSSES, Observed
+from tests.on_device import EMULATED
 from tllib_rs import _core
 from tllib_rs.modules.entropy import entropy
 from tllib_rs.vision.models.reid.loss import pairwise_euclidean_distance
@@ -329,7 +330,7 @@ def test_columns_in_one_piece(loss, generator, shape, dtype):
         got, expected = (run(loss, loss.ours, leaves(loss, x, dtype), weight) for x in (columns, inputs))
         tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
         assert_agree(got, expected, dtype, tolerance)
-        if _core.has_kernels("cpu") and shape[0] > 15:
+        if _core.has_kernels("cpu") and shape[0] > 15 and not EMULATED:
             assert all(g.stride() == x.stride() for g, x in zip(got[1], columns, strict=False))
     kept = leaves(loss, columns, dtype)
     loss.first(loss.ours(*kept)).sum().backward(retain_graph=True)

@@ -6,7 +6,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::IntoPyDict;
 use pyo3_tch::PyTensor;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use tch::Tensor;
 
 const CLASS: &str = "DynamicThresholdingModule";
@@ -14,7 +14,7 @@ const CLASS: &str = "DynamicThresholdingModule";
 /// The labels of all samples and their counts.
 #[pyclass(frozen, module = "tllib_rs._core")]
 pub struct FlexMatch {
-    // Nobody who holds it asks for the GIL, so it may be waited for with the GIL held.
+    // Nobody who holds it asks for the GIL, so it may be waited for with the GIL held: see `FlexMatch::locked`.
     state: Mutex<ops::FlexMatch>,
     samples: usize,
 }
@@ -32,8 +32,24 @@ fn positive(name: &str, n: i64) -> PyResult<usize> {
 }
 
 impl FlexMatch {
-    fn lock(&self) -> MutexGuard<'_, ops::FlexMatch> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Runs `body` with the lock. The end of a tensor that Python has seen asks for the GIL, or lets go of it and
+    /// asks again: those that are given up end when the lock is given back.
+    fn locked<T>(&self, body: impl FnOnce(&mut ops::FlexMatch) -> T) -> T {
+        let (result, retired) = {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            (body(&mut state), state.retired())
+        };
+        drop(retired);
+        result
+    }
+
+    /// Looks whether others can reach the labels, and then for what is asked.
+    fn look(&self, asked: impl FnOnce(&ops::FlexMatch) -> bool) -> PyResult<bool> {
+        self.locked(ops::FlexMatch::adopt)?;
+        Ok(self.locked(|state| {
+            state.look();
+            asked(state)
+        }))
     }
 
     /// A step on counts that are true. Only counting all samples again takes long enough to let go
@@ -43,15 +59,10 @@ impl FlexMatch {
         py: Python<'_>,
         step: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
     ) -> PyResult<T> {
-        let stale = {
-            let mut state = self.lock();
-            state.look()?;
-            state.is_stale()
-        };
-        if stale {
-            without_gil(py, self.samples, || self.lock().refresh())?;
+        if self.is_stale()? {
+            without_gil(py, self.samples, || self.locked(ops::FlexMatch::refresh))?;
         }
-        Ok(step(&mut self.lock())?)
+        Ok(self.locked(step)?)
     }
 }
 
@@ -95,23 +106,22 @@ impl FlexMatch {
     /// The label of each sample, -1 where it has none yet. May be written.
     #[getter]
     fn net_outputs(&self) -> PyResult<PyTensor> {
-        Ok(PyTensor(self.lock().net_outputs()?))
+        Ok(PyTensor(self.locked(ops::FlexMatch::net_outputs)?))
     }
 
     #[setter]
     fn set_net_outputs(&self, labels: &Bound<'_, PyAny>) -> PyResult<()> {
         let labels = tensor(CLASS, "net_outputs", labels)?;
-        Ok(self.lock().set_net_outputs(&labels)?)
+        Ok(self.locked(|state| state.set_net_outputs(&labels))?)
     }
 
     /// Makes a copy of `labels` the new ones; they may be of any of the types that labels are stored in.
     fn load(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
         let labels = tensor(CLASS, "net_outputs", labels)?;
-        self.lock().release()?;
         without_gil(py, self.samples, move || {
             let labels = labels;
             // The lock is given back before the argument, whose end may ask for the GIL.
-            self.lock().load(&labels)
+            self.locked(|state| state.load(&labels))
         })
     }
 
@@ -127,8 +137,8 @@ impl FlexMatch {
             state.set_warmup(warmup);
             state.status(&labels)
         };
-        if self.lock().has_totals() {
-            return Ok(PyTensor(status(&mut self.lock())?));
+        if self.locked(|state| state.has_totals()) {
+            return Ok(PyTensor(self.locked(status)?));
         }
         self.with(py, status).map(PyTensor)
     }
@@ -157,7 +167,8 @@ impl FlexMatch {
         let idxes = tensor(CLASS, "idxes", idxes)?;
         let mask = tensor(CLASS, "selected_mask", selected_mask)?;
         let labels = tensor(CLASS, "pseudo_labels", pseudo_labels)?;
-        Ok(PyTensor(self.lock().pack(&idxes, &mask, &labels)?))
+        let packed = self.locked(|state| state.pack(&idxes, &mask, &labels))?;
+        Ok(PyTensor(packed))
     }
 
     /// Writes what `pack` made, in order.
@@ -169,21 +180,17 @@ impl FlexMatch {
     /// The status is from now on that of these counts, int64, of which `counts` are a part.
     fn set_totals(&self, totals: &Bound<'_, PyAny>) -> PyResult<()> {
         let totals = tensor(CLASS, "totals", totals)?;
-        Ok(self.lock().set_totals(&totals)?)
+        Ok(self.locked(|state| state.set_totals(&totals))?)
     }
 
     /// Whether anybody else can reach the labels now.
     fn is_shared(&self) -> PyResult<bool> {
-        let mut state = self.lock();
-        state.look()?;
-        Ok(state.is_shared())
+        self.look(ops::FlexMatch::is_shared)
     }
 
     /// Whether the next step counts all samples again.
     fn is_stale(&self) -> PyResult<bool> {
-        let mut state = self.lock();
-        state.look()?;
-        Ok(state.is_stale())
+        self.look(ops::FlexMatch::is_stale)
     }
 
     /// Samples per class, and in front those without a label, int64.

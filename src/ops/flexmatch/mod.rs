@@ -37,6 +37,8 @@ pub struct FlexMatch {
     net_outputs: Tensor,
     /// The alias that was handed out, while somebody may hold it: what is assigned to its `.data` are new labels.
     handed: Option<Tensor>,
+    /// What was given up and Python may have seen: see [`FlexMatch::retired`].
+    retired: Vec<Tensor>,
     stored: Stored,
     classes: usize,
     samples: usize,
@@ -83,8 +85,10 @@ impl FlexMatch {
         };
         let version = version(&net_outputs);
         Ok(Self {
-            net_outputs,
+            // Without the object that Python may have for it.
+            net_outputs: net_outputs.f_detach()?,
             handed: None,
+            retired: Vec::new(),
             stored,
             classes,
             samples,
@@ -103,23 +107,36 @@ impl FlexMatch {
     pub fn net_outputs(&mut self) -> Result<Tensor> {
         self.adopt()?;
         (self.exposed, self.counted) = (true, false);
+        // One of inference mode may not be written outside.
+        if let Some(handed) = &self.handed
+            && handed.f_is_inference()?
+        {
+            self.retired.extend(self.handed.take());
+        }
         let handed = match self.handed.take() {
-            // One of inference mode may not be written outside.
-            Some(handed) if !handed.f_is_inference()? => handed,
-            _ => self.net_outputs.f_detach()?,
+            Some(handed) => handed,
+            None => self.net_outputs.f_detach()?,
         };
         Ok(self.handed.insert(handed).shallow_clone())
     }
 
-    /// Before [`Self::load`], which works without the GIL: the alias that was handed out is given up here.
-    pub fn release(&mut self) -> Result<()> {
-        self.adopt()?;
-        self.handed = None;
-        Ok(())
+    /// The tensors that were given up since the last call. Whoever asked to be alone with the state drops them when
+    /// it no longer is: their end may wait for the GIL.
+    pub fn retired(&mut self) -> Vec<Tensor> {
+        std::mem::take(&mut self.retired)
     }
 
-    /// Takes what was assigned to the `.data` of the alias that was handed out, or to the alias by `set_`.
-    fn adopt(&mut self) -> Result<()> {
+    /// Takes `labels` for the kept ones, and gives up those and the alias of them.
+    fn replace(&mut self, labels: Tensor) {
+        let before = std::mem::replace(&mut self.net_outputs, labels);
+        self.retired
+            .extend([Some(before), self.handed.take()].into_iter().flatten());
+    }
+
+    /// Takes what was assigned to the `.data` of the alias that was handed out, or to the alias by `set_`, and gives up
+    /// one that nobody holds. To be called before [`Self::look`], and what is [`Self::retired`] dropped in between: it
+    /// is an alias as well.
+    pub fn adopt(&mut self) -> Result<()> {
         let Some(handed) = self.handed.take() else {
             return Ok(());
         };
@@ -127,14 +144,18 @@ impl FlexMatch {
             let facts = Input::new(CLASS, "net_outputs", t)?;
             Ok((facts.data(), facts.shape().to_vec(), facts.scalar_type()))
         };
-        if here(&handed)? != here(&self.net_outputs)? {
-            self.set_net_outputs(&handed)?;
-        }
-        // Where what was assigned had to be copied, the alias is none any more.
+        let taken = if here(&handed)? == here(&self.net_outputs)? {
+            Ok(())
+        } else {
+            self.set_net_outputs(&handed)
+        };
+        // Where what was assigned had to be copied, or was refused, the alias is none any more.
         if held(&handed) && here(&handed)? == here(&self.net_outputs)? {
             self.handed = Some(handed);
+        } else {
+            self.retired.push(handed);
         }
-        Ok(())
+        taken
     }
 
     /// Takes `labels` as the new `net_outputs`. On the same device it is adopted, not copied.
@@ -149,8 +170,7 @@ impl FlexMatch {
         } else {
             moved = moved.f_contiguous()?;
         }
-        self.net_outputs = moved;
-        self.handed = None;
+        self.replace(moved);
         (self.exposed, self.counted) = (true, false);
         Ok(())
     }
@@ -169,7 +189,7 @@ impl FlexMatch {
         pages::ask_for_large(&copy);
         copy.f_copy_(&here)?;
         self.version = version(&copy);
-        self.net_outputs = copy;
+        self.replace(copy);
         if self.on_host {
             self.tally = Some(Tally::Host(counts));
         }
@@ -307,12 +327,10 @@ impl FlexMatch {
 
     /// Looks whether others can reach the labels. To be called at the start of every step, with the
     /// GIL; the rest of a step never asks for it.
-    pub fn look(&mut self) -> Result<()> {
-        self.adopt()?;
+    pub fn look(&mut self) {
         self.shared = aliased(&self.net_outputs);
         self.exposed |= self.shared;
         self.counted = false;
-        Ok(())
     }
 
     /// Whether others could reach them at the last look.

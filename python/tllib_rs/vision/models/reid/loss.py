@@ -278,18 +278,12 @@ def _ranked(
     return ranking(hardest_n, hardest_p, torch.ones_like(hardest_n))
 
 
-class _Triplet(nn.Module):
-    """What the triplet losses have in common."""
-
-    margin: float | None
-    normalize_feature: bool
-
-    def extra_repr(self) -> str:
-        """The arguments, for ``repr``."""
-        return f"margin={self.margin}, normalize_feature={self.normalize_feature}"
+def _settings(loss: nn.Module) -> str:
+    """The arguments of a triplet loss, for ``repr``."""
+    return f"margin={loss.margin}, normalize_feature={loss.normalize_feature}"
 
 
-class TripletLoss(_Triplet):
+class TripletLoss(nn.Module):
     r"""Triplet loss with the hardest positive and negative in the batch.
 
     With the Euclidean distances :math:`a_i` to the farthest sample of the same identity (which may be the
@@ -343,8 +337,10 @@ class TripletLoss(_Triplet):
         call = _compiled_triplet if torch.compiler.is_compiling() else _core.triplet
         return call(f, labels, self.margin_loss.margin, self.normalize_feature)
 
+    extra_repr = _settings
 
-class TripletLossXBM(_Triplet):
+
+class TripletLossXBM(nn.Module):
     r""":class:`TripletLoss` whose pairs are looked for in a memory of earlier batches: `Cross-Batch Memory
     for Embedding Learning (CVPR 2020) <https://arxiv.org/abs/1912.06798>`_.
 
@@ -396,8 +392,10 @@ class TripletLossXBM(_Triplet):
         call = _compiled_triplet_xbm if torch.compiler.is_compiling() else _core.triplet_xbm
         return call(f, xbm_f, labels, xbm_labels, self.ranking_loss.margin, self.normalize_feature)
 
+    extra_repr = _settings
 
-class SoftTripletLoss(_Triplet):
+
+class SoftTripletLoss(nn.Module):
     r"""Soft triplet loss of Mutual Mean-Teaching.
 
     With the distances :math:`a_i`, :math:`b_i` of :class:`TripletLoss` and
@@ -469,6 +467,8 @@ class SoftTripletLoss(_Triplet):
             return _core.soft_triplet(features_1, features_2, labels, self.margin, self.normalize_feature)
         call = _compiled_soft_triplet if torch.compiler.is_compiling() else _core.soft_triplet
         return call(features_1, features_2, labels, self.margin, self.normalize_feature)
+
+    extra_repr = _settings
 
     def _gathered(
         self, features_1: torch.Tensor, features_2: torch.Tensor, labels: torch.Tensor
