@@ -176,15 +176,19 @@ pub fn position_of<F: Real>(row: &[F], largest: F) -> usize {
 /// The index of the first value for which `found` holds, 0 if there is none.
 #[inline(always)]
 pub fn first<F: Real>(row: &[F], found: impl Fn(F) -> bool) -> usize {
-    let (chunks, _) = row.as_chunks::<LANES>();
-    // Without an exit inside a chunk it is a few vector instructions.
-    let holds = |chunk: &[F; LANES]| chunk.iter().fold(false, |any, &x| any | found(x));
-    let start = chunks.iter().position(holds).unwrap_or(chunks.len()) * LANES;
-    let (chunks, _) = row[start..].as_chunks::<REST>();
-    let holds = |chunk: &[F; REST]| chunk.iter().fold(false, |any, &x| any | found(x));
-    let start = start + chunks.iter().position(holds).unwrap_or(chunks.len()) * REST;
+    let start = before::<LANES, _>(row, &found);
+    let start = start + before::<REST, _>(&row[start..], &found);
     let within = row[start..].iter().position(|&x| found(x));
     within.map_or(0, |k| start + k)
+}
+
+/// How many values stand before the first whole chunk of `N` that has one for which `found` holds.
+#[inline(always)]
+fn before<const N: usize, F: Real>(row: &[F], found: &impl Fn(F) -> bool) -> usize {
+    let (chunks, _) = row.as_chunks::<N>();
+    // Without an exit inside a chunk it is a few vector instructions.
+    let holds = |chunk: &[F; N]| chunk.iter().fold(false, |any, &x| any | found(x));
+    chunks.iter().position(holds).unwrap_or(chunks.len()) * N
 }
 
 /// The sum of all lanes, the last steps in f64.

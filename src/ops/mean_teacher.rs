@@ -1,5 +1,6 @@
 //! The teacher's moving average on tensors. The sweep is in [`crate::kernels::mean_teacher`].
 
+use super::fraction;
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::mean_teacher::{Pair, blend_all};
@@ -14,12 +15,7 @@ const GRAIN: usize = 1 << 18;
 
 /// `ValueError` for a decay factor outside [0, 1].
 pub fn check_alpha(alpha: f64) -> Result<()> {
-    if (0.0..=1.0).contains(&alpha) {
-        return Ok(());
-    }
-    Err(Error::Value(format!(
-        "{CLASS}: alpha must be in [0, 1], got {alpha}"
-    )))
+    fraction(CLASS, "alpha", alpha)
 }
 
 /// `teacher <- alpha * teacher + (1 - alpha) * student` for all pairs, in place.

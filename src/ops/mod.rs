@@ -79,22 +79,22 @@ fn nll_gradient(log_p: &Tensor, labels: &Tensor, weight: &Tensor) -> Result<Stor
     let kind = log_p.f_kind()?;
     // Read where the reduction is a mean only.
     let total = weight.f_new_empty([1], (kind, weight.device()))?;
-    let none = (None::<Tensor>, Reduction::None, -100);
+    let (each, kept) = (None::<Tensor>, Reduction::None);
     let of_log = if log_p.dim() == 2 {
-        log_p.f_nll_loss_backward(weight, labels, none.0, none.1, none.2, &total)?
+        log_p.f_nll_loss_backward(weight, labels, each, kept, -100, &total)?
     } else {
         // Of any other number of dimensions libtorch makes images of one line.
         let shape = log_p.size();
         let (rows, cols, line) = (shape[0], shape[1], shape[2..].iter().product());
-        let each = [rows, 1, line];
+        let image = [rows, 1, line];
         log_p
             .f_reshape([rows, cols, 1, line])?
             .f_nll_loss2d_backward(
-                &weight.f_reshape(each)?,
-                &labels.f_reshape(each)?,
-                none.0,
-                none.1,
-                none.2,
+                &weight.f_reshape(image)?,
+                &labels.f_reshape(image)?,
+                each,
+                kept,
+                -100,
                 &total,
             )?
             .f_reshape(&shape)?
@@ -164,6 +164,16 @@ fn finite(class: &str, name: &str, value: f64) -> Result<()> {
     }
     Err(Error::Value(format!(
         "{class}: {name} must be a finite number, got {value}"
+    )))
+}
+
+/// `ValueError` unless `value` is in [0, 1].
+fn fraction(class: &str, name: &str, value: f64) -> Result<()> {
+    if (0.0..=1.0).contains(&value) {
+        return Ok(());
+    }
+    Err(Error::Value(format!(
+        "{class}: {name} must be in [0, 1], got {value}"
     )))
 }
 

@@ -195,8 +195,9 @@ fn of_means<E: Element + Stored>(
     let (value, slope) = kernel(means, count, threads);
     let columns = input.rows::<E>().is_some_and(|rows| columns::fit(&rows));
     let mut grad = Room::<E>::laid_out(input, columns)?;
-    let scale = stored_scale::<E>(slope.iter().fold(0.0, |bound, g| g.abs().max(bound)));
+    let mut scale = 1.0;
     if let Some(grad) = grad.slice() {
+        scale = stored_scale::<E>(slope.iter().fold(0.0, |bound, g| g.abs().max(bound)));
         let repeat = if columns {
             repeat_row_by_columns
         } else {

@@ -2,7 +2,7 @@
 
 use super::{Batch, CLASS, Settings};
 use crate::error::{Error, Result};
-use crate::ops::positive;
+use crate::ops::{fraction, positive};
 use crate::torch::Dtype;
 use crate::torch::input::Input;
 use tch::Tensor;
@@ -23,12 +23,7 @@ impl Settings {
                 self.keys, self.classes
             )));
         }
-        if !(0.0..=1.0).contains(&self.momentum) {
-            return Err(Error::Value(format!(
-                "{CLASS}: m must be in [0, 1], got {}",
-                self.momentum
-            )));
-        }
+        fraction(CLASS, "m", self.momentum)?;
         positive(CLASS, "T", self.temperature)
     }
 

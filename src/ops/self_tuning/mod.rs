@@ -8,7 +8,7 @@ pub mod parts;
 mod plan;
 mod queue;
 
-use super::{counting, threads};
+use super::{counting, inside, threads};
 use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
@@ -204,11 +204,7 @@ fn formula(
     settings: Settings,
     kind: Kind,
 ) -> Result<Tensor> {
-    let inside = if kind == Kind::Double {
-        Kind::Double
-    } else {
-        Kind::Float
-    };
+    let inside = inside(kind);
     let _guard = Without::autocast();
     let q = h_q.f_to_kind(inside)?;
     let own = q

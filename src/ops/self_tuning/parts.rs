@@ -8,9 +8,10 @@ use super::{Batch, CLASS, Settings, device, formula, scores};
 use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
+use crate::ops::inside;
 use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, Stored, dense};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// The log-probabilities, without a graph; nothing is enqueued.
 pub fn forward(batch: &Batch<'_>, settings: Settings) -> Result<Tensor> {
@@ -62,12 +63,7 @@ pub fn backward(
         (Dtype::F32, Some(labels)) => fused::<f32>(incoming, out, batch, &labels, settings),
         (Dtype::F64, Some(labels)) => fused::<f64>(incoming, out, batch, &labels, settings),
         (dtype, _) => {
-            let inside = if dtype == Dtype::F64 {
-                Kind::Double
-            } else {
-                Kind::Float
-            };
-            let to = |x: &Tensor| x.f_to_kind(inside);
+            let to = |x: &Tensor| x.f_to_kind(inside(dtype.kind()));
             let (keys, queue) = (to(batch.h_k)?, to(batch.queue_list)?);
             let held = (&keys, &batch.classes()?, &queue);
             gradient(&to(incoming)?, &to(out)?, held, settings)
