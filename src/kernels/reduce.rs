@@ -58,7 +58,7 @@ impl<F: Real> Most<F> {
     #[inline(always)]
     fn take<const N: usize>(&mut self, chunk: &[F; N]) {
         for k in 0..N {
-            self.largest[k] = self.largest[k].larger(chunk[k]);
+            self.largest[k] = chunk[k].larger(self.largest[k]);
             self.magnitude[k] = self.magnitude[k].max(chunk[k].magnitude());
         }
     }

@@ -48,7 +48,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             }
             // The rest of the lanes repeat a row.
             weight[rows.len()..].fill(E::Acc::ZERO);
-            let most = reciprocal.iter().fold(E::Acc::ZERO, |a, &r| a.larger(r));
+            let most = reciprocal.iter().fold(E::Acc::ZERO, |a, &r| r.larger(a));
             let classes = p.iter().zip(&mut s).zip(&mut e);
             if most < E::Acc::of(CERTAIN) {
                 for ((p, s), e) in classes {

@@ -276,7 +276,7 @@ fn best<F: Real>(
     for (keys, ids) in keys.chunks(LANES).zip(ids.chunks(LANES)) {
         for ((lane, &key), &id) in lanes.iter_mut().zip(keys).zip(ids) {
             let key = if takes_part(id) { key } else { F::NEG_INFINITY };
-            *lane = lane.larger(key);
+            *lane = key.larger(*lane);
         }
     }
     let largest = reduce::max(&lanes);
