@@ -27,7 +27,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 /// The widest rows that are taken side by side.
-const NARROW: usize = 31;
+const NARROW: usize = 128;
 
 /// Keeps the logarithm finite; the offset of tllib's `shift_log`.
 pub const OFFSET: f64 = 1e-6;

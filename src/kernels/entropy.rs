@@ -17,7 +17,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 /// The widest rows that are taken side by side.
-const NARROW: usize = 15;
+const NARROW: usize = 32;
 
 /// Writes the entropy of each row into `out`; with `grad` (contiguous, same shape) also the
 /// gradient of each, times `weight`.

@@ -5,12 +5,20 @@
 //! own, and its maximum, its sums and what follows from them are computed for all lanes at once. Up to which
 //! width that is faster each kernel says, as measured: the more it adds up, the wider; and a gradient is
 //! transposed when it is written.
+//!
+//! Loops over the lanes of one column go through [`each_lane`] and [`set`], and read what is the same for all columns
+//! from [`held`]: LLVM then makes one vector of a column. It writes such short loops out before it looks for vectors,
+//! and would take the columns for the elements of one, gathered and scattered, or every lane by itself.
 
 use super::element::Element;
 use super::isa::{self, Isa, Kernel};
 use super::real::Real;
 use super::rows::Rows;
+use std::hint::black_box;
 use std::ops::Range;
+mod tile;
+
+pub use tile::Tile;
 
 /// Rows side by side.
 pub const LANES: usize = 16;
@@ -46,14 +54,28 @@ pub fn tiles(range: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<u
     })
 }
 
-/// Room for the columns of a tile.
-pub fn columns<F: Real>(cols: usize) -> Vec<Lanes<F>> {
-    vec![[F::ZERO; LANES]; cols]
+/// Calls `f` for each lane of a column. The loop over the columns around it is left as it is.
+#[inline(always)]
+pub fn each_lane(mut f: impl FnMut(usize)) {
+    black_box(());
+    for k in 0..LANES {
+        f(k);
+    }
 }
 
-/// Room for the columns of a tile, as they are stored.
-pub fn stored<E: Element>(cols: usize) -> Vec<Lanes<E>> {
-    vec![[E::store(E::Acc::ZERO); LANES]; cols]
+/// Sets every lane of a column, all of them when all are computed: none of what is read is known to lie elsewhere.
+#[inline(always)]
+pub fn set<T: Copy>(column: &mut Lanes<T>, f: impl Fn(usize) -> T) {
+    let mut lanes = *column;
+    each_lane(|k| lanes[k] = f(k));
+    *column = lanes;
+}
+
+/// Numbers of each lane that a loop over columns reads, in memory: what LLVM sees through is a number of its own for
+/// each lane, and those are not worth a vector.
+#[inline(always)]
+pub fn held<T: Copy>(lanes: Lanes<T>) -> Lanes<T> {
+    black_box(lanes)
 }
 
 /// The largest number of each lane and the first column that has it. NaN is larger than any.
@@ -66,18 +88,28 @@ pub fn argmax<F: Real>(columns: &[Lanes<F>]) -> (Lanes<F>, Lanes<F>) {
     let (mut largest, mut at) = ([F::NEG_INFINITY; LANES], [F::ZERO; LANES]);
     let mut index = F::ZERO;
     for lanes in columns {
-        for k in 0..LANES {
+        each_lane(|k| {
             let better = (lanes[k] > largest[k]) | (lanes[k].nan() & !largest[k].nan());
             largest[k] = if better { lanes[k] } else { largest[k] };
             at[k] = if better { index } else { at[k] };
-        }
+        });
         index += F::ONE;
     }
     (largest, at)
 }
 
+/// The largest number of each lane. NaN is passed over: in a softmax it reaches the sum all the same.
+#[inline(always)]
+pub fn largest<F: Real>(columns: &[Lanes<F>]) -> Lanes<F> {
+    let mut largest = [F::NEG_INFINITY; LANES];
+    for lanes in columns {
+        each_lane(|k| largest[k] = lanes[k].larger(largest[k]));
+    }
+    largest
+}
+
 /// Room for the softmax of a tile: its logits and their exponentials.
-pub type Room<F> = (Vec<Lanes<F>>, Vec<Lanes<F>>);
+pub type Room<F> = (Tile<F>, Tile<F>);
 
 /// The softmax of a tile of rows.
 pub struct Softmax<'a, F> {
@@ -85,9 +117,9 @@ pub struct Softmax<'a, F> {
     pub z: &'a [Lanes<F>],
     /// `e^{scale (z_c - max)}`
     pub exp: &'a mut [Lanes<F>],
-    /// The largest logit of each row.
+    /// The largest logit of each row, but for NaN.
     pub max: Lanes<F>,
-    /// The sum of `exp`, in f64: a difference of the logarithms of two may be small.
+    /// The sum of `exp`, in f64: a difference of the logarithms of two may be small. NaN where a logit is.
     pub total: Lanes<f64>,
 }
 
@@ -101,7 +133,7 @@ impl<'a, F: Real> Softmax<'a, F> {
         (z, exp): &'a mut Room<F>,
     ) -> Self {
         rows.side_by_side(range, z);
-        let (max, _) = argmax(z);
+        let max = held(largest(z));
         let total = exp_shifted::<I, _>(z, &max, scale, exp);
         Self { z, exp, max, total }
     }
@@ -109,7 +141,7 @@ impl<'a, F: Real> Softmax<'a, F> {
 
 /// Room for a softmax.
 pub fn room<F: Real>(cols: usize) -> Room<F> {
-    (columns(cols), columns(cols))
+    (Tile::new(cols), Tile::new(cols))
 }
 
 /// Writes `e^(scale (z - shift))` and returns its sum. `shift` has the largest of each lane.
@@ -122,12 +154,8 @@ pub fn exp_shifted<I: Isa, F: Real>(
 ) -> Lanes<f64> {
     let mut total = [0.0; LANES];
     for (z, e) in columns.iter().zip(out) {
-        for k in 0..LANES {
-            e[k] = ((z[k] - shift[k]) * scale).exp_nonpositive::<I>();
-        }
-        for k in 0..LANES {
-            total[k] += e[k].to_f64();
-        }
+        set(e, |k| ((z[k] - shift[k]) * scale).exp_nonpositive::<I>());
+        each_lane(|k| total[k] += e[k].to_f64());
     }
     total
 }
@@ -219,12 +247,14 @@ pub struct Split<F> {
 #[inline(always)]
 pub fn split<F: Real>(z: &[Lanes<F>], e: &mut [Lanes<F>], label: &Lanes<F>) -> Split<F> {
     let (mut logit, mut own, mut others) = ([F::ZERO; LANES], [F::ZERO; LANES], [F::ZERO; LANES]);
+    let label = held(*label);
     let mut class = F::ZERO;
     for (z, e) in z.iter().zip(e) {
-        for k in 0..LANES {
+        let mut rest = *e;
+        each_lane(|k| {
             // Sums, of which all terms but one are 0, of numbers that are read before: assignments and loads
             // under a condition would make branches of it.
-            let (logit_c, e_c) = (z[k], e[k]);
+            let (logit_c, e_c) = (z[k], rest[k]);
             let (of_logit, of_own, other) = if label[k] == class {
                 (logit_c, e_c, F::ZERO)
             } else {
@@ -233,12 +263,13 @@ pub fn split<F: Real>(z: &[Lanes<F>], e: &mut [Lanes<F>], label: &Lanes<F>) -> S
             logit[k] += of_logit;
             own[k] += of_own;
             others[k] += other;
-            e[k] = other;
-        }
+            rest[k] = other;
+        });
+        *e = rest;
         class += F::ONE;
     }
     Split {
-        label: *label,
+        label,
         logit,
         own: wide(&own),
         others: wide(&others),
@@ -259,46 +290,54 @@ impl<F: Real> Split<F> {
 
     /// Writes `factor (e - total onehot)`, with the exponentials that [`split`] left.
     #[inline(always)]
-    pub fn gradient<E: Element<Acc = F>>(
-        &self,
-        e: &[Lanes<F>],
-        factor: &Lanes<f64>,
-        grad: &mut [Lanes<E>],
-    ) {
+    pub fn gradient(&self, e: &[Lanes<F>], factor: &Lanes<f64>, grad: &mut [Lanes<F>]) {
         let (mut of_own, mut of_others) = ([F::ZERO; LANES], [F::ZERO; LANES]);
         for k in 0..LANES {
             of_own[k] = F::of(-self.others[k] * factor[k]);
             of_others[k] = F::of(factor[k]);
         }
-        let mut class = F::ZERO;
-        for (e, grad) in e.iter().zip(grad) {
-            for k in 0..LANES {
-                let hit = self.label[k] == class;
-                grad[k] = E::store(if hit { of_own[k] } else { e[k] * of_others[k] });
-            }
-            class += F::ONE;
-        }
+        at_label(&held(self.label), &held(of_own), grad.iter_mut().zip(e), {
+            let of_others = held(of_others);
+            move |e, k| e[k] * of_others[k]
+        });
+    }
+}
+
+/// Writes `own` in the column of the label, and what `other` makes of the column that comes with it in the others.
+#[inline(always)]
+pub fn at_label<'a, F: Real>(
+    label: &Lanes<F>,
+    own: &Lanes<F>,
+    columns: impl Iterator<Item = (&'a mut Lanes<F>, &'a Lanes<F>)>,
+    other: impl Fn(&Lanes<F>, usize) -> F,
+) {
+    let mut class = F::ZERO;
+    for (out, column) in columns {
+        set(out, |k| {
+            // Both are there before one is taken: a load or a product under a condition would make a branch of it.
+            let (own, other) = (own[k], other(column, k));
+            if label[k] == class { own } else { other }
+        });
+        class += F::ONE;
     }
 }
 
 /// Writes `of_a a - of_b b`, with a factor of each lane.
 #[inline(always)]
-pub fn difference<E: Element>(
-    (a, of_a): (&[Lanes<E::Acc>], &Lanes<f64>),
-    (b, of_b): (&[Lanes<E::Acc>], &Lanes<f64>),
-    out: &mut [Lanes<E>],
+pub fn difference<F: Real>(
+    (a, of_a): (&[Lanes<F>], &Lanes<f64>),
+    (b, of_b): (&[Lanes<F>], &Lanes<f64>),
+    out: &mut [Lanes<F>],
 ) {
-    let (of_a, of_b) = (narrow::<E::Acc>(of_a), narrow::<E::Acc>(of_b));
+    let (of_a, of_b) = (held(narrow(of_a)), held(narrow(of_b)));
     for ((a, b), out) in a.iter().zip(b).zip(out) {
-        for k in 0..LANES {
-            out[k] = E::store(a[k] * of_a[k] - b[k] * of_b[k]);
-        }
+        set(out, |k| a[k] * of_a[k] - b[k] * of_b[k]);
     }
 }
 
 /// Rounded to the computing type.
 #[inline(always)]
-fn narrow<F: Real>(lanes: &Lanes<f64>) -> Lanes<F> {
+pub fn narrow<F: Real>(lanes: &Lanes<f64>) -> Lanes<F> {
     let mut narrow = [F::ZERO; LANES];
     for (narrow, &x) in narrow.iter_mut().zip(lanes) {
         *narrow = F::of(x);
@@ -308,7 +347,6 @@ fn narrow<F: Real>(lanes: &Lanes<f64>) -> Lanes<F> {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::element::Bf16;
     use super::super::isa::Baseline;
     use super::super::{reduce, softmax};
     use super::*;
@@ -327,11 +365,11 @@ pub(super) mod tests {
     }
 
     /// Rows with ties, and their columns.
-    fn rows(cols: usize) -> (Vec<f32>, Vec<Lanes<f32>>) {
+    fn rows(cols: usize) -> (Vec<f32>, Tile<f32>) {
         let z: Vec<f32> = (0..LANES * cols)
             .map(|k| ((k * 7) % 11) as f32 / 2.0)
             .collect();
-        let mut tile = columns(cols);
+        let mut tile = Tile::new(cols);
         let view = Rows::contiguous(&z, LANES, cols).unwrap();
         view.side_by_side(0..LANES, &mut tile);
         (z, tile)
@@ -375,7 +413,7 @@ pub(super) mod tests {
     fn each_lane_is_the_softmax_of_its_row() {
         for cols in [1, 2, 5, 32] {
             let (z, tile) = rows(cols);
-            let mut grad = stored::<f32>(cols);
+            let mut grad = Tile::new(cols);
             let mut label = [0.0; LANES];
             for (k, label) in label.iter_mut().enumerate() {
                 *label = (k % cols) as f32;
@@ -383,7 +421,7 @@ pub(super) mod tests {
             let mut room = room(cols);
             let view = Rows::contiguous(&z, LANES, cols).unwrap();
             let softmax = Softmax::of::<Baseline, _>(&view, 0..LANES, 1.0, &mut room);
-            assert_eq!(softmax.z, tile);
+            assert_eq!(softmax.z, &*tile);
             let (e, total) = (softmax.exp, softmax.total);
             let split = split(&tile, e, &label);
             let factors = std::array::from_fn(|k| 0.5 / total[k]);
@@ -412,10 +450,10 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_weighted_difference_is_rounded_once() {
+    fn a_weighted_difference_of_each_lane() {
         let (a, b) = ([[3.0f32; LANES]], [[1.0f32; LANES]]);
-        let mut out = stored::<Bf16>(1);
+        let mut out = [[0.0; LANES]];
         difference((&a, &[2.0; LANES]), (&b, &[0.5; LANES]), &mut out);
-        assert_eq!(out, [[Bf16::store(5.5); LANES]]);
+        assert_eq!(out, [[5.5; LANES]]);
     }
 }

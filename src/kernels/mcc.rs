@@ -40,7 +40,7 @@ pub const ENTROPY_EPSILON: f64 = 1e-5;
 const FLUSH: usize = 16;
 /// The widest rows that are taken side by side: narrower ones than of most losses, as the second sweep has to
 /// transpose them once more.
-const NARROW: usize = 15;
+const NARROW: usize = 48;
 /// Elements of the rows that are swept together: the next one's begin while the sums of one are folded.
 const GROUP: usize = 4096;
 

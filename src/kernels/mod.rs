@@ -2,8 +2,9 @@
 //!
 //! The foundation: [`isa`] picks an instruction set at run time, [`real`] has the arithmetic and
 //! the vectorisable `exp` and `ln`, [`element`] the storage types, [`rows`] strided matrices,
-//! [`reduce`] the sweeps over one row, [`lanes`] those over narrow rows side by side, [`columns`] those over columns in
-//! one piece, [`softmax`] a row of probabilities, [`product`] products of matrices, [`parallel`] the threads. Every other module is a method.
+//! [`reduce`] the sweeps over one row, [`lanes`] those over narrow rows side by side, [`quad`] how rows become
+//! columns, [`columns`] the sweeps over columns in one piece, [`softmax`] a row of probabilities, [`product`] products
+//! of matrices, [`parallel`] the threads. Every other module is a method.
 
 pub mod columns;
 pub mod element;
@@ -11,6 +12,7 @@ pub mod isa;
 pub mod lanes;
 pub mod parallel;
 pub mod product;
+pub mod quad;
 pub mod real;
 pub mod reduce;
 pub mod rows;

@@ -27,7 +27,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 /// The widest rows that are taken side by side.
-const NARROW: usize = 24;
+const NARROW: usize = 63;
 
 /// Where the results go. `mask` and `labels` have one place a row.
 pub struct Outputs<'a, E> {

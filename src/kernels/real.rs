@@ -11,6 +11,7 @@
 //! `ln(1 + f) = 2 atanh s = f - (f^2/2 - s (f^2/2 + R))`, `R = 2 s^2 (1/3 + s^2/5 + ...)`.
 
 use super::isa::Isa;
+use super::quad::{self, Quad};
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 
 /// f32 or f64.
@@ -81,6 +82,9 @@ pub trait Real:
     /// 1e-7 near 1 and an ulp further away. Any other argument gives an arbitrary number.
     #[must_use]
     fn log2_for_sums<I: Isa>(self) -> Self;
+    /// Rows as columns.
+    #[must_use]
+    fn transposed(rows: [&Quad<Self>; 4]) -> [Quad<Self>; 4];
 }
 
 /// The polynomial with these coefficients, highest first: Horner's rule for the even and the odd powers
@@ -99,7 +103,7 @@ macro_rules! real {
     ($f:ident, $bits:ident, $int:ident, $mantissa:literal, $bias:literal, $tiny:literal,
      exp: { low: $low:literal, high: $high:literal, terms: [$($term:expr),+] },
      ln: { root: $root:literal, terms: [$($odd:expr),+] },
-     ln2: ($ln2_hi:expr, $ln2_lo:expr), log2: $log2:ident) => {
+     ln2: ($ln2_hi:expr, $ln2_lo:expr), log2: $log2:ident, transposed: $transposed:path) => {
         impl Real for $f {
             type Bits = $int;
 
@@ -224,6 +228,11 @@ macro_rules! real {
             fn log2_for_sums<I: Isa>(self) -> Self {
                 $log2::<I>(self)
             }
+
+            #[inline(always)]
+            fn transposed(rows: [&Quad<Self>; 4]) -> [Quad<Self>; 4] {
+                $transposed(rows)
+            }
         }
     };
 }
@@ -265,7 +274,7 @@ real!(f32, u32, i32, 23, 127, 1e-30,
     ln: { root: 0x3f35_04f3, terms: [2.0 / 9.0, 2.0 / 7.0, 2.0 / 5.0, 2.0 / 3.0] },
     // The first part has 10 bits: times an exponent it is exact.
     ln2: (f32::from_bits(0x3f31_8000), -2.121_944_4e-4_f32),
-    log2: log2_f32);
+    log2: log2_f32, transposed: quad::transposed_f32);
 
 real!(f64, u64, i64, 52, 1023, 1e-290,
     exp: {
@@ -285,7 +294,7 @@ real!(f64, u64, i64, 52, 1023, 1e-290,
     },
     // The first part has 32 bits: times an exponent it is exact.
     ln2: (f64::from_bits(0x3fe6_2e42_fee0_0000), 1.908_214_929_270_587_7e-10_f64),
-    log2: log2_f64);
+    log2: log2_f64, transposed: quad::transposed);
 
 #[cfg(test)]
 mod tests;

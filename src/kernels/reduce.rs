@@ -186,9 +186,14 @@ pub fn first<F: Real>(row: &[F], found: impl Fn(F) -> bool) -> usize {
 #[inline(always)]
 fn before<const N: usize, F: Real>(row: &[F], found: &impl Fn(F) -> bool) -> usize {
     let (chunks, _) = row.as_chunks::<N>();
-    // Without an exit inside a chunk it is a few vector instructions.
-    let holds = |chunk: &[F; N]| chunk.iter().fold(false, |any, &x| any | found(x));
-    chunks.iter().position(holds).unwrap_or(chunks.len()) * N
+    // A loop: a closure that an iterator calls may stay outside of what is compiled for an instruction set.
+    for (at, chunk) in chunks.iter().enumerate() {
+        // Without an exit inside a chunk it is a few vector instructions.
+        if chunk.iter().fold(false, |any, &x| any | found(x)) {
+            return at * N;
+        }
+    }
+    chunks.len() * N
 }
 
 /// The sum of all lanes, the last steps in f64.

@@ -6,7 +6,6 @@ mod in_turn;
 mod side_by_side;
 
 pub use in_turn::Scratch;
-pub use side_by_side::put_back;
 
 /// A read-only matrix of `rows` x `cols` elements with arbitrary strides (in elements).
 #[derive(Clone, Copy)]

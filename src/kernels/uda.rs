@@ -27,7 +27,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 /// The widest rows that are taken side by side.
-const NARROW: usize = 24;
+const NARROW: usize = 100;
 
 /// The loss of the `strong` logits against the `weak` ones (same shape, at least one column); with
 /// `grad` (contiguous, same shape) also its gradient with respect to `strong`.

@@ -3,10 +3,12 @@
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel};
-use super::super::lanes::{LANES, Lanes, Narrow, Softmax, argmax, columns, flush, room, tiles};
+use super::super::lanes::{
+    LANES, Lanes, Narrow, Softmax, Tile, each_lane, flush, held, largest, room, set, tiles,
+};
 use super::super::mcc::weights;
 use super::super::real::Real;
-use super::super::rows::{Rows, put_back};
+use super::super::rows::Rows;
 use super::matrix::Block;
 use super::{Choice, Pair, Side, Sums};
 use std::array::from_fn;
@@ -40,12 +42,12 @@ impl<E: Element> Kernel for Narrow<Choice<'_, E>> {
 struct Tiles<'a, E: Element, F> {
     logits: Rows<'a, E>,
     inverse_t: f64,
-    z: Vec<Lanes<E::Acc>>,
-    p: Vec<Lanes<f64>>,
+    z: Tile<E::Acc>,
+    p: Tile<f64>,
     /// What is written.
-    out: Vec<Lanes<F>>,
+    out: Tile<F>,
     /// `w p` of every lane.
-    sums: Vec<Lanes<f64>>,
+    sums: Tile<f64>,
 }
 
 impl<'a, E: Element, F: Real> Tiles<'a, E, F> {
@@ -54,10 +56,10 @@ impl<'a, E: Element, F: Real> Tiles<'a, E, F> {
         Self {
             logits,
             inverse_t: 1.0 / temperature,
-            z: columns(cols),
-            p: columns(cols),
-            out: columns(cols),
-            sums: columns(cols),
+            z: Tile::new(cols),
+            p: Tile::new(cols),
+            out: Tile::new(cols),
+            sums: Tile::new(cols),
         }
     }
 
@@ -65,26 +67,27 @@ impl<'a, E: Element, F: Real> Tiles<'a, E, F> {
     #[inline(always)]
     fn read<I: Isa>(&mut self, chosen: &[usize], out: &mut [F]) -> [Side; LANES] {
         self.logits.picked_side_by_side(chosen, &mut self.z);
-        let max = argmax(&self.z).0.map(Real::to_f64);
+        let max = held(largest(&self.z).map(Real::to_f64));
         let mut total = [0.0; LANES];
-        for (z, p) in self.z.iter().zip(&mut self.p) {
-            for k in 0..LANES {
-                p[k] = ((z[k].to_f64() - max[k]) * self.inverse_t).exp_nonpositive::<I>();
-                total[k] += p[k];
-            }
+        for (z, p) in self.z.iter().zip(self.p.iter_mut()) {
+            set(p, |k| {
+                ((z[k].to_f64() - max[k]) * self.inverse_t).exp_nonpositive::<I>()
+            });
+            each_lane(|k| total[k] += p[k]);
         }
         let reciprocal = total.map(|total| 1.0 / total);
         let mut weight = weights::<I, _>(&mut self.p, &reciprocal);
         let root = weight.map(f64::sqrt);
         // The rest of the lanes repeat a row.
         weight[chosen.len()..].fill(0.0);
-        for ((p, out), sum) in self.p.iter().zip(&mut self.out).zip(&mut self.sums) {
-            for k in 0..LANES {
-                out[k] = F::of(root[k] * p[k]);
-                sum[k] += weight[k] * p[k];
-            }
+        let columns = self.p.iter().zip(self.out.iter_mut());
+        for ((p, out), sum) in columns.zip(self.sums.iter_mut()) {
+            set(out, |k| F::of(root[k] * p[k]));
+            let before = *sum;
+            set(sum, |k| before[k] + weight[k] * p[k]);
         }
-        put_back(&self.out, out, 0..chosen.len());
+        self.out
+            .write_rows(&mut out[..chosen.len() * self.out.len()]);
         from_fn(|k| Side {
             max: max[k],
             reciprocal: reciprocal[k],

@@ -3,11 +3,9 @@
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel};
 use super::super::lanes::{
-    LANES, Lanes, Narrow, Softmax, Split, add, argmax, columns, room, split, stored, tiles,
-    write_labels,
+    LANES, Lanes, Narrow, Softmax, Split, Tile, add, argmax, room, split, tiles, write_labels,
 };
 use super::super::real::Real;
-use super::super::rows::put_back;
 use super::{Goal, OFFSET, Sweep};
 
 impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
@@ -17,8 +15,8 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
     fn run<I: Isa>(self) -> Self::Output {
         let Self(mut sweep) = self;
         let cols = sweep.logits.cols();
-        let (mut main, mut adversarial) = (columns(cols), room(cols));
-        let mut grad = stored(cols);
+        let (mut main, mut adversarial) = (Tile::new(cols), room(cols));
+        let mut grad = Tile::new(cols);
         let mut total = [0.0; LANES];
         for (rows, here) in tiles(sweep.range.clone()) {
             sweep.main.side_by_side(rows.clone(), &mut main);
@@ -32,8 +30,8 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             };
             add(&mut total, &values, here.len());
             if let Some(out) = sweep.out.grad.as_deref_mut() {
-                split.gradient::<E>(p.exp, &factor.map(|f| f * sweep.weight), &mut grad);
-                put_back(&grad, out, here);
+                split.gradient(p.exp, &factor.map(|f| f * sweep.weight), &mut grad);
+                grad.put_back(out, here);
             }
         }
         total.iter().sum()

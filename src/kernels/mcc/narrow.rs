@@ -3,10 +3,9 @@
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel};
 use super::super::lanes::{
-    LANES, Lanes, Narrow, argmax, columns, exp_shifted, flush, stored, tiles,
+    LANES, Lanes, Narrow, Tile, each_lane, exp_shifted, flush, held, largest, set, tiles,
 };
 use super::super::real::Real;
-use super::super::rows::put_back;
 use super::{ENTROPY_EPSILON, FLUSH, Gradient, LN_2, Row, Sums, Sweep};
 
 /// Above this probability `1 - p` is taken from the others.
@@ -21,15 +20,15 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         let cols = sweep.logits.cols();
         let inverse_t = E::Acc::of(1.0 / sweep.temperature);
         let mut kept = Vec::with_capacity(sweep.range.len());
-        let mut z = columns(cols);
-        let (mut p, mut s, mut e) = (z.clone(), z.clone(), z.clone());
+        let (mut z, mut p) = (Tile::new(cols), Tile::new(cols));
+        let (mut s, mut e) = (Tile::new(cols), Tile::new(cols));
         let mut sums = Sums {
             s: vec![0.0; cols],
             e: vec![0.0; cols],
         };
         for (tile, (rows, _)) in tiles(sweep.range).enumerate() {
             sweep.logits.side_by_side(rows.clone(), &mut z);
-            let (largest, _) = argmax(&z);
+            let largest = held(largest(&z));
             let total = exp_shifted::<I, _>(&z, &largest, inverse_t, &mut p);
             let (mut reciprocal, mut others) = ([E::Acc::ZERO; LANES], [E::Acc::ZERO; LANES]);
             for k in 0..LANES {
@@ -49,27 +48,19 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             // The rest of the lanes repeat a row.
             weight[rows.len()..].fill(E::Acc::ZERO);
             let most = reciprocal.iter().fold(E::Acc::ZERO, |a, &r| r.larger(a));
-            let classes = p.iter().zip(&mut s).zip(&mut e);
+            let classes = p.iter().zip(s.iter_mut()).zip(e.iter_mut());
+            let (weight, reciprocal, others) = (held(weight), held(reciprocal), held(others));
             if most < E::Acc::of(CERTAIN) {
                 for ((p, s), e) in classes {
-                    let mut not = [E::Acc::ZERO; LANES];
-                    for k in 0..LANES {
-                        not[k] = E::Acc::ONE - p[k];
-                    }
-                    add::<I, _>(&weight, p, &not, s, e);
+                    add::<I, _>(&weight, p, |k| E::Acc::ONE - p[k], s, e);
                 }
             } else {
                 for ((p, s), e) in classes {
-                    let mut not = others;
-                    for k in 0..LANES {
-                        let exact = others[k];
-                        not[k] = if p[k] == reciprocal[k] {
-                            exact
-                        } else {
-                            E::Acc::ONE - p[k]
-                        };
-                    }
-                    add::<I, _>(&weight, p, &not, s, e);
+                    let not = |k: usize| {
+                        let (exact, not) = (others[k], E::Acc::ONE - p[k]);
+                        if p[k] == reciprocal[k] { exact } else { not }
+                    };
+                    add::<I, _>(&weight, p, not, s, e);
                 }
             }
             if tile % FLUSH == FLUSH - 1 {
@@ -86,12 +77,12 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
 /// Turns exponentials into probabilities, and returns the weights of the rows.
 #[inline(always)]
 pub fn weights<I: Isa, F: Real>(p: &mut [Lanes<F>], reciprocal: &Lanes<F>) -> Lanes<F> {
+    let reciprocal = held(*reciprocal);
     let mut log2 = [F::ZERO; LANES];
     for p in p {
-        for k in 0..LANES {
-            p[k] *= reciprocal[k];
-            log2[k] += p[k] * (p[k] + F::of(ENTROPY_EPSILON)).log2_for_sums::<I>();
-        }
+        let e = *p;
+        set(p, |k| e[k] * reciprocal[k]);
+        each_lane(|k| log2[k] += p[k] * (p[k] + F::of(ENTROPY_EPSILON)).log2_for_sums::<I>());
     }
     let mut weights = [F::ZERO; LANES];
     for k in 0..LANES {
@@ -100,20 +91,18 @@ pub fn weights<I: Isa, F: Real>(p: &mut [Lanes<F>], reciprocal: &Lanes<F>) -> La
     weights
 }
 
-/// Adds `w p` to `s` and `w p (1 - p)` to `e`.
+/// Adds `w p` to `s` and `w p (1 - p)` to `e`, where `not` gives `1 - p`.
 #[inline(always)]
 fn add<I: Isa, F: Real>(
     w: &Lanes<F>,
     p: &Lanes<F>,
-    not: &Lanes<F>,
+    not: impl Fn(usize) -> F,
     s: &mut Lanes<F>,
     e: &mut Lanes<F>,
 ) {
-    for k in 0..LANES {
-        let weighted = w[k] * p[k];
-        s[k] += weighted;
-        e[k] = weighted.mul_add::<I>(not[k], e[k]);
-    }
+    let (before, sum) = (*e, *s);
+    set(s, |k| sum[k] + w[k] * p[k]);
+    set(e, |k| (w[k] * p[k]).mul_add::<I>(not(k), before[k]));
 }
 
 impl<E: Element> Kernel for Narrow<Gradient<'_, E>> {
@@ -125,9 +114,7 @@ impl<E: Element> Kernel for Narrow<Gradient<'_, E>> {
         let cols = sweep.logits.cols();
         let inverse_t = E::Acc::of(1.0 / sweep.temperature);
         let factor = E::Acc::of(-sweep.scale / (cols as f64 * sweep.temperature));
-        let mut z = columns(cols);
-        let mut h = z.clone();
-        let mut grad = stored(cols);
+        let (mut z, mut h, mut grad) = (Tile::new(cols), Tile::new(cols), Tile::new(cols));
         for (rows, here) in tiles(sweep.range) {
             let rest = [E::Acc::ZERO; LANES];
             let (mut weight, mut largest, mut reciprocal) = (rest, rest, rest);
@@ -137,37 +124,32 @@ impl<E: Element> Kernel for Narrow<Gradient<'_, E>> {
                 reciprocal[k] = row.reciprocal;
             }
             sweep.logits.side_by_side(rows, &mut z);
+            let (largest, reciprocal) = (held(largest), held(reciprocal));
             // The slopes, and that of the largest class: see `gradient_row`.
             let mut at_largest = [E::Acc::ZERO; LANES];
-            let classes = z.iter_mut().zip(&mut h);
+            let classes = z.iter_mut().zip(h.iter_mut());
             for ((z, h), (&ratio, &inverse)) in classes.zip(sweep.ratio.iter().zip(sweep.inverse)) {
-                for k in 0..LANES {
-                    let e = ((z[k] - largest[k]) * inverse_t).exp_nonpositive::<I>();
-                    let p = e * reciprocal[k];
-                    let slope = inverse * (p + p - ratio);
-                    z[k] = p;
-                    h[k] = slope;
-                    at_largest[k] = if e == E::Acc::ONE {
-                        slope
-                    } else {
-                        at_largest[k]
-                    };
-                }
+                let (mut p, mut slope) = (*z, *h);
+                each_lane(|k| {
+                    let e = ((p[k] - largest[k]) * inverse_t).exp_nonpositive::<I>();
+                    p[k] = e * reciprocal[k];
+                    slope[k] = inverse * (p[k] + p[k] - ratio);
+                    let kept = at_largest[k];
+                    at_largest[k] = if e == E::Acc::ONE { slope[k] } else { kept };
+                });
+                (*z, *h) = (p, slope);
             }
             let mut total = [E::Acc::ZERO; LANES];
-            for (p, h) in z.iter().zip(&mut h) {
-                for k in 0..LANES {
-                    h[k] = p[k] * (h[k] - at_largest[k]);
-                    total[k] += h[k];
-                }
+            for (p, h) in z.iter().zip(h.iter_mut()) {
+                let slope = *h;
+                set(h, |k| p[k] * (slope[k] - at_largest[k]));
+                each_lane(|k| total[k] += h[k]);
             }
-            for ((p, h), grad) in z.iter().zip(&h).zip(&mut grad) {
-                for k in 0..LANES {
-                    let slope = p[k].mul_add::<I>(-total[k], h[k]);
-                    grad[k] = E::store(weight[k] * slope);
-                }
+            let (weight, total) = (held(weight), held(total));
+            for ((p, h), grad) in z.iter().zip(h.iter()).zip(grad.iter_mut()) {
+                set(grad, |k| weight[k] * p[k].mul_add::<I>(-total[k], h[k]));
             }
-            put_back(&grad, sweep.out, here);
+            grad.put_back(sweep.out, here);
         }
     }
 }

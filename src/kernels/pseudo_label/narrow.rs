@@ -3,10 +3,10 @@
 use super::super::element::{Element, round_to};
 use super::super::isa::{Isa, Kernel};
 use super::super::lanes::{
-    LANES, Lanes, Narrow, Softmax, add, room, split, stored, tiles, write_labels,
+    LANES, Lanes, Narrow, Softmax, Tile, add, each_lane, held, narrow, room, split, tiles,
+    write_labels,
 };
 use super::super::real::Real;
-use super::super::rows::put_back;
 use super::super::softmax::confidence as confidence_of;
 use super::Sweep;
 
@@ -20,7 +20,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         let same = sweep.logits.same(&sweep.targets);
         let threshold = round_to::<E>(E::Acc::of(sweep.threshold));
         let mut room = room(cols);
-        let mut grad = stored(cols);
+        let mut grad = Tile::new(cols);
         let mut total = [0.0; LANES];
         for (rows, here) in tiles(sweep.range.clone()) {
             let q = Softmax::of::<I, _>(&sweep.targets, rows.clone(), E::Acc::ONE, &mut room);
@@ -49,8 +49,8 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             }
             add(&mut total, &values, here.len());
             if let Some(out) = sweep.out.grad.as_deref_mut() {
-                split.gradient::<E>(p.exp, &factor, &mut grad);
-                put_back(&grad, out, here);
+                split.gradient(p.exp, &factor, &mut grad);
+                grad.put_back(out, here);
             }
         }
         total.iter().sum()
@@ -68,13 +68,14 @@ fn predictions<E: Element>(
     for k in 0..LANES {
         confidence[k] = confidence_of::<E>(sum[k]);
     }
+    let (sum, largest) = (held(narrow(sum)), held(confidence));
     let mut class = E::Acc::of(e.len() as f64);
     for e in e.iter().rev() {
         class = class - E::Acc::ONE;
-        for k in 0..LANES {
-            let tied = round_to::<E>(e[k] / E::Acc::of(sum[k])) == confidence[k];
+        each_lane(|k| {
+            let tied = round_to::<E>(e[k] / sum[k]) == largest[k];
             label[k] = if tied { class } else { label[k] };
-        }
+        });
     }
     (confidence, label)
 }

@@ -24,7 +24,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 /// The widest rows that are taken side by side.
-const NARROW: usize = 20;
+const NARROW: usize = 100;
 
 /// Where the targets come from.
 #[derive(Clone, Copy)]

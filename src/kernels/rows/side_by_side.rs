@@ -1,9 +1,8 @@
 //! Rows read column by column, so that each has a lane of its own.
 
 use super::super::element::Element;
-use super::super::lanes::{LANES, Lanes};
+use super::super::lanes::{LANES, Tile};
 use super::Rows;
-use std::array::from_fn;
 use std::ops::Range;
 
 impl<E: Element> Rows<'_, E> {
@@ -11,21 +10,19 @@ impl<E: Element> Rows<'_, E> {
     /// Lanes without a row repeat the last one.
     ///
     /// # Panics
-    /// If the range leaves the matrix, or `out` has not a place for every column: a mistake in a kernel.
+    /// If the range leaves the matrix, or the tile has not a place for every column: a mistake in a kernel.
     #[inline(always)]
-    pub fn side_by_side(&self, range: Range<usize>, out: &mut [Lanes<E::Acc>]) {
+    pub fn side_by_side(&self, range: Range<usize>, out: &mut Tile<E::Acc>) {
         let count = range.len();
         assert!(
             (1..=LANES).contains(&count) && range.end <= self.height && out.len() == self.cols,
             "row range"
         );
-        let first = self.slice(range);
-        if count < LANES {
-            first.columns_into(out, |k| k.min(count - 1) as isize * self.row_stride);
-        } else if self.row_stride == 1 {
-            first.columns_into(out, |k| k as isize);
+        let rows = self.slice(range);
+        if count == LANES {
+            rows.columns_into(out, |k| k);
         } else {
-            first.columns_into(out, |k| k as isize * self.row_stride);
+            rows.columns_into(out, |k| k.min(count - 1));
         }
     }
 
@@ -34,53 +31,50 @@ impl<E: Element> Rows<'_, E> {
     /// # Panics
     /// As above.
     #[inline(always)]
-    pub fn picked_side_by_side(&self, picked: &[usize], out: &mut [Lanes<E::Acc>]) {
-        let count = picked.len();
+    pub fn picked_side_by_side(&self, picked: &[usize], out: &mut Tile<E::Acc>) {
+        let last = picked.len().wrapping_sub(1);
         assert!(
-            (1..=LANES).contains(&count)
-                && picked.iter().all(|&i| i < self.height)
-                && out.len() == self.cols,
+            last < LANES && picked.iter().all(|&i| i < self.height) && out.len() == self.cols,
             "picked rows"
         );
-        let offsets: Lanes<isize> =
-            from_fn(|k| picked[k.min(count - 1)] as isize * self.row_stride);
-        self.columns_into(out, |k| offsets[k]);
+        self.columns_into(out, |k| picked[k.min(last)]);
     }
 
-    /// Writes every column, in lane `k` the element `offset(k)` away from that of the first row.
+    /// Writes every column, in lane `k` the element of row `row(k)`, which is there.
     #[inline(always)]
-    fn columns_into(&self, out: &mut [Lanes<E::Acc>], offset: impl Fn(usize) -> isize) {
+    fn columns_into(&self, out: &mut Tile<E::Acc>, row: impl Fn(usize) -> usize) {
+        if self.col_stride == 1 && out.takes_rows() {
+            if E::exact(&[]).is_some() {
+                out.take_rows(|k| E::exact(self.adjacent_row(row(k))).unwrap_or_default());
+            } else {
+                // No closure, which might not become a part of what is compiled for an instruction set.
+                let mut rows = out.converted();
+                self.convert_rows(row, &mut rows);
+                out.take_converted(rows);
+            }
+            return;
+        }
         for (c, lanes) in out.iter_mut().enumerate() {
             let column = self.data.wrapping_offset(c as isize * self.col_stride);
             for (k, lane) in lanes.iter_mut().enumerate() {
-                // SAFETY: the caller gives offsets of rows of this matrix, and has checked that there is a
-                // place for `cols` columns: the constructor's contract covers the element.
-                *lane = unsafe { *column.wrapping_offset(offset(k)) }.load();
+                let element = column.wrapping_offset(row(k) as isize * self.row_stride);
+                // SAFETY: the caller gives rows of this matrix, and has checked that there is a place for
+                // `cols` columns: the constructor's contract covers the element.
+                *lane = unsafe { *element }.load();
             }
         }
     }
-}
 
-/// Writes columns back as the rows of `range`, of which there are 1 to [`LANES`]; those of `out` lie one
-/// behind the other.
-///
-/// # Panics
-/// If the range leaves `out`: a mistake in a kernel.
-#[inline(always)]
-pub fn put_back<T: Copy>(columns: &[Lanes<T>], out: &mut [T], range: Range<usize>) {
-    let (cols, rows) = (columns.len(), range.len());
-    let out = &mut out[range.start * cols..range.end * cols];
-    for (c, lanes) in columns.iter().enumerate() {
-        let column = &mut out[c..];
-        if rows == LANES {
-            for (k, &lane) in lanes.iter().enumerate() {
-                // SAFETY: `k * cols + c < LANES * cols`, the length of `out`.
-                unsafe { *column.get_unchecked_mut(k * cols) = lane };
-            }
-        } else {
-            for (out, &lane) in column.iter_mut().step_by(cols).zip(lanes) {
-                *out = lane;
-            }
+    /// Writes rows one behind the other, row `row(k)` in place `k`.
+    #[inline(always)]
+    fn convert_rows(&self, row: impl Fn(usize) -> usize, out: &mut [E::Acc]) {
+        if let Some(tile) = self.grouped(LANES).filter(|tile| tile.rows() == 1) {
+            // All in one piece: short rows would be short vectors.
+            tile.copy_row(0, out);
+            return;
+        }
+        for (k, out) in out.chunks_exact_mut(self.cols).enumerate() {
+            self.copy_row(row(k), out);
         }
     }
 }

@@ -1,5 +1,5 @@
 use super::super::element::{Bf16, F16};
-use super::super::lanes::{self, LANES};
+use super::super::lanes::{self, LANES, Tile};
 use super::super::real::Real;
 use super::*;
 use std::ops::Range;
@@ -51,7 +51,7 @@ fn check<E: Element>(rows: Rows<'_, E>, value: impl Fn(usize, usize) -> f64) {
         let range = start..rows.height.min(start + count);
         expect(range.clone(), rows.block(range, &mut scratch));
     }
-    let mut columns = lanes::columns(rows.cols);
+    let mut columns = Tile::new(rows.cols);
     for (range, _) in lanes::tiles(0..rows.height) {
         rows.side_by_side(range.clone(), &mut columns);
         for (c, lanes) in columns.iter().enumerate() {
@@ -112,21 +112,29 @@ fn every_layout_and_type() {
     }
 }
 
+fn back_and_forth<E: Element + PartialEq + std::fmt::Debug>(rows: usize, cols: usize) {
+    // Exact in every type.
+    let number = |k: usize| E::store(E::Acc::of((k % 251) as f64));
+    let data: Vec<E> = (0..rows * cols).map(number).collect();
+    let mut columns = Tile::new(cols);
+    let view = Rows::contiguous(&data, rows, cols).unwrap();
+    view.side_by_side(0..rows, &mut columns);
+    let outside = E::store(E::Acc::of(-1.0));
+    let mut out = vec![outside; (rows + 2) * cols];
+    columns.put_back(&mut out, 1..rows + 1);
+    assert_eq!(out[cols..(rows + 1) * cols], data);
+    let around = out[..cols].iter().chain(&out[(rows + 1) * cols..]);
+    assert!(around.into_iter().all(|&x| x == outside));
+}
+
 #[test]
 fn columns_go_back_to_their_rows() {
-    for (rows, cols) in [(LANES, 1), (LANES, 5), (3, 7)] {
-        let data: Vec<f32> = (0..rows * cols).map(|x| x as f32).collect();
-        let mut columns = lanes::stored(cols);
-        let view = Rows::contiguous(&data, rows, cols).unwrap();
-        view.side_by_side(0..rows, &mut columns);
-        let mut out = vec![-1.0; (rows + 2) * cols];
-        put_back(&columns, &mut out, 1..rows + 1);
-        assert_eq!(out[cols..(rows + 1) * cols], data);
-        assert!(
-            out[..cols]
-                .iter()
-                .chain(&out[(rows + 1) * cols..])
-                .all(|&x| x == -1.0)
-        );
+    for rows in 1..=LANES {
+        for cols in [1, 3, 4, 5, 8, 10, 35] {
+            back_and_forth::<f32>(rows, cols);
+            back_and_forth::<f64>(rows, cols);
+            back_and_forth::<F16>(rows, cols);
+            back_and_forth::<Bf16>(rows, cols);
+        }
     }
 }

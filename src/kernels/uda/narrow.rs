@@ -2,9 +2,8 @@
 
 use super::super::element::{Element, round_to};
 use super::super::isa::{Isa, Kernel};
-use super::super::lanes::{LANES, Narrow, Softmax, add, difference, room, stored, tiles};
+use super::super::lanes::{LANES, Narrow, Softmax, Tile, add, difference, each_lane, room, tiles};
 use super::super::real::Real;
-use super::super::rows::put_back;
 use super::super::softmax::confidence;
 use super::Sweep;
 
@@ -18,7 +17,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         let threshold = round_to::<E>(E::Acc::of(sweep.threshold));
         let inverse_t = E::Acc::of(1.0 / sweep.temperature);
         let (mut strong, mut weak) = (room(cols), room(cols));
-        let mut grad = stored(cols);
+        let mut grad = Tile::new(cols);
         let (mut total, mut selected) = ([0.0; LANES], 0);
         for (rows, here) in tiles(sweep.range.clone()) {
             let q = Softmax::of::<I, _>(&sweep.weak, rows.clone(), E::Acc::ONE, &mut weak);
@@ -32,13 +31,17 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             let p = Softmax::of::<I, _>(&sweep.strong, rows, inverse_t, &mut strong);
             let mut cross = [0.0; LANES];
             for ((y, e), z) in q.z.iter().zip(&*q.exp).zip(p.z) {
-                for k in 0..LANES {
+                each_lane(|k| {
                     // q ln q is 0 at q = 0; q ln p is not replaced, and NaN where p = 0 too, as in tllib.
-                    let zero = e[k] == E::Acc::ZERO;
-                    let ln_q = if zero { E::Acc::ZERO } else { y[k] - q.max[k] };
+                    let log = y[k] - q.max[k];
+                    let ln_q = if e[k] == E::Acc::ZERO {
+                        E::Acc::ZERO
+                    } else {
+                        log
+                    };
                     let term = e[k] * (ln_q - (z[k] - p.max[k]) * inverse_t);
                     cross[k] += term.to_f64();
-                }
+                });
             }
             let (mut values, mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
             let factor = sweep.scale / sweep.temperature;
@@ -51,8 +54,8 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             }
             add(&mut total, &values, here.len());
             if let Some(out) = sweep.grad.as_deref_mut() {
-                difference::<E>((p.exp, &of_p), (q.exp, &of_q), &mut grad);
-                put_back(&grad, out, here);
+                difference((p.exp, &of_p), (q.exp, &of_q), &mut grad);
+                grad.put_back(out, here);
             }
         }
         (total.iter().sum(), selected)

@@ -3,10 +3,10 @@
 use super::super::super::element::Element;
 use super::super::super::isa::{Isa, Kernel};
 use super::super::super::lanes::{
-    LANES, Lanes, Narrow, Softmax, add, difference, room, split, stored, tiles,
+    LANES, Lanes, Narrow, Softmax, Tile, add, at_label, difference, each_lane, held, room, split,
+    tiles,
 };
 use super::super::super::real::Real;
-use super::super::super::rows::put_back;
 use super::{Sweep, Targets};
 
 impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
@@ -17,7 +17,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
         let Self(mut sweep) = self;
         let cols = sweep.logits.cols();
         let (mut own, mut other) = (room(cols), room(cols));
-        let mut grad = stored(cols);
+        let mut grad = Tile::new(cols);
         let mut total = [0.0; LANES];
         for (rows, here) in tiles(sweep.range.clone()) {
             let p = Softmax::of::<I, _>(&sweep.logits, rows.clone(), E::Acc::ONE, &mut own);
@@ -25,19 +25,19 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
             let values = match sweep.targets {
                 Targets::Logits(targets) => {
                     let q = Softmax::of::<I, _>(&targets, rows, E::Acc::ONE, &mut other);
-                    soft::<I, E>(&p, &q, sweep.weight, wanted)
+                    soft::<I, _>(&p, &q, sweep.weight, wanted)
                 }
                 Targets::Smooth { labels, hit, rest } => {
                     let mut label = [E::Acc::ZERO; LANES];
                     for (label, &index) in label.iter_mut().zip(&labels[rows]) {
                         *label = E::Acc::of(index as f64);
                     }
-                    smooth::<I, E>(p, (&label, hit, rest), sweep.weight, wanted)
+                    smooth::<I, _>(p, (&label, hit, rest), sweep.weight, wanted)
                 }
             };
             add(&mut total, &values, here.len());
             if let Some(out) = sweep.grad.as_deref_mut() {
-                put_back(&grad, out, here);
+                grad.put_back(out, here);
             }
         }
         total.iter().sum()
@@ -46,18 +46,18 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
 
 /// As [`soft_row`](super::soft_row), for each lane.
 #[inline(always)]
-fn soft<I: Isa, E: Element>(
-    p: &Softmax<'_, E::Acc>,
-    q: &Softmax<'_, E::Acc>,
+fn soft<I: Isa, F: Real>(
+    p: &Softmax<'_, F>,
+    q: &Softmax<'_, F>,
     weight: f64,
-    grad: Option<&mut [Lanes<E>]>,
+    grad: Option<&mut [Lanes<F>]>,
 ) -> Lanes<f64> {
     let mut cross = [0.0; LANES];
     for (q, z) in q.exp.iter().zip(p.z) {
-        for k in 0..LANES {
+        each_lane(|k| {
             let term = q[k] * (z[k] - p.max[k]);
             cross[k] += term.to_f64();
-        }
+        });
     }
     let (mut values, mut of_p, mut of_q) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
     for k in 0..LANES {
@@ -74,23 +74,21 @@ fn soft<I: Isa, E: Element>(
 
 /// As [`smooth_row`](super::smooth_row), for each lane.
 #[inline(always)]
-fn smooth<I: Isa, E: Element>(
-    p: Softmax<'_, E::Acc>,
-    (label, hit, rest): (&Lanes<E::Acc>, f64, f64),
+fn smooth<I: Isa, F: Real>(
+    p: Softmax<'_, F>,
+    (label, hit, rest): (&Lanes<F>, f64, f64),
     weight: f64,
-    grad: Option<&mut [Lanes<E>]>,
+    grad: Option<&mut [Lanes<F>]>,
 ) -> Lanes<f64> {
     let cols = p.z.len() as f64;
     let mass = hit + rest * cols;
-    let mut shifted = [E::Acc::ZERO; LANES];
+    let mut shifted = [F::ZERO; LANES];
     for z in p.z {
-        for k in 0..LANES {
-            shifted[k] += z[k] - p.max[k];
-        }
+        each_lane(|k| shifted[k] += z[k] - p.max[k]);
     }
     let split = split(p.z, p.exp, label);
     let mut values = [0.0; LANES];
-    let (mut own, mut of_others) = ([E::Acc::ZERO; LANES], [E::Acc::ZERO; LANES]);
+    let (mut own, mut of_others) = ([F::ZERO; LANES], [F::ZERO; LANES]);
     for k in 0..LANES {
         let total = split.own[k] + split.others[k];
         let logit = split.logit[k] - p.max[k];
@@ -102,20 +100,15 @@ fn smooth<I: Isa, E: Element>(
         // S (p - 1) + (S - t): 1 - p is the sum of the others, which keeps its digits here.
         let by_others = (cols - 1.0) * rest - mass * (split.others[k] / total);
         let at_label = if p_label < 0.5 { direct } else { by_others };
-        own[k] = E::Acc::of(weight * at_label);
-        of_others[k] = E::Acc::of(weight * mass / total);
+        own[k] = F::of(weight * at_label);
+        of_others[k] = F::of(weight * mass / total);
     }
-    let Some(grad) = grad else {
-        return values;
-    };
-    let constant = E::Acc::of(weight * rest);
-    let mut class = E::Acc::ZERO;
-    for (e, grad) in p.exp.iter().zip(grad) {
-        for k in 0..LANES {
-            let other = e[k] * of_others[k] - constant;
-            grad[k] = E::store(if label[k] == class { own[k] } else { other });
-        }
-        class += E::Acc::ONE;
+    if let Some(grad) = grad {
+        let (constant, of_others) = (F::of(weight * rest), held(of_others));
+        let columns = grad.iter_mut().zip(&*p.exp);
+        at_label(&held(*label), &held(own), columns, |e, k| {
+            e[k] * of_others[k] - constant
+        });
     }
     values
 }

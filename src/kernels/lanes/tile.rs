@@ -1,0 +1,185 @@
+//! The columns of [`LANES`] rows.
+
+use super::super::element::Element;
+use super::super::quad::Quad;
+use super::super::real::Real;
+use super::super::rows::store_row;
+use super::{LANES, Lanes};
+use std::ops::{Deref, DerefMut, Range};
+
+const CACHE_LINE: usize = 64;
+/// Rows and columns that are transposed at a time.
+const STEP: usize = 4;
+
+/// Room for the columns of a tile of rows, each at the start of a line of the cache: what crosses two lines takes
+/// twice as long to write and to read.
+pub struct Tile<F> {
+    room: Vec<F>,
+    first: usize,
+    cols: usize,
+    /// The rows one behind the other, where they are converted on their way.
+    rows: Vec<F>,
+}
+
+impl<F: Real> Tile<F> {
+    /// Columns of zeros.
+    pub fn new(cols: usize) -> Self {
+        let room = vec![F::ZERO; (cols + 1) * LANES];
+        let first = room.as_ptr().align_offset(CACHE_LINE).min(LANES);
+        Self {
+            room,
+            first,
+            cols,
+            rows: Vec::new(),
+        }
+    }
+
+    /// Takes the columns of these rows. `rows(k)` has a number for every column, of which there are enough for
+    /// [`Tile::takes_rows`].
+    ///
+    /// # Panics
+    /// If a row has not as many numbers as there are columns: a mistake in a kernel.
+    #[inline(always)]
+    pub fn take_rows<'a>(&mut self, rows: impl Fn(usize) -> &'a [F])
+    where
+        F: 'a,
+    {
+        let cols = self.cols;
+        let mut each = [&[] as &[F]; LANES];
+        for (k, each) in each.iter_mut().enumerate() {
+            *each = rows(k);
+            assert_eq!(each.len(), cols, "columns");
+        }
+        let columns = &mut **self;
+        for c in starts(cols) {
+            for k in (0..LANES).step_by(STEP) {
+                // SAFETY: each row has `cols` numbers, as just seen, and `c + STEP <= cols`.
+                let quad = |k: usize| unsafe { &*each[k].as_ptr().add(c).cast::<Quad<F>>() };
+                let block = F::transposed([quad(k), quad(k + 1), quad(k + 2), quad(k + 3)]);
+                for (column, quad) in columns[c..c + STEP].iter_mut().zip(block) {
+                    column[k..k + STEP].copy_from_slice(&quad);
+                }
+            }
+        }
+    }
+
+    /// Room for [`LANES`] rows one behind the other, which comes back through [`Tile::take_converted`].
+    #[inline(always)]
+    pub fn converted(&mut self) -> Vec<F> {
+        let mut rows = std::mem::take(&mut self.rows);
+        rows.resize(LANES * self.cols, F::ZERO);
+        rows
+    }
+
+    /// Takes the columns of rows that lie one behind the other in room of this tile.
+    #[inline(always)]
+    pub fn take_converted(&mut self, rows: Vec<F>) {
+        let cols = self.cols;
+        self.take_rows(|k| &rows[k * cols..(k + 1) * cols]);
+        self.rows = rows;
+    }
+
+    /// Whether there are columns enough to transpose several at a time.
+    #[inline(always)]
+    pub fn takes_rows(&self) -> bool {
+        self.cols >= STEP
+    }
+
+    /// Writes the columns back as the rows of `range`, of which there are 1 to [`LANES`]; those of `out` lie one
+    /// behind the other.
+    ///
+    /// # Panics
+    /// If the range leaves `out`: a mistake in a kernel.
+    #[inline(always)]
+    pub fn put_back<E: Element<Acc = F>>(&mut self, out: &mut [E], range: Range<usize>) {
+        let out = &mut out[range.start * self.cols..range.end * self.cols];
+        if let Some(out) = E::exact_mut(out) {
+            self.write_rows(out);
+            return;
+        }
+        let mut rows = self.converted();
+        self.write_rows(&mut rows[..out.len()]);
+        store_row(&rows, F::ONE, out);
+        self.rows = rows;
+    }
+
+    /// Writes as many rows as `out` has room for.
+    ///
+    /// # Panics
+    /// If those are more than [`LANES`]: a mistake in a kernel.
+    #[inline(always)]
+    pub fn write_rows(&self, out: &mut [F]) {
+        let cols = self.cols;
+        let height = out.len() / cols.max(1);
+        assert!(height <= LANES, "rows");
+        if !self.takes_rows() {
+            self.write_narrow_rows(out);
+            return;
+        }
+        let whole = height / STEP * STEP;
+        for k in (0..whole).step_by(STEP) {
+            let rows = &mut out[k * cols..(k + STEP) * cols];
+            for c in starts(cols) {
+                let quad = |j: usize| {
+                    // SAFETY: `k + STEP <= height <= LANES`.
+                    let lanes = unsafe { self[c + j].as_ptr().add(k).cast::<Quad<F>>() };
+                    // SAFETY: as above.
+                    unsafe { &*lanes }
+                };
+                let block = F::transposed([quad(0), quad(1), quad(2), quad(3)]);
+                for (j, quad) in block.iter().enumerate() {
+                    rows[j * cols + c..][..STEP].copy_from_slice(quad);
+                }
+            }
+        }
+        for k in whole..height {
+            let row = &mut out[k * cols..(k + 1) * cols];
+            for (x, lanes) in row.iter_mut().zip(self.iter()) {
+                *x = lanes[k];
+            }
+        }
+    }
+
+    /// The same of fewer columns than [`STEP`].
+    #[inline(always)]
+    fn write_narrow_rows(&self, out: &mut [F]) {
+        let cols = self.cols;
+        for (c, lanes) in self.iter().enumerate() {
+            if out.len() == LANES * cols {
+                for (k, &lane) in lanes.iter().enumerate() {
+                    // SAFETY: `k * cols + c < LANES * cols`, the length of `out`.
+                    unsafe { *out.get_unchecked_mut(k * cols + c) = lane };
+                }
+            } else {
+                for (out, &lane) in out[c..].iter_mut().step_by(cols).zip(lanes) {
+                    *out = lane;
+                }
+            }
+        }
+    }
+}
+
+/// Where [`STEP`] columns begin, so that they cover all, of which there are so many at least: the last ones reach
+/// back.
+#[inline(always)]
+fn starts(cols: usize) -> impl Iterator<Item = usize> {
+    (0..cols).step_by(STEP).map(move |c| c.min(cols - STEP))
+}
+
+impl<F> Deref for Tile<F> {
+    type Target = [Lanes<F>];
+
+    #[inline(always)]
+    fn deref(&self) -> &[Lanes<F>] {
+        self.room[self.first..][..self.cols * LANES].as_chunks().0
+    }
+}
+
+impl<F> DerefMut for Tile<F> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut [Lanes<F>] {
+        self.room[self.first..][..self.cols * LANES]
+            .as_chunks_mut()
+            .0
+    }
+}

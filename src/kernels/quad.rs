@@ -1,0 +1,63 @@
+//! Four numbers at a time, which is how rows become columns: LLVM moves them one by one.
+
+/// Four adjacent numbers.
+pub type Quad<F> = [F; 4];
+
+/// Rows as columns, element by element.
+#[inline(always)]
+pub fn transposed<F: Copy>(rows: [&Quad<F>; 4]) -> [Quad<F>; 4] {
+    let mut columns = rows.map(|row| *row);
+    for (c, column) in columns.iter_mut().enumerate() {
+        for (k, row) in rows.iter().enumerate() {
+            column[k] = row[c];
+        }
+    }
+    columns
+}
+
+/// Rows as columns.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+pub fn transposed_f32(rows: [&Quad<f32>; 4]) -> [Quad<f32>; 4] {
+    transposed(rows)
+}
+
+/// Rows as columns: eight shuffles, and no number is moved on its own.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub fn transposed_f32([a, b, c, d]: [&Quad<f32>; 4]) -> [Quad<f32>; 4] {
+    use std::arch::x86_64::{
+        __m128, _mm_loadu_ps, _mm_movehl_ps, _mm_movelh_ps, _mm_unpackhi_ps, _mm_unpacklo_ps,
+    };
+    // SAFETY: the address of four numbers; every x86-64 processor has SSE.
+    let load = |row: &Quad<f32>| unsafe { _mm_loadu_ps(row.as_ptr()) };
+    // SAFETY: both are four numbers.
+    let quad = |x: __m128| unsafe { std::mem::transmute::<__m128, Quad<f32>>(x) };
+    let (a, b, c, d) = (load(a), load(b), load(c), load(d));
+    // SAFETY: every x86-64 processor has SSE.
+    unsafe {
+        let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
+        let (ab_high, cd_high) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
+        [
+            quad(_mm_movelh_ps(ab, cd)),
+            quad(_mm_movehl_ps(cd, ab)),
+            quad(_mm_movelh_ps(ab_high, cd_high)),
+            quad(_mm_movehl_ps(cd_high, ab_high)),
+        ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_the_rows_of_the_transpose() {
+        let rows: [Quad<f32>; 4] =
+            std::array::from_fn(|r| std::array::from_fn(|c| (10 * r + c) as f32));
+        let expected: [Quad<f32>; 4] =
+            std::array::from_fn(|c| std::array::from_fn(|r| (10 * r + c) as f32));
+        assert_eq!(transposed(rows.each_ref()), expected);
+        assert_eq!(transposed_f32(rows.each_ref()), expected);
+    }
+}
