@@ -14,7 +14,7 @@ from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.self_training.mean_teacher import EMATeacher
 from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
-from tllib_rs.vision.models.reid.loss import SoftTripletLoss
+from tllib_rs.vision.models.reid.loss import SoftTripletLoss, TripletLoss
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 INDEX = torch.tensor([1, 2])
@@ -38,8 +38,9 @@ def test_layouts_that_are_not_dense_are_refused(loss, generator, layout):
 @pytest.mark.filterwarnings("ignore:.*nested tensors")
 def test_nested_tensors_are_refused():
     nested = torch.nested.nested_tensor([torch.rand(3), torch.rand(4)])
-    with pytest.raises(TypeError, match="must be a dense tensor"):
-        MinimumClassConfusionLoss(1.0)(nested)
+    for call in (MinimumClassConfusionLoss(1.0), lambda x: TripletLoss(0.3)(x, torch.arange(2))):
+        with pytest.raises(TypeError, match="must be a dense tensor"):
+            call(nested)
 
 
 @pytest.mark.filterwarnings("ignore:.*trace", "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

@@ -117,6 +117,28 @@ def test_a_toolkit_on_the_path_is_not_taken(tmp_path):
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"LD_LIBRARY_PATH": path}, check=True)
 
 
+def test_what_nvrtc_needs_is_found_without_torch():
+    """torch opens it when it is imported, and goes on where it cannot."""
+    if torch.version.cuda is None:
+        pytest.skip("NOT RUN: this build of torch brings no NVRTC")
+    code = """
+import ctypes
+
+class Refusing(ctypes.CDLL):
+    def __init__(self, name, *arguments, **options):
+        if "nvrtc" in str(name):
+            raise OSError(f"{name}: not here")
+        super().__init__(name, *arguments, **options)
+
+ctypes.CDLL = Refusing
+from tllib_rs import _core
+
+assert "libnvrtc-builtins" not in open("/proc/self/maps").read()
+assert _core.cuda_compile("scale", "float32", (9, 0))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
     """The library of the kernels for the CPU."""

@@ -1,4 +1,4 @@
-"""EMATeacher of networks that ``fully_shard`` spread over two processes."""
+"""EMATeacher and SelfTuning of networks that ``fully_shard`` spread over two processes."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.ranks import run_ranks
 from tllib_rs.self_training.mean_teacher import EMATeacher
+from tllib_rs.self_training.self_tuning import SelfTuning
 
 STEPS, ALPHA = 6, 0.8
 
@@ -195,3 +196,112 @@ def test_what_does_not_correspond_raises():
         assert set(raised) == set(expected)
         for name, message in expected.items():
             assert message in raised[name], name
+
+
+class Pair(nn.Module):
+    """Student and teacher within one network."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = Net(), Net()
+
+    def forward(self, x):
+        return self.student(x), self.teacher(x)
+
+
+def _within_another(rank, data):
+    from torch.distributed.fsdp import fully_shard
+
+    pair = Pair()
+    fully_shard(pair)
+    teacher = EMATeacher(pair.student, ALPHA, teacher=pair.teacher)
+    x = torch.from_numpy(data)
+    pair(x)[0].square().mean().backward()
+    with torch.no_grad():
+        for parameter in pair.student.parameters():
+            parameter.add_(1)
+        pair(x)  # keeps what it gathered
+    with pytest.raises(RuntimeError, match="gathered copies of shards"):
+        teacher.update()
+    pair.reshard()
+    teacher.update()
+    return whole(pair.teacher)
+
+
+def test_gathered_by_a_module_around_it():
+    pair = Pair()
+    with torch.no_grad():
+        expected = [p + (1 - ALPHA) for p in pair.student.parameters()]
+    for got in run_ranks(2, _within_another, torch.randn(8, 6, dtype=torch.float64).numpy()):
+        for value, weight in zip(got, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(value), weight, rtol=1e-12, atol=1e-12)
+
+
+class Encoder(nn.Module):
+    projection_dim = 6
+
+    def __init__(self):
+        super().__init__()
+        self.projection, self.head = nn.Linear(4, 6), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return nn.functional.normalize(self.projection(x), dim=1), self.head(x)
+
+
+def self_tuning(shard):
+    torch.manual_seed(1)
+    model = SelfTuning(Encoder(), Encoder(), 5, K=4, m=0.5)
+    shard(model)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), lr=1.0)
+    losses = []
+    for _ in range(4):
+        x = torch.randn(8, 4)
+        pgc_logits, pgc_labels, _ = model(x, x, torch.arange(8) % 5)
+        loss = nn.functional.kl_div(pgc_logits, pgc_labels, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _self_tuning(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    def encoders(model):
+        fully_shard(model.encoder_q)
+        fully_shard(model.encoder_k)
+
+    def all_of_them(model):
+        encoders(model)
+        fully_shard(model)
+
+    with pytest.raises(RuntimeError, match="reshard_after_forward=True, or both encoders too"):
+        self_tuning(fully_shard)
+    shards = encoders, all_of_them, lambda model: fully_shard(model, reshard_after_forward=True)
+    return [self_tuning(shard) for shard in shards]
+
+
+def test_self_tuning_moves_the_shards_of_its_key_encoder():
+    expected = self_tuning(lambda model: None)
+    for ours in run_ranks(2, _self_tuning):
+        for losses in ours:
+            assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def _compiled(rank):
+    import torch.distributed.tensor
+
+    student = Net()
+    teacher = EMATeacher(student, ALPHA)
+    expected = [p.clone() for p in teacher.teacher.parameters()]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1)
+    torch.compile(teacher.update, backend="aot_eager", fullgraph=True)()
+    for parameter, before in zip(teacher.teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter, before + (1 - ALPHA))
+
+
+def test_compiled_beside_a_process_group():
+    run_ranks(1, _compiled)

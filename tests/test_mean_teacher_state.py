@@ -2,10 +2,12 @@
 
 import copy
 import io
+import warnings
 from collections import OrderedDict
 
 import pytest
 import torch
+from torch.distributed import checkpoint
 
 from tests.test_mean_teacher_training import move, net, values
 from tllib_rs.self_training.mean_teacher import EMATeacher
@@ -97,3 +99,18 @@ def test_a_state_with_wrong_progress_changes_nothing(progress):
         teacher.load_state_dict(state)
     assert teacher.step == 2
     assert all(map(torch.equal, values(teacher.teacher), before))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_state_that_was_written_in_place_says_nothing_of_progress(tmp_path):
+    """torch.distributed.checkpoint fills the teacher's own state, which carries the step of before."""
+    teacher = _trained(5, track=True)
+    checkpoint.save({"ema": teacher}, checkpoint_id=tmp_path)
+    other = _trained(2, track=True)
+    with pytest.warns(UserWarning, match="own, written in place .*; going on from step 2"):
+        checkpoint.load({"ema": other}, checkpoint_id=tmp_path)
+    assert all(map(torch.equal, other.teacher.parameters(), teacher.teacher.parameters()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(copy.deepcopy(teacher.state_dict()))
+    assert other.step == 5

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.on_device import DEVICE, ROUNDING, gpu, kernels, somewhere
+from tests.on_device import DEVICE, ON_GPU, ROUNDING, gpu, kernels, somewhere
 from tests.plain import reid_loss as plain
 from tllib_rs.vision.models.reid.loss import (
     SoftTripletLoss,
@@ -30,9 +30,10 @@ def assert_close(got, expected, rounding):
 
 
 def test_in_parts(generator):
-    # More products than are kept at a time on the CPU, and more pairs than a row looks at at a time.
-    f = torch.randn(700, 6, generator=generator)
-    labels = torch.arange(700) % 175
+    # More products than are kept at a time, and more pairs than a row looks at at a time.
+    rows = 4500 if ON_GPU else 700
+    f = torch.randn(rows, 6, generator=generator)
+    labels = torch.arange(rows) % (rows // 4)
     assert_close(
         grads_of(lambda f: SoftTripletLoss(0.2)(f, None, labels.to(DEVICE)), f.to(DEVICE)),
         grads_of(lambda f: plain.soft_triplet(f, f, labels, 0.2), f.double()),

@@ -1,7 +1,10 @@
 """Class balance."""
 
+import pickle
+
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests import golden
 from tests.plain.self_ensemble import class_balance as plain
@@ -138,3 +141,42 @@ def test_state_is_empty_and_the_target_uniform():
     assert not loss.state_dict()
     assert loss.uniform_distribution.eq(0.25).all()
     assert repr(loss) == "ClassBalanceLoss(num_classes=4)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_prior_of_one_s_own(dtype, generator):
+    p = torch.rand(9, 4, generator=generator).softmax(dim=1).to(dtype).requires_grad_()
+    prior = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    loss = ClassBalanceLoss(4)
+    loss.uniform_distribution = prior
+    assert loss.uniform_distribution is prior
+    value = loss(p)
+    exact = p.detach().double().requires_grad_()
+    expected = F.binary_cross_entropy(exact.mean(dim=0), prior.double())
+    rounding = torch.finfo(dtype).eps if dtype != torch.float64 else 1e-7
+    assert value.dtype == dtype
+    assert abs(value.double() - expected) <= 2 * rounding * expected
+    (got,), (want,) = torch.autograd.grad(value, p), torch.autograd.grad(expected, exact)
+    assert (got.double() - want).abs().max() <= 4 * rounding * want.abs().max()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss(p).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal(pickle.loads(pickle.dumps(loss))(p), value)
+    with pytest.raises(ValueError, match=r"p must have shape \(minibatch, 4\)"):
+        loss(p[:, :3])
+    # The uniform one on another device, say, leaves the kernel in charge.
+    loss.uniform_distribution = torch.ones(4) / 4
+    assert torch.equal(loss(p), ClassBalanceLoss(4)(p))
+
+
+@pytest.mark.parametrize(
+    ("prior", "error", "message"),
+    [
+        (0.25, TypeError, "uniform_distribution must be a tensor, got float"),
+        (torch.ones(3), ValueError, r"uniform_distribution must have shape \[4\], got shape \[3\]"),
+    ],
+)
+def test_bad_priors(prior, error, message):
+    loss = ClassBalanceLoss(4)
+    with pytest.raises(error, match=message):
+        loss.uniform_distribution = prior
+    assert loss.uniform_distribution.eq(0.25).all()

@@ -561,3 +561,21 @@ def test_the_gradient_of_torch_func_is_refused_in_its_own_words():
     batch = (torch.randn(6, 3), torch.zeros(6, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="in-place operation .* that would mutate a captured Tensor"):
         torch.func.grad(lambda x: model(x, batch[0], batch[1])[0].sum())(batch[0])
+
+
+def test_a_step_that_is_assigned_to_one_object(generator):
+    def calls(model):
+        seen = []
+        enqueue = model._dequeue_and_enqueue
+        model._dequeue_and_enqueue = lambda h, label: (seen.append(int(label)), enqueue(h, label))
+        return seen
+
+    model, same = small_model(), small_model()
+    same.load_state_dict(model.state_dict())
+    for module in (model, same):
+        module.encoder_q.bottleneck[3].p = module.encoder_k.bottleneck[3].p = 0.0
+    x, labels = torch.randn(4, 3, generator=generator), torch.tensor([1, 0, 1, 2])
+    seen = calls(model)
+    torch.testing.assert_close(model(x, x, labels)[0], same(x, x, labels)[0])
+    assert seen == labels.tolist()
+    assert torch.equal(model.queue_list, same.queue_list)

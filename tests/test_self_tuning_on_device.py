@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.on_device import DEVICE, ROUNDING, gpu, kernels, never_waiting, somewhere
+from tests.on_device import DEVICE, ON_GPU, ROUNDING, gpu, kernels, never_waiting, somewhere
 from tests.plain import self_tuning as plain
 from tllib_rs import _core
 
@@ -14,6 +14,8 @@ T = 0.3
 #: Rows, width of projections, classes, keys per class: one for each form of a kernel over rows; a class that
 #: gets more keys than it has places; and a batch that is more than the blocks of a grid.
 SHAPES = [(6, 5, 4, 3), (9, 33, 1, 4), (1, 3, 1, 1), (70, 8, 31, 17), (5, 7, 101, 13), (3, 4, 300, 15)]
+if ON_GPU:  # more rows than a grid has blocks
+    SHAPES.append((5000, 8, 3, 4))
 
 
 class Twins:

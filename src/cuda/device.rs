@@ -15,6 +15,9 @@ use std::mem::ManuallyDrop;
 use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
+/// The driver's name of the stream that each thread has of its own.
+const CU_STREAM_PER_THREAD: usize = 2;
+
 /// Threads that an emulated device holds at once: a few blocks, so that sums over a grid are tried.
 const EMULATED: u32 = 4 * 1024;
 
@@ -139,11 +142,14 @@ impl Stream {
     /// A counter of blocks that is 0, and will be again when the launch that uses it has run.
     ///
     /// Launches on one stream follow each other and share one. A captured launch gets one of its own, set
-    /// to 0 in the graph: the graph may be replayed on any stream.
+    /// to 0 in the graph: the graph may be replayed on any stream. So does one on the stream that is another for
+    /// each thread, and has one name.
     pub fn counter(&self) -> Result<Counter> {
         static COUNTERS: Mutex<Option<HashMap<(i64, usize), Handle>>> = Mutex::new(None);
         let locked = || COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.capture.is_some() {
+        let of_thread = |stream: Handle| stream.0 as usize == CU_STREAM_PER_THREAD;
+        let many = matches!(self.runs_on, RunsOn::Device { stream, .. } if of_thread(stream));
+        if self.capture.is_some() || many {
             return Ok(Counter::Own(self.zero()?));
         }
         let key = self.key();

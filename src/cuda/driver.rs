@@ -50,6 +50,8 @@ impl Context {
             return Err(failed("the CUDA driver, libcuda, cannot be loaded"));
         }
         result::init().map_err(reason)?;
+        // The first call may come while a graph is captured.
+        let _relaxed = Relaxed::new()?;
         let device = result::device::get(ordinal).map_err(reason)?;
         // SAFETY: the driver returned the device just now. The context is never released.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(reason)?;

@@ -5,7 +5,7 @@ use super::failed;
 use crate::error::Result;
 use crate::torch::device::library_folder;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -220,7 +220,27 @@ fn candidates() -> Vec<CString> {
         .collect()
 }
 
+/// What an NVRTC opens by name when it first compiles: beside it, where nothing but torch, which may not have found
+/// it, says to look.
+fn open_builtins(beside: &CStr) {
+    let path = Path::new(OsStr::from_bytes(beside.to_bytes()));
+    let Some(files) = path.parent().and_then(|folder| folder.read_dir().ok()) else {
+        return;
+    };
+    for file in files.flatten() {
+        let name = file.file_name();
+        if !name.as_bytes().starts_with(b"libnvrtc-builtins.so") {
+            continue;
+        }
+        if let Ok(path) = CString::new(file.path().into_os_string().into_vec()) {
+            // SAFETY: as in `open`. Where it cannot be loaded, NVRTC will say so.
+            let _ = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+        }
+    }
+}
+
 fn open(path: &CStr) -> Option<Nvrtc> {
+    open_builtins(path);
     // SAFETY: a library of NVIDIA's or torch's, which runs nothing of ours when it is loaded, and is never closed.
     let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     if library.is_null() {

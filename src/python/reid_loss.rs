@@ -10,8 +10,13 @@ const SOFT: &str = "SoftTripletLoss";
 
 /// Features and product: what keeps a triplet loss busy.
 fn triplet_work(features: &Tensor) -> usize {
+    let elements = elements(features);
+    if elements == 0 {
+        // What is no dense tensor has no size to ask for either.
+        return 0;
+    }
     let rows = features.size().first().copied().unwrap_or(0).unsigned_abs() as usize;
-    elements(features).saturating_mul(rows)
+    elements.saturating_mul(rows)
 }
 
 /// The batch-hard triplet loss of `f` (N, F) with identities `labels` (N).

@@ -102,6 +102,7 @@ class EMATeacher:
     _buffers = "leave"
     _track = _unwrap = False
     _plain = True
+    _sharded = False
 
     def __init__(
         self,
@@ -126,6 +127,7 @@ class EMATeacher:
         self._unwrap = unwrap
         self._plain = buffers == "leave" and not self._track
         self.teacher = networks.make(model, teacher, dtype, device, unwrap)
+        self._sharded = shards.held(self.teacher)
         set_requires_grad(self.teacher, False)
 
     def set_alpha(self, alpha: float) -> None:
@@ -136,17 +138,17 @@ class EMATeacher:
 
     def update(self) -> None:
         """Move the teacher towards the student."""
-        if not self._plain or shards.possible():
-            self._update()
-        elif torch.compiler.is_compiling():
+        if self._plain and torch.compiler.is_compiling() and not shards.held(self.teacher):
             with torch.no_grad():
                 _compiled_update(list(self.teacher.parameters()), list(self.model.parameters()), self.alpha)
+        elif not self._plain or shards.possible():
+            self._update()
         else:
             _core.ema_update(self.teacher, self.model, self.alpha)
 
     def _update(self) -> None:
         alpha = self.alpha if self._schedule is None else _checked(self._schedule(self.step + 1))
-        networks.update(self.teacher, self.model, alpha, self._buffers)
+        self._sharded = networks.update(self.teacher, self.model, alpha, self._buffers, self._sharded)
         if self._track:
             self.step, self.alpha = self.step + 1, alpha
 
@@ -172,14 +174,18 @@ class EMATeacher:
         found = progress.find(state_dict) if self._track else None
         if self._unwrap:
             state_dict = networks.bare_state(state_dict, self.teacher)
+        written = found is not None and progress.is_own(state_dict, self.teacher.state_dict())
         self.teacher.load_state_dict(state_dict)
-        if found is not None:
+        if found is not None and not written:
             self.step, self.alpha = found
         elif self._track:
+            what = "the state carries no step and alpha"
+            if written:
+                what = (
+                    "the state is this teacher's own, written in place (torch.distributed.checkpoint does so)"
+                )
             warnings.warn(
-                f"EMATeacher: the state carries no step and alpha; going on from step {self.step} with "
-                f"alpha {self.alpha}",
-                stacklevel=2,
+                f"EMATeacher: {what}; going on from step {self.step} with alpha {self.alpha}", stacklevel=2
             )
 
     @property

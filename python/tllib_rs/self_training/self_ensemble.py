@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks
@@ -70,6 +71,8 @@ class ClassBalanceLoss(nn.Module):
     """
 
     _ranks: Ranks | None = None
+    _prior: torch.Tensor | None = None
+    _uneven = False
 
     def __init__(self, num_classes: int, *, process_group: ProcessGroup | None = None):
         super().__init__()
@@ -79,12 +82,35 @@ class ClassBalanceLoss(nn.Module):
 
     @property
     def uniform_distribution(self) -> torch.Tensor:
-        """A copy of the probabilities that the means are compared with, (C,); not a part of the state, as in
-        tllib."""
-        return torch.full((self.num_classes,), 1 / self.num_classes)
+        """The probabilities :math:`u` that the means are compared with, (C,); not a part of the state, as in
+        tllib. A copy, unless others were assigned: those take the place of :math:`1/C`, and torch's
+        operations that of the kernel."""
+        if self._prior is None:
+            return torch.full((self.num_classes,), 1 / self.num_classes)
+        return self._prior
+
+    @uniform_distribution.setter
+    def uniform_distribution(self, prior: torch.Tensor) -> None:
+        if not isinstance(prior, torch.Tensor):
+            raise TypeError(
+                f"ClassBalanceLoss: uniform_distribution must be a tensor, got {type(prior).__name__}"
+            )
+        if prior.shape != (self.num_classes,):
+            raise ValueError(
+                f"ClassBalanceLoss: uniform_distribution must have shape [{self.num_classes}], "
+                f"got shape {list(prior.shape)}"
+            )
+        uneven = prior.is_meta or bool((prior * self.num_classes - 1).abs().max() > 1e-6)
+        if uneven and self._ranks is not None:
+            raise ValueError(
+                "ClassBalanceLoss: with process_group the means are compared with 1 / num_classes"
+            )
+        self._prior, self._uneven = prior, uneven
 
     def forward(self, p: torch.Tensor) -> torch.Tensor:
         """See the class."""
+        if self._uneven:
+            return self._against(self._prior, p)
         if self._ranks is not None:
             sums = self._ranks.sum_(_core.class_balance_sums(p, self.num_classes))
             return _core.class_balance_of_sums(p, self.num_classes, sums, self._ranks.size)
@@ -92,11 +118,25 @@ class ClassBalanceLoss(nn.Module):
             return _compiled(p, self.num_classes)
         return _core.class_balance(p, self.num_classes)
 
+    def _against(self, prior: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        if p.dim() != 2 or p.shape[1] != self.num_classes:
+            raise ValueError(
+                f"ClassBalanceLoss: p must have shape (minibatch, {self.num_classes}), "
+                f"got shape {list(p.shape)}"
+            )
+        mean = p.mean(dim=0, dtype=torch.promote_types(p.dtype, torch.float32))
+        # torch refuses it in an autocast region.
+        with torch.autocast(p.device.type, enabled=False):
+            loss = F.binary_cross_entropy(mean, prior.to(mean))
+        return loss if torch.is_autocast_enabled(p.device.type) else loss.to(p.dtype)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
         # tllib pickles the probabilities themselves.
-        if "uniform_distribution" in self.__dict__:
-            self.num_classes = len(self.__dict__.pop("uniform_distribution"))
+        prior = state.get("uniform_distribution")
+        super().__setstate__({name: value for name, value in state.items() if name != "uniform_distribution"})
+        if prior is not None:
+            self.num_classes = len(prior)
+            self.uniform_distribution = prior
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

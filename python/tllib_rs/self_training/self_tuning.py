@@ -12,6 +12,7 @@ from tllib_rs import _core
 from tllib_rs._distributed import Ranks, Rows
 from tllib_rs._library import define, differentiate
 from tllib_rs.modules.classifier import Classifier as ClassifierBase
+from tllib_rs.self_training._mean_teacher import shards
 
 __all__ = ["Classifier", "SelfTuning"]
 
@@ -141,7 +142,7 @@ class SelfTuning(nn.Module):
 
     _ranks: Ranks | None = None
     _alike = False
-    _changed = False
+    _overridden = False
 
     def __init__(
         self,
@@ -195,7 +196,8 @@ class SelfTuning(nn.Module):
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
         """Move the key encoder. A subclass may do otherwise."""
-        _core.ema_update(self.encoder_k, self.encoder_q, self.m)
+        with shards.resharded(self, self.encoder_k):
+            _core.ema_update(self.encoder_k, self.encoder_q, self.m)
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, h: torch.Tensor, label: torch.Tensor) -> None:
@@ -204,8 +206,12 @@ class SelfTuning(nn.Module):
 
     def __init_subclass__(cls, **arguments: Any):
         super().__init_subclass__(**arguments)
-        names = ("_momentum_update_key_encoder", "_dequeue_and_enqueue")
-        cls._changed = any(getattr(cls, name) is not getattr(SelfTuning, name) for name in names)
+        cls._overridden = any(getattr(cls, name) is not getattr(SelfTuning, name) for name in _STEPS)
+
+    @property
+    def _changed(self) -> bool:
+        """Whether a subclass or an attribute of this object replaces a step."""
+        return self._overridden or any(name in self.__dict__ for name in _STEPS)
 
     def _row_by_row(self, h_q: torch.Tensor, h_k: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         keep = torch.is_grad_enabled() and h_q.requires_grad
@@ -270,6 +276,7 @@ class SelfTuning(nn.Module):
         return _core.SelfTuningSettings(self.num_classes, self.K, self.m, self.T)
 
 
+_STEPS = ("_momentum_update_key_encoder", "_dequeue_and_enqueue")
 _SETTINGS = "int num_classes, int K, float m, float T"
 
 

@@ -113,13 +113,28 @@ def _pairs(teacher: nn.Module, student: nn.Module, kind: str) -> list[tuple[Tens
     return shards.local_pairs(*(getattr(net, f"{kind}s")() for net in (teacher, student)), kind)
 
 
-def update(teacher: nn.Module, student: nn.Module, alpha: float, buffers: str) -> None:
+def update(teacher: nn.Module, student: nn.Module, alpha: float, buffers: str, sharded: bool) -> bool:
     """``teacher <- alpha * teacher + (1 - alpha) * student``, and the buffers by their policy.
 
-    Everything is checked before anything is written.
+    Everything is checked before anything is written. ``sharded`` says whether the teacher's parameters were
+    DTensors before; returned is whether they are or were.
+
+    Raises:
+        RuntimeError: they were, and are not.
     """
     shards.reshard(teacher)
     shards.reshard(student)
+    held = shards.held(teacher)
+    if sharded and not held:
+        raise RuntimeError(
+            "EMATeacher: the teacher's parameters are gathered copies of shards, and what is written into "
+            "those is lost: call reshard() of the module around it that fully_shard was called on"
+        )
+    _move(teacher, student, alpha, buffers)
+    return held
+
+
+def _move(teacher: nn.Module, student: nn.Module, alpha: float, buffers: str) -> None:
     if buffers == "leave":
         _core.ema_update(teacher, student, alpha)
         return

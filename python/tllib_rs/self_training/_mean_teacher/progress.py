@@ -2,11 +2,14 @@
 
 They travel in the attribute ``_metadata`` that ``torch.nn.Module.state_dict`` gives its dictionary:
 ``torch.save`` keeps it, and who knows nothing of it, tllib's teacher and ``strict`` loading among them, does
-not see it. A state that was rebuilt from its keys and tensors alone has lost it.
+not see it. A state that was rebuilt from its keys and tensors alone has lost it, and one that was filled in
+place, tensor by tensor, carries what the teacher was before.
 """
 
 from collections import OrderedDict
 from typing import Any
+
+from torch import Tensor
 
 from tllib_rs import _core
 
@@ -39,3 +42,17 @@ def find(state: dict[str, Any]) -> tuple[int, float] | None:
         raise ValueError(f"EMATeacher: step in the state must be a count of updates, got {step!r}")
     _core.check_alpha(alpha)
     return step, alpha
+
+
+def is_own(state: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether the tensors of ``state`` are those of the module itself, whose state is ``own`` now."""
+    tensors = {key: value for key, value in own.items() if isinstance(value, Tensor) and value.numel()}
+    return bool(tensors) and all(
+        isinstance(state.get(key), Tensor) and _address(state[key]) == _address(value)
+        for key, value in tensors.items()
+    )
+
+
+def _address(tensor: Tensor) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.data_ptr()

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,36 @@ def fully_sharded(net: nn.Module) -> Iterator[nn.Module]:
         from torch.distributed.fsdp import FSDPModule
 
         yield from (module for module in net.modules() if isinstance(module, FSDPModule))
+
+
+def held(net: nn.Module) -> bool:
+    """Whether a parameter of ``net`` is a DTensor now."""
+    if not possible():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in net.parameters())
+
+
+@contextmanager
+def resharded(net: nn.Module, written: nn.Module) -> Iterator[None]:
+    """Within the forward of ``net``: its modules hold their shards while those of ``written`` change, and
+    ``net`` what it had gathered again afterwards.
+
+    Raises:
+        RuntimeError: ``net`` keeps what it has gathered until backward.
+    """
+    modules = list(fully_sharded(net)) if possible() else []
+    for module in modules:
+        module.reshard()
+    if net in modules and not held(written):
+        raise RuntimeError(
+            "SelfTuning: fully_shard keeps gathered copies of the key encoder's parameters, and what is "
+            "written into those is lost: shard with reshard_after_forward=True, or both encoders too"
+        )
+    yield
+    if net in modules:
+        net.unshard()
 
 
 def reshard(net: nn.Module) -> None:
