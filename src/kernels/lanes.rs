@@ -186,10 +186,14 @@ pub fn add(total: &mut Lanes<f64>, values: &Lanes<f64>, count: usize) {
 #[inline(always)]
 pub fn flush<F: Real>(lanes: &mut [Lanes<F>], sums: &mut [f64]) {
     for (lanes, sum) in lanes.iter_mut().zip(sums) {
-        for lane in lanes {
-            *sum += lane.to_f64();
-            *lane = F::ZERO;
+        let mut parts = wide(&held(*lanes));
+        for width in [8, 4, 2, 1] {
+            for k in 0..width {
+                parts[k] += parts[k + width];
+            }
         }
+        *sum += parts[0];
+        *lanes = [F::ZERO; LANES];
     }
 }
 

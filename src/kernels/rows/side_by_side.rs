@@ -1,6 +1,7 @@
 //! Rows read column by column, so that each has a lane of its own.
 
 use super::super::element::Element;
+use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::lanes::{LANES, Tile};
 use super::Rows;
 use std::ops::Range;
@@ -52,16 +53,12 @@ impl<E: Element> Rows<'_, E> {
                 self.convert_rows(row, &mut rows);
                 out.take_converted(rows);
             }
-            return;
-        }
-        for (c, lanes) in out.iter_mut().enumerate() {
-            let column = self.data.wrapping_offset(c as isize * self.col_stride);
-            for (k, lane) in lanes.iter_mut().enumerate() {
-                let element = column.wrapping_offset(row(k) as isize * self.row_stride);
-                // SAFETY: the caller gives rows of this matrix, and has checked that there is a place for
-                // `cols` columns: the constructor's contract covers the element.
-                *lane = unsafe { *element }.load();
-            }
+        } else {
+            dispatch(Gather {
+                rows: *self,
+                row,
+                out,
+            });
         }
     }
 
@@ -75,6 +72,44 @@ impl<E: Element> Rows<'_, E> {
         }
         for (k, out) in out.chunks_exact_mut(self.cols).enumerate() {
             self.copy_row(row(k), out);
+        }
+    }
+}
+
+/// The columns of rows that do not lie in one piece each, or are too short to gain by it. Apart from the kernels, which
+/// it would take registers from.
+struct Gather<'a, 'b, E: Element, R> {
+    rows: Rows<'a, E>,
+    row: R,
+    out: &'b mut Tile<E::Acc>,
+}
+
+impl<E: Element, R: Fn(usize) -> usize> Kernel for Gather<'_, '_, E, R> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let Self { rows, row, out } = self;
+        if rows.row_stride == 1 {
+            // Said in so many words, a column is read in one piece.
+            rows.gather(out, |k| row(k) as isize);
+        } else {
+            rows.gather(out, |k| row(k) as isize * rows.row_stride);
+        }
+    }
+}
+
+impl<E: Element> Rows<'_, E> {
+    /// Writes every column, in lane `k` the element `offset(k)` away from that of the first row.
+    #[inline(always)]
+    fn gather(&self, out: &mut Tile<E::Acc>, offset: impl Fn(usize) -> isize) {
+        for (c, lanes) in out.iter_mut().enumerate() {
+            let column = self.data.wrapping_offset(c as isize * self.col_stride);
+            for (k, lane) in lanes.iter_mut().enumerate() {
+                // SAFETY: the caller gives offsets of rows of this matrix, and has checked that there is a
+                // place for `cols` columns: the constructor's contract covers the element.
+                *lane = unsafe { *column.wrapping_offset(offset(k)) }.load();
+            }
         }
     }
 }
