@@ -204,35 +204,52 @@ class Pair(nn.Module):
     def __init__(self):
         super().__init__()
         self.student, self.teacher = Net(), Net()
+        self.within = lambda: None
 
     def forward(self, x):
+        self.within()
         return self.student(x), self.teacher(x)
 
 
-def _within_another(rank, data):
+def whole_pair(pair):
     from torch.distributed.fsdp import fully_shard
 
-    pair = Pair()
     fully_shard(pair)
-    teacher = EMATeacher(pair.student, ALPHA, teacher=pair.teacher)
+
+
+def parts_and_pair(pair):
+    from torch.distributed.fsdp import fully_shard
+
+    for module in (pair.student.last, pair.teacher.last, pair):
+        fully_shard(module)
+
+
+def _within_another(rank, before, shard_pair, data):
+    pair = Pair()
+    made = [EMATeacher(pair.student, ALPHA, teacher=pair.teacher)] if before else []
+    shard_pair(pair)
+    teacher = made[0] if before else EMATeacher(pair.student, ALPHA, teacher=pair.teacher)
     x = torch.from_numpy(data)
     pair(x)[0].square().mean().backward()
     with torch.no_grad():
         for parameter in pair.student.parameters():
             parameter.add_(1)
         pair(x)  # keeps what it gathered
-    with pytest.raises(RuntimeError, match="gathered copies of shards"):
-        teacher.update()
-    pair.reshard()
     teacher.update()
-    return whole(pair.teacher)
+    moved = whole(pair.teacher)
+    pair.within = teacher.update
+    with pytest.raises(RuntimeError, match="within the forward of a module that fully_shard was called on"):
+        pair(x)
+    return moved
 
 
-def test_gathered_by_a_module_around_it():
-    pair = Pair()
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("shard_pair", [whole_pair, parts_and_pair])
+def test_gathered_by_a_module_around_it(shard_pair, before):
     with torch.no_grad():
-        expected = [p + (1 - ALPHA) for p in pair.student.parameters()]
-    for got in run_ranks(2, _within_another, torch.randn(8, 6, dtype=torch.float64).numpy()):
+        expected = [p + (1 - ALPHA) for p in Net().parameters()]
+    data = torch.randn(8, 6, dtype=torch.float64).numpy()
+    for got in run_ranks(2, _within_another, before, shard_pair, data):
         for value, weight in zip(got, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(value), weight, rtol=1e-12, atol=1e-12)
 
@@ -276,10 +293,21 @@ def _self_tuning(rank):
         encoders(model)
         fully_shard(model)
 
-    with pytest.raises(RuntimeError, match="reshard_after_forward=True, or both encoders too"):
-        self_tuning(fully_shard)
-    shards = encoders, all_of_them, lambda model: fully_shard(model, reshard_after_forward=True)
-    return [self_tuning(shard) for shard in shards]
+    def heads_and_model(model, **options):
+        fully_shard(model.encoder_q.head, **options)
+        fully_shard(model.encoder_k.head, **options)
+        fully_shard(model, **options)
+
+    for shard in (fully_shard, heads_and_model):
+        with pytest.raises(RuntimeError, match="lost; shard it with reshard_after_forward=True"):
+            self_tuning(shard)
+    reshard = {"reshard_after_forward": True}
+    return [
+        self_tuning(encoders),
+        self_tuning(all_of_them),
+        self_tuning(lambda model: fully_shard(model, **reshard)),
+        self_tuning(lambda model: heads_and_model(model, **reshard)),
+    ]
 
 
 def test_self_tuning_moves_the_shards_of_its_key_encoder():

@@ -1,6 +1,7 @@
 """Class balance."""
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -163,9 +164,30 @@ def test_a_prior_of_one_s_own(dtype, generator):
     assert torch.equal(pickle.loads(pickle.dumps(loss))(p), value)
     with pytest.raises(ValueError, match=r"p must have shape \(minibatch, 4\)"):
         loss(p[:, :3])
-    # The uniform one on another device, say, leaves the kernel in charge.
-    loss.uniform_distribution = torch.ones(4) / 4
-    assert torch.equal(loss(p), ClassBalanceLoss(4)(p))
+    prior.copy_(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    assert abs(loss(p).double() - F.binary_cross_entropy(exact.mean(dim=0), prior.double())) <= 2 * rounding
+
+
+def refuse_alike(own, bad):
+    with pytest.raises((TypeError, ValueError)) as expected:
+        ClassBalanceLoss(4)(bad)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        own(bad)
+
+
+def test_mean_above_1_and_a_prior_of_one_s_own():
+    own = ClassBalanceLoss(4)
+    own.uniform_distribution = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    refuse_alike(own, torch.full((2, 4), 1.5))
+
+
+def test_what_a_prior_of_one_s_own_refuses():
+    own = ClassBalanceLoss(4)
+    own.uniform_distribution = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    for bad in (torch.ones(2, 4, dtype=torch.int64), [[0.25] * 4]):
+        refuse_alike(own, bad)
+    for nothing in (torch.empty(0, 4), torch.full((2, 4), float("nan"))):
+        assert own(nothing).isnan()
 
 
 @pytest.mark.parametrize(

@@ -147,9 +147,7 @@ impl Stream {
     pub fn counter(&self) -> Result<Counter> {
         static COUNTERS: Mutex<Option<HashMap<(i64, usize), Handle>>> = Mutex::new(None);
         let locked = || COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_thread = |stream: Handle| stream.0 as usize == CU_STREAM_PER_THREAD;
-        let many = matches!(self.runs_on, RunsOn::Device { stream, .. } if of_thread(stream));
-        if self.capture.is_some() || many {
+        if self.capture.is_some() || self.of_each_thread() {
             return Ok(Counter::Own(self.zero()?));
         }
         let key = self.key();
@@ -182,6 +180,11 @@ impl Stream {
             RunsOn::Device { context, stream } => (i64::from(context.ordinal()), stream.0 as usize),
             RunsOn::Emulator(_) => (-1, 0),
         }
+    }
+
+    /// Whether it is another stream for each thread, under one name.
+    pub fn of_each_thread(&self) -> bool {
+        self.key().1 == CU_STREAM_PER_THREAD
     }
 
     /// The graph that launches are recorded into, if they are.

@@ -126,7 +126,7 @@ fn table(stream: &Stream, pairs: &[Pair]) -> Result<(Tensor, usize)> {
             chunks: chunks.shallow_clone(),
             count,
             stream: here,
-            kept: false,
+            kept: stream.of_each_thread(),
         });
     }
     Ok((chunks, count))

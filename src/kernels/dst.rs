@@ -64,6 +64,7 @@ pub fn dst<E: Element>(
     // |p_a / u| (1 - p_a) < 1.
     let scale = stored_scale::<E>(weight.abs());
     let ranges = split(logits.rows(), threads);
+    let narrow = lanes::narrow(&ranges, logits.cols(), NARROW);
     let grads = cut_optional(out.grad, &ranges, logits.cols());
     let jobs: Vec<_> = cut(out.labels, &ranges, 1)
         .into_iter()
@@ -79,7 +80,7 @@ pub fn dst<E: Element>(
                 weight: weight * scale,
                 out,
             };
-            move || lanes::dispatch(sweep, logits.cols() <= NARROW)
+            move || lanes::dispatch(sweep, narrow)
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();

@@ -29,6 +29,7 @@ pub fn entropy<E: Element>(
     threads: NonZeroUsize,
 ) {
     let ranges = split(p.rows(), threads);
+    let narrow = lanes::narrow(&ranges, p.cols(), NARROW);
     let outs = cut(out, &ranges, 1);
     let mut grads = match grad {
         Some(grad) => cut(grad, &ranges, p.cols()).into_iter().map(Some).collect(),
@@ -46,7 +47,7 @@ pub fn entropy<E: Element>(
                 grad: grads.next().flatten(),
                 weight,
             };
-            move || lanes::dispatch(sweep, p.cols() <= NARROW)
+            move || lanes::dispatch(sweep, narrow)
         })
         .collect();
     run(jobs);

@@ -44,6 +44,16 @@ where
     }
 }
 
+/// Whether rows of `cols` columns, cut into these ranges, are taken side by side, where a kernel does so up to
+/// `widest` columns: of a tile of few rows most lanes are for nothing.
+pub fn narrow(ranges: &[Range<usize>], cols: usize, widest: usize) -> bool {
+    let rows: usize = ranges.iter().map(Range::len).sum();
+    let lanes = ranges
+        .iter()
+        .map(|range| range.len().next_multiple_of(LANES));
+    lanes.sum::<usize>().saturating_mul(cols) <= rows.saturating_mul(widest)
+}
+
 /// The ranges of at most [`LANES`] rows that `range` consists of, and where in it they are.
 #[inline(always)]
 pub fn tiles(range: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
@@ -187,7 +197,9 @@ pub fn add(total: &mut Lanes<f64>, values: &Lanes<f64>, count: usize) {
 pub fn flush<F: Real>(lanes: &mut [Lanes<F>], sums: &mut [f64]) {
     for (lanes, sum) in lanes.iter_mut().zip(sums) {
         let mut parts = wide(&held(*lanes));
-        for width in [8, 4, 2, 1] {
+        let mut width = LANES;
+        while width > 1 {
+            width /= 2;
             for k in 0..width {
                 parts[k] += parts[k + width];
             }
@@ -333,7 +345,7 @@ pub fn difference<F: Real>(
     (b, of_b): (&[Lanes<F>], &Lanes<f64>),
     out: &mut [Lanes<F>],
 ) {
-    let (of_a, of_b) = (held(narrow(of_a)), held(narrow(of_b)));
+    let (of_a, of_b) = (held(rounded(of_a)), held(rounded(of_b)));
     for ((a, b), out) in a.iter().zip(b).zip(out) {
         set(out, |k| a[k] * of_a[k] - b[k] * of_b[k]);
     }
@@ -341,12 +353,12 @@ pub fn difference<F: Real>(
 
 /// Rounded to the computing type.
 #[inline(always)]
-pub fn narrow<F: Real>(lanes: &Lanes<f64>) -> Lanes<F> {
-    let mut narrow = [F::ZERO; LANES];
-    for (narrow, &x) in narrow.iter_mut().zip(lanes) {
-        *narrow = F::of(x);
+pub fn rounded<F: Real>(lanes: &Lanes<f64>) -> Lanes<F> {
+    let mut rounded = [F::ZERO; LANES];
+    for (rounded, &x) in rounded.iter_mut().zip(lanes) {
+        *rounded = F::of(x);
     }
-    narrow
+    rounded
 }
 
 #[cfg(test)]
@@ -355,7 +367,7 @@ pub(super) mod tests {
     use super::super::{reduce, softmax};
     use super::*;
 
-    /// Columns that are more than any loss takes side by side.
+    /// Columns that, with others, are more than any loss takes side by side.
     pub const WIDE: usize = 128;
 
     /// The rows with more columns of `filler`, so many that they are not narrow.
@@ -386,6 +398,15 @@ pub(super) mod tests {
         assert_eq!(got[1], (7 + LANES..7 + 2 * LANES, LANES..2 * LANES));
         assert_eq!(got[2].1, 2 * LANES..2 * LANES + 3);
         assert_eq!(tiles(5..5).count(), 0);
+    }
+
+    #[test]
+    fn tiles_of_few_rows_are_for_fewer_columns() {
+        let taken = |rows: usize, cols| narrow(&[0..rows / 2, rows / 2..rows], cols, 96);
+        assert!(taken(64, 96) && !taken(64, 97));
+        assert!(taken(16, 48) && !taken(16, 49));
+        assert!(taken(2, 6) && !taken(2, 7));
+        assert!(narrow(&[], 1000, 96), "nothing to take");
     }
 
     #[test]

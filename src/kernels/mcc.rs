@@ -90,6 +90,7 @@ pub fn sweep<E: Element>(
 ) -> Swept<E> {
     let cols = logits.cols();
     let ranges = split(logits.rows(), threads);
+    let narrow = lanes::narrow(&ranges, cols, NARROW);
     let mut probabilities = cut_optional(grad, &ranges, cols);
     let sweeps: Vec<_> = ranges
         .iter()
@@ -101,7 +102,7 @@ pub fn sweep<E: Element>(
                 range: range.clone(),
                 out: out.as_deref_mut(),
             };
-            move || lanes::dispatch(sweep, cols <= NARROW)
+            move || lanes::dispatch(sweep, narrow)
         })
         .collect();
     let (kept, mut parts): (Vec<_>, Vec<_>) = run(sweeps).into_iter().unzip();
@@ -141,6 +142,7 @@ pub fn finish<E: Element>(
         let inverse = |&s: &f64| E::Acc::of(if present(s) { 1.0 / s } else { 0.0 });
         let inverse: Vec<_> = sums.s.iter().map(inverse).collect();
         let (ratio, inverse) = (&ratio, &inverse);
+        let narrow = lanes::narrow(&ranges, cols, NARROW);
         let parts = cut_optional(grad, &ranges, cols);
         let jobs: Vec<_> = ranges
             .into_iter()
@@ -158,7 +160,7 @@ pub fn finish<E: Element>(
                     scale,
                     out,
                 };
-                Some(move || lanes::dispatch(job, cols <= NARROW))
+                Some(move || lanes::dispatch(job, narrow))
             })
             .collect();
         run(jobs);

@@ -51,6 +51,7 @@ pub fn pseudo_label<E: Element>(
     let weight = 1.0 / rows as f64;
     let scale = stored_scale::<E>(weight);
     let ranges = split(rows, threads);
+    let narrow = lanes::narrow(&ranges, cols, NARROW);
     let masks = cut(out.mask, &ranges, 1);
     let labels = cut(out.labels, &ranges, 1);
     let mut grads = match out.grad {
@@ -72,7 +73,7 @@ pub fn pseudo_label<E: Element>(
                 weight: weight * scale,
                 out,
             };
-            move || lanes::dispatch(sweep, cols <= NARROW)
+            move || lanes::dispatch(sweep, narrow)
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();

@@ -41,6 +41,7 @@ pub fn uda<E: Element>(
 ) -> Loss {
     let scale = stored_scale::<E>(1.0 / temperature);
     let ranges = split(strong.rows(), threads);
+    let narrow = lanes::narrow(&ranges, strong.cols(), NARROW);
     let grads = cut_optional(grad, &ranges, strong.cols());
     let jobs: Vec<_> = ranges
         .into_iter()
@@ -55,7 +56,7 @@ pub fn uda<E: Element>(
                 scale,
                 grad,
             };
-            move || lanes::dispatch(sweep, strong.cols() <= NARROW)
+            move || lanes::dispatch(sweep, narrow)
         })
         .collect();
     let (mut total, mut selected) = (0.0, 0);

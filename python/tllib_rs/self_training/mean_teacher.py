@@ -102,7 +102,6 @@ class EMATeacher:
     _buffers = "leave"
     _track = _unwrap = False
     _plain = True
-    _sharded = False
 
     def __init__(
         self,
@@ -127,7 +126,6 @@ class EMATeacher:
         self._unwrap = unwrap
         self._plain = buffers == "leave" and not self._track
         self.teacher = networks.make(model, teacher, dtype, device, unwrap)
-        self._sharded = shards.held(self.teacher)
         set_requires_grad(self.teacher, False)
 
     def set_alpha(self, alpha: float) -> None:
@@ -138,7 +136,8 @@ class EMATeacher:
 
     def update(self) -> None:
         """Move the teacher towards the student."""
-        if self._plain and torch.compiler.is_compiling() and not shards.held(self.teacher):
+        spread = shards.possible() and (shards.any_live() or shards.held(self.teacher))
+        if self._plain and torch.compiler.is_compiling() and not spread:
             with torch.no_grad():
                 _compiled_update(list(self.teacher.parameters()), list(self.model.parameters()), self.alpha)
         elif not self._plain or shards.possible():
@@ -148,7 +147,7 @@ class EMATeacher:
 
     def _update(self) -> None:
         alpha = self.alpha if self._schedule is None else _checked(self._schedule(self.step + 1))
-        self._sharded = networks.update(self.teacher, self.model, alpha, self._buffers, self._sharded)
+        networks.update(self.teacher, self.model, alpha, self._buffers)
         if self._track:
             self.step, self.alpha = self.step + 1, alpha
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks
@@ -23,6 +22,18 @@ _compiled = register(
     lambda p, num_classes: (p.new_empty(()),),
     widened="everywhere",
 )
+
+
+def _against(prior: torch.Tensor, p: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """The loss with the means compared with ``prior``."""
+    if not torch.compiler.is_compiling():
+        # For what it raises.
+        _core.class_balance(p.detach() if isinstance(p, torch.Tensor) else p, num_classes)
+    means = p.mean(dim=0, dtype=torch.promote_types(p.dtype, torch.float32))
+    prior = prior.to(means)
+    logs = means.log().clamp(min=-100), (-means).log1p().clamp(min=-100)
+    loss = -(prior * logs[0] + (1 - prior) * logs[1]).mean()
+    return loss if torch.is_autocast_enabled(p.device.type) else loss.to(p.dtype)
 
 
 class ClassBalanceLoss(nn.Module):
@@ -51,7 +62,8 @@ class ClassBalanceLoss(nn.Module):
     Raises:
         TypeError: p is not a floating-point tensor, or num_classes no integer.
         ValueError: p is not (minibatch, C), the mean of a column is below 0 or above 1, or num_classes is
-            below 1; this process is no member of the group.
+            below 1; this process is no member of the group. An assigned ``uniform_distribution`` is not (C,),
+            or there is a group.
         RuntimeError: the group was destroyed; ``create_graph=True`` with a group.
 
     With a group the ranks add up their sums over the columns and their numbers of rows, which may differ and
@@ -72,7 +84,6 @@ class ClassBalanceLoss(nn.Module):
 
     _ranks: Ranks | None = None
     _prior: torch.Tensor | None = None
-    _uneven = False
 
     def __init__(self, num_classes: int, *, process_group: ProcessGroup | None = None):
         super().__init__()
@@ -83,8 +94,8 @@ class ClassBalanceLoss(nn.Module):
     @property
     def uniform_distribution(self) -> torch.Tensor:
         """The probabilities :math:`u` that the means are compared with, (C,); not a part of the state, as in
-        tllib. A copy, unless others were assigned: those take the place of :math:`1/C`, and torch's
-        operations that of the kernel."""
+        tllib. A tensor that was assigned, which takes the place of :math:`1/C` in torch's operations, or else
+        a copy."""
         if self._prior is None:
             return torch.full((self.num_classes,), 1 / self.num_classes)
         return self._prior
@@ -100,17 +111,14 @@ class ClassBalanceLoss(nn.Module):
                 f"ClassBalanceLoss: uniform_distribution must have shape [{self.num_classes}], "
                 f"got shape {list(prior.shape)}"
             )
-        uneven = prior.is_meta or bool((prior * self.num_classes - 1).abs().max() > 1e-6)
-        if uneven and self._ranks is not None:
-            raise ValueError(
-                "ClassBalanceLoss: with process_group the means are compared with 1 / num_classes"
-            )
-        self._prior, self._uneven = prior, uneven
+        if self._ranks is not None:
+            raise ValueError("ClassBalanceLoss: uniform_distribution is 1 / num_classes with process_group")
+        self._prior = prior
 
     def forward(self, p: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        if self._uneven:
-            return self._against(self._prior, p)
+        if self._prior is not None:
+            return _against(self._prior, p, self.num_classes)
         if self._ranks is not None:
             sums = self._ranks.sum_(_core.class_balance_sums(p, self.num_classes))
             return _core.class_balance_of_sums(p, self.num_classes, sums, self._ranks.size)
@@ -118,25 +126,14 @@ class ClassBalanceLoss(nn.Module):
             return _compiled(p, self.num_classes)
         return _core.class_balance(p, self.num_classes)
 
-    def _against(self, prior: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        if p.dim() != 2 or p.shape[1] != self.num_classes:
-            raise ValueError(
-                f"ClassBalanceLoss: p must have shape (minibatch, {self.num_classes}), "
-                f"got shape {list(p.shape)}"
-            )
-        mean = p.mean(dim=0, dtype=torch.promote_types(p.dtype, torch.float32))
-        # torch refuses it in an autocast region.
-        with torch.autocast(p.device.type, enabled=False):
-            loss = F.binary_cross_entropy(mean, prior.to(mean))
-        return loss if torch.is_autocast_enabled(p.device.type) else loss.to(p.dtype)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         # tllib pickles the probabilities themselves.
         prior = state.get("uniform_distribution")
         super().__setstate__({name: value for name, value in state.items() if name != "uniform_distribution"})
         if prior is not None:
             self.num_classes = len(prior)
-            self.uniform_distribution = prior
+            if not torch.allclose(prior, self.uniform_distribution.to(prior)):
+                self.uniform_distribution = prior
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""

@@ -177,7 +177,8 @@ class SelfTuning(nn.Module):
         self, im_q: torch.Tensor, im_k: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class."""
-        if torch.compiler.is_compiling() and self._ranks is None and not self._changed:
+        whole = self._ranks is None and not self._changed
+        if torch.compiler.is_compiling() and whole and not (shards.possible() and shards.any_live()):
             return self._compiled_forward(im_q, im_k, labels)
         settings = self._settings()
         settings.check(im_q, im_k, labels, self.queue_list, self.queue_ptr)
@@ -196,7 +197,7 @@ class SelfTuning(nn.Module):
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
         """Move the key encoder. A subclass may do otherwise."""
-        with shards.resharded(self, self.encoder_k):
+        with shards.resharded("SelfTuning", self.encoder_k, self.encoder_q):
             _core.ema_update(self.encoder_k, self.encoder_q, self.m)
 
     @torch.no_grad()

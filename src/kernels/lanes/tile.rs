@@ -38,13 +38,14 @@ impl<F: Real> Tile<F> {
     /// [`Tile::takes_rows`].
     ///
     /// # Panics
-    /// If a row has not as many numbers as there are columns: a mistake in a kernel.
+    /// If there are fewer columns, or a row has not as many numbers: a mistake in a kernel.
     #[inline(always)]
     pub fn take_rows<'a>(&mut self, rows: impl Fn(usize) -> &'a [F])
     where
         F: 'a,
     {
         let cols = self.cols;
+        assert!(self.takes_rows(), "columns");
         let mut each = [&[] as &[F]; LANES];
         for (k, each) in each.iter_mut().enumerate() {
             *each = rows(k);
@@ -112,27 +113,17 @@ impl<F: Real> Tile<F> {
         let cols = self.cols;
         let height = out.len() / cols.max(1);
         assert!(height <= LANES, "rows");
-        if !self.takes_rows() {
+        let mut written = 0;
+        if self.takes_rows() {
+            written = height / STEP * STEP;
+            for k in (0..written).step_by(STEP) {
+                self.write_quads(k, &mut out[k * cols..(k + STEP) * cols]);
+            }
+        } else if height == LANES {
             self.write_narrow_rows(out);
             return;
         }
-        let whole = height / STEP * STEP;
-        for k in (0..whole).step_by(STEP) {
-            let rows = &mut out[k * cols..(k + STEP) * cols];
-            for c in starts(cols) {
-                let quad = |j: usize| {
-                    // SAFETY: `k + STEP <= height <= LANES`.
-                    let lanes = unsafe { self[c + j].as_ptr().add(k).cast::<Quad<F>>() };
-                    // SAFETY: as above.
-                    unsafe { &*lanes }
-                };
-                let block = F::transposed([quad(0), quad(1), quad(2), quad(3)]);
-                for (j, quad) in block.iter().enumerate() {
-                    rows[j * cols + c..][..STEP].copy_from_slice(quad);
-                }
-            }
-        }
-        for k in whole..height {
+        for k in written..height {
             let row = &mut out[k * cols..(k + 1) * cols];
             for (x, lanes) in row.iter_mut().zip(self.iter()) {
                 *x = lanes[k];
@@ -140,20 +131,29 @@ impl<F: Real> Tile<F> {
         }
     }
 
-    /// The same of fewer columns than [`STEP`].
+    /// Writes [`STEP`] rows from lane `k` on, where there are as many columns.
+    #[inline(always)]
+    fn write_quads(&self, k: usize, rows: &mut [F]) {
+        assert!(k + STEP <= LANES, "lanes");
+        for c in starts(self.cols) {
+            // SAFETY: `k + STEP <= LANES`, as just seen.
+            let quad = |j: usize| unsafe { &*self[c + j].as_ptr().add(k).cast::<Quad<F>>() };
+            let block = F::transposed([quad(0), quad(1), quad(2), quad(3)]);
+            for (j, quad) in block.iter().enumerate() {
+                rows[j * self.cols + c..][..STEP].copy_from_slice(quad);
+            }
+        }
+    }
+
+    /// Writes [`LANES`] rows of fewer columns.
     #[inline(always)]
     fn write_narrow_rows(&self, out: &mut [F]) {
         let cols = self.cols;
+        assert_eq!(out.len(), LANES * cols, "rows");
         for (c, lanes) in self.iter().enumerate() {
-            if out.len() == LANES * cols {
-                for (k, &lane) in lanes.iter().enumerate() {
-                    // SAFETY: `k * cols + c < LANES * cols`, the length of `out`.
-                    unsafe { *out.get_unchecked_mut(k * cols + c) = lane };
-                }
-            } else {
-                for (out, &lane) in out[c..].iter_mut().step_by(cols).zip(lanes) {
-                    *out = lane;
-                }
+            for (k, &lane) in lanes.iter().enumerate() {
+                // SAFETY: `k * cols + c < LANES * cols`, the length of `out`, as just seen.
+                unsafe { *out.get_unchecked_mut(k * cols + c) = lane };
             }
         }
     }

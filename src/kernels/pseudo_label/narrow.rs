@@ -3,7 +3,7 @@
 use super::super::element::{Element, round_to};
 use super::super::isa::{Isa, Kernel};
 use super::super::lanes::{
-    LANES, Lanes, Narrow, Softmax, Tile, add, each_lane, held, narrow, room, split, tiles,
+    LANES, Lanes, Narrow, Softmax, Tile, add, each_lane, held, room, rounded, split, tiles,
     write_labels,
 };
 use super::super::real::Real;
@@ -68,7 +68,7 @@ fn predictions<E: Element>(
     for k in 0..LANES {
         confidence[k] = confidence_of::<E>(sum[k]);
     }
-    let (sum, largest) = (held(narrow(sum)), held(confidence));
+    let (sum, largest) = (held(rounded(sum)), held(confidence));
     let mut class = E::Acc::of(e.len() as f64);
     for e in e.iter().rev() {
         class = class - E::Acc::ONE;

@@ -53,7 +53,7 @@ pub fn cross_entropy<E: Element>(
 ) -> Loss {
     let (rows, cols) = (logits.rows(), logits.cols());
     let weight = 1.0 / rows as f64;
-    let (bound, narrow) = match targets {
+    let (bound, widest) = match targets {
         Targets::Logits(_) => (1.0, NARROW),
         Targets::Smooth { hit, rest, .. } => {
             let bound = hit.abs() + rest.abs() * cols as f64;
@@ -62,6 +62,7 @@ pub fn cross_entropy<E: Element>(
     };
     let scale = stored_scale::<E>(weight * bound);
     let ranges = split(rows, threads);
+    let narrow = lanes::narrow(&ranges, cols, widest);
     let mut grads = match grad {
         Some(grad) => cut(grad, &ranges, cols).into_iter().map(Some).collect(),
         None => Vec::new(),
@@ -78,7 +79,7 @@ pub fn cross_entropy<E: Element>(
                 weight: weight * scale,
                 grad,
             };
-            move || lanes::dispatch(sweep, cols <= narrow)
+            move || lanes::dispatch(sweep, narrow)
         })
         .collect();
     let total: f64 = run(jobs).into_iter().sum();

@@ -21,9 +21,9 @@ impl<E: Element> Rows<'_, E> {
         );
         let rows = self.slice(range);
         if count == LANES {
-            rows.columns_into(out, |k| k);
+            rows.columns_into(out, |k| k, rows.grouped(LANES));
         } else {
-            rows.columns_into(out, |k| k.min(count - 1));
+            rows.columns_into(out, |k| k.min(count - 1), None);
         }
     }
 
@@ -38,19 +38,28 @@ impl<E: Element> Rows<'_, E> {
             last < LANES && picked.iter().all(|&i| i < self.height) && out.len() == self.cols,
             "picked rows"
         );
-        self.columns_into(out, |k| picked[k.min(last)]);
+        self.columns_into(out, |k| picked[k.min(last)], None);
     }
 
-    /// Writes every column, in lane `k` the element of row `row(k)`, which is there.
+    /// Writes every column, in lane `k` the element of row `row(k)`, which is there. `whole` are those rows as a
+    /// single one, where they lie in one piece.
     #[inline(always)]
-    fn columns_into(&self, out: &mut Tile<E::Acc>, row: impl Fn(usize) -> usize) {
+    fn columns_into(
+        &self,
+        out: &mut Tile<E::Acc>,
+        row: impl Fn(usize) -> usize,
+        whole: Option<Self>,
+    ) {
         if self.col_stride == 1 && out.takes_rows() {
             if E::exact(&[]).is_some() {
                 out.take_rows(|k| E::exact(self.adjacent_row(row(k))).unwrap_or_default());
             } else {
-                // No closure, which might not become a part of what is compiled for an instruction set.
                 let mut rows = out.converted();
-                self.convert_rows(row, &mut rows);
+                // All at once where possible: short rows would be short vectors.
+                match whole {
+                    Some(whole) => whole.copy_row(0, &mut rows),
+                    None => self.convert_rows(row, &mut rows),
+                }
                 out.take_converted(rows);
             }
         } else {
@@ -65,11 +74,6 @@ impl<E: Element> Rows<'_, E> {
     /// Writes rows one behind the other, row `row(k)` in place `k`.
     #[inline(always)]
     fn convert_rows(&self, row: impl Fn(usize) -> usize, out: &mut [E::Acc]) {
-        if let Some(tile) = self.grouped(LANES).filter(|tile| tile.rows() == 1) {
-            // All in one piece: short rows would be short vectors.
-            tile.copy_row(0, out);
-            return;
-        }
         for (k, out) in out.chunks_exact_mut(self.cols).enumerate() {
             self.copy_row(row(k), out);
         }

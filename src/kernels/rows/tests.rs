@@ -52,14 +52,24 @@ fn check<E: Element>(rows: Rows<'_, E>, value: impl Fn(usize, usize) -> f64) {
         expect(range.clone(), rows.block(range, &mut scratch));
     }
     let mut columns = Tile::new(rows.cols);
-    for (range, _) in lanes::tiles(0..rows.height) {
-        rows.side_by_side(range.clone(), &mut columns);
+    let expect_columns = |picked: &[usize], columns: &Tile<E::Acc>| {
         for (c, lanes) in columns.iter().enumerate() {
             for (k, lane) in lanes.iter().enumerate() {
-                let i = range.start + k.min(range.len() - 1);
-                assert_eq!(lane.to_f64(), value(i, c));
+                assert_eq!(lane.to_f64(), value(picked[k.min(picked.len() - 1)], c));
             }
         }
+    };
+    for (range, _) in lanes::tiles(0..rows.height) {
+        rows.side_by_side(range.clone(), &mut columns);
+        expect_columns(&range.collect::<Vec<_>>(), &columns);
+    }
+    // In another order, with gaps, and one of them twice.
+    for count in [1, LANES - 1, LANES] {
+        let picked: Vec<usize> = (0..count)
+            .map(|k| (5 * k.max(1) + 3) % rows.height)
+            .collect();
+        rows.picked_side_by_side(&picked, &mut columns);
+        expect_columns(&picked, &columns);
     }
 }
 
@@ -101,6 +111,7 @@ fn every_layout_and_type() {
         (3, 5),
         (16, 16),
         (17, 33),
+        (31, 10),
         (70, 3),
         (5, 900),
         (700, 7),

@@ -100,8 +100,7 @@ def _adopt(teacher: nn.Module, model: nn.Module) -> nn.Module:
     own = set(map(id, teacher.parameters()))
     if teacher is model or any(id(parameter) in own for parameter in model.parameters()):
         raise ValueError("EMATeacher: teacher must have parameters of its own, got some of model's")
-    shards.reshard(teacher)
-    shards.reshard(model)
+    shards.reshard("EMATeacher", teacher, model)
     with torch.no_grad():
         for ours, theirs in _pairs(teacher, model, "parameter") + _pairs(teacher, model, "buffer"):
             ours.copy_(theirs)
@@ -113,28 +112,12 @@ def _pairs(teacher: nn.Module, student: nn.Module, kind: str) -> list[tuple[Tens
     return shards.local_pairs(*(getattr(net, f"{kind}s")() for net in (teacher, student)), kind)
 
 
-def update(teacher: nn.Module, student: nn.Module, alpha: float, buffers: str, sharded: bool) -> bool:
+def update(teacher: nn.Module, student: nn.Module, alpha: float, buffers: str) -> None:
     """``teacher <- alpha * teacher + (1 - alpha) * student``, and the buffers by their policy.
 
-    Everything is checked before anything is written. ``sharded`` says whether the teacher's parameters were
-    DTensors before; returned is whether they are or were.
-
-    Raises:
-        RuntimeError: they were, and are not.
+    Everything is checked before anything is written.
     """
-    shards.reshard(teacher)
-    shards.reshard(student)
-    held = shards.held(teacher)
-    if sharded and not held:
-        raise RuntimeError(
-            "EMATeacher: the teacher's parameters are gathered copies of shards, and what is written into "
-            "those is lost: call reshard() of the module around it that fully_shard was called on"
-        )
-    _move(teacher, student, alpha, buffers)
-    return held
-
-
-def _move(teacher: nn.Module, student: nn.Module, alpha: float, buffers: str) -> None:
+    shards.reshard("EMATeacher", teacher, student)
     if buffers == "leave":
         _core.ema_update(teacher, student, alpha)
         return

@@ -46,13 +46,14 @@ def find(state: dict[str, Any]) -> tuple[int, float] | None:
 
 def is_own(state: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether the tensors of ``state`` are those of the module itself, whose state is ``own`` now."""
-    tensors = {key: value for key, value in own.items() if isinstance(value, Tensor) and value.numel()}
-    return bool(tensors) and all(
-        isinstance(state.get(key), Tensor) and _address(state[key]) == _address(value)
-        for key, value in tensors.items()
-    )
+    addresses = {key: _address(value) for key, value in own.items()}
+    # What is empty is nowhere.
+    addresses = {key: address for key, address in addresses.items() if address}
+    return bool(addresses) and all(_address(state.get(key)) == address for key, address in addresses.items())
 
 
-def _address(tensor: Tensor) -> int:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.data_ptr()
+def _address(value: Any) -> int:
+    """Of the values that this rank holds."""
+    if not isinstance(value, Tensor):
+        return 0
+    return (value.to_local() if hasattr(value, "to_local") else value).data_ptr()

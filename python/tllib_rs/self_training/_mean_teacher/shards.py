@@ -30,32 +30,73 @@ def held(net: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in net.parameters())
 
 
-@contextmanager
-def resharded(net: nn.Module, written: nn.Module) -> Iterator[None]:
-    """Within the forward of ``net``: its modules hold their shards while those of ``written`` change, and
-    ``net`` what it had gathered again afterwards.
+def _live() -> list[nn.Module]:
+    """The modules of this process that ``fully_shard`` was called on."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]
+
+
+def any_live() -> bool:
+    """Whether there are any; also for a function that is being compiled, which cannot look."""
+    return bool(_live())
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler.
+any_live._dynamo_marked_constant = True
+
+
+def owners(net: nn.Module) -> list[nn.Module]:
+    """The modules that ``fully_shard`` was called on and that may hold parameters of ``net``: those within
+    it, and those around it or around a part of it."""
+    live = _live()
+    own = set(net.modules()) if live else set()
+    return [module for module in live if any(part in own for part in module.modules())]
+
+
+def reshard(name: str, *nets: nn.Module) -> list[nn.Module]:
+    """Have the owners of ``nets`` hold their shards: what they have gathered for a forward they keep after it
+    until backward, and what is written into that is lost. Returned are those that had gathered.
 
     Raises:
-        RuntimeError: ``net`` keeps what it has gathered until backward.
+        RuntimeError: a forward is under way whose owner keeps what it has gathered.
     """
-    modules = list(fully_sharded(net)) if possible() else []
-    for module in modules:
+    gathered = [module for net in nets for module in owners(net) if not _holds_shards(module)]
+    for module in gathered:
         module.reshard()
-    if net in modules and not held(written):
+    if not all(map(_holds_shards, gathered)):
         raise RuntimeError(
-            "SelfTuning: fully_shard keeps gathered copies of the key encoder's parameters, and what is "
-            "written into those is lost: shard with reshard_after_forward=True, or both encoders too"
+            f"{name}: within the forward of a module that fully_shard was called on, which keeps gathered "
+            "copies until backward, and what is written into those is lost; shard it with "
+            "reshard_after_forward=True"
         )
-    yield
-    if net in modules:
-        net.unshard()
+    return gathered
 
 
-def reshard(net: nn.Module) -> None:
-    """Have the modules hold their shards. After a forward without backward the outermost ones still hold
-    gathered copies, and what is written into those is lost."""
-    for module in fully_sharded(net):
-        module.reshard()
+def _holds_shards(module: nn.Module) -> bool:
+    group = module._get_fsdp_state()._fsdp_param_group
+    return group is None or group.is_sharded
+
+
+@contextmanager
+def resharded(name: str, written: nn.Module, read: nn.Module) -> Iterator[None]:
+    """Within a forward: the owners of both networks hold their shards, and those around ``written`` what they
+    had gathered again afterwards.
+
+    Raises:
+        RuntimeError: as :func:`reshard`.
+    """
+    gathered = reshard(name, written, read)
+    try:
+        yield
+    finally:
+        within = {*written.modules(), *read.modules()} if gathered else set()
+        for module in gathered:
+            if module not in within:
+                module.unshard()
 
 
 def local_pairs(
