@@ -291,6 +291,7 @@ def _self_tuning(rank):
 
     def all_of_them(model):
         encoders(model)
+        model.more = nn.Parameter(torch.ones(2))  # which the outermost one keeps gathered
         fully_shard(model)
 
     def heads_and_model(model, **options):

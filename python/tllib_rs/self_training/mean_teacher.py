@@ -136,8 +136,7 @@ class EMATeacher:
 
     def update(self) -> None:
         """Move the teacher towards the student."""
-        spread = shards.possible() and (shards.any_live() or shards.held(self.teacher))
-        if self._plain and torch.compiler.is_compiling() and not spread:
+        if self._plain and torch.compiler.is_compiling() and not shards.among(self.teacher):
             with torch.no_grad():
                 _compiled_update(list(self.teacher.parameters()), list(self.model.parameters()), self.alpha)
         elif not self._plain or shards.possible():

@@ -178,7 +178,7 @@ class SelfTuning(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See the class."""
         whole = self._ranks is None and not self._changed
-        if torch.compiler.is_compiling() and whole and not (shards.possible() and shards.any_live()):
+        if torch.compiler.is_compiling() and whole and not shards.among(self):
             return self._compiled_forward(im_q, im_k, labels)
         settings = self._settings()
         settings.check(im_q, im_k, labels, self.queue_list, self.queue_ptr)

@@ -21,10 +21,8 @@ def fully_sharded(net: nn.Module) -> Iterator[nn.Module]:
         yield from (module for module in net.modules() if isinstance(module, FSDPModule))
 
 
-def held(net: nn.Module) -> bool:
+def _held(net: nn.Module) -> bool:
     """Whether a parameter of ``net`` is a DTensor now."""
-    if not possible():
-        return False
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(parameter, DTensor) for parameter in net.parameters())
@@ -40,21 +38,34 @@ def _live() -> list[nn.Module]:
     return [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]
 
 
-def any_live() -> bool:
-    """Whether there are any; also for a function that is being compiled, which cannot look."""
+def _any_live() -> bool:
     return bool(_live())
 
 
-# As torch.compiler.assume_constant_result does, which imports the compiler.
-any_live._dynamo_marked_constant = True
+# What torch.compiler.assume_constant_result would set, which imports the compiler: traced code cannot look.
+_any_live._dynamo_marked_constant = True
+
+
+def among(net: nn.Module) -> bool:
+    """Whether parameters of ``net`` may be shards, or gathered from some; also in a function that is being
+    compiled."""
+    return possible() and (_any_live() or _held(net))
 
 
 def owners(net: nn.Module) -> list[nn.Module]:
-    """The modules that ``fully_shard`` was called on and that may hold parameters of ``net``: those within
-    it, and those around it or around a part of it."""
+    """The modules that ``fully_shard`` was called on and that shard parameters of ``net``: they may be within
+    it or around it."""
     live = _live()
     own = set(net.modules()) if live else set()
-    return [module for module in live if any(part in own for part in module.modules())]
+    return [module for module in live if any(part in own for part in _parts(module))]
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Those whose parameters ``module`` shards."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    for parameter in group.fsdp_params if group is not None else ():
+        yield parameter._module_info.module
+        yield from parameter._module_info.shared_modules
 
 
 def reshard(name: str, *nets: nn.Module) -> list[nn.Module]:
@@ -64,7 +75,7 @@ def reshard(name: str, *nets: nn.Module) -> list[nn.Module]:
     Raises:
         RuntimeError: a forward is under way whose owner keeps what it has gathered.
     """
-    gathered = [module for net in nets for module in owners(net) if not _holds_shards(module)]
+    gathered = {module: None for net in nets for module in owners(net) if not _holds_shards(module)}
     for module in gathered:
         module.reshard()
     if not all(map(_holds_shards, gathered)):
@@ -73,12 +84,11 @@ def reshard(name: str, *nets: nn.Module) -> list[nn.Module]:
             "copies until backward, and what is written into those is lost; shard it with "
             "reshard_after_forward=True"
         )
-    return gathered
+    return list(gathered)
 
 
-def _holds_shards(module: nn.Module) -> bool:
-    group = module._get_fsdp_state()._fsdp_param_group
-    return group is None or group.is_sharded
+def _holds_shards(owner: nn.Module) -> bool:
+    return owner._get_fsdp_state()._fsdp_param_group.is_sharded
 
 
 @contextmanager
