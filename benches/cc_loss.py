@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from benches._case import OURS, PLAIN, TLLIB, Footprint, Method
+from benches._case import COMPILED, OURS, PLAIN, TLLIB, Footprint, Method
 from benches._losses import LARGE, MATRIX, footprint, half_confident, loss_cases
 from benches._providers import original
 from tests.plain.cc_loss import cc_loss as plain
@@ -61,4 +61,10 @@ def _footprint() -> Footprint:
     )
 
 
-METHOD = Method("cc_loss", loss_cases(_losses, _inputs, differentiated=STRONG), footprints=[_footprint()])
+METHOD = Method(
+    "cc_loss",
+    # Inductor adds up the squares of a 1000 x 1000 matrix in float32, one after the other in each lane: the loss
+    # is off by 1.0e-4 of itself with AVX-512, where ours and plain agree with float64 to 1e-7.
+    loss_cases(_losses, _inputs, differentiated=STRONG, tolerances={COMPILED: 5e-4}),
+    footprints=[_footprint()],
+)
