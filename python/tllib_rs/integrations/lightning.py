@@ -120,7 +120,7 @@ class EMATeacherCallback(Callback):
             return
         self._prepare(pl_module)
         student = self.teacher.model
-        if any(True for _ in shards.fully_sharded(student)):
+        if shards.fully_sharded(student):
             raise ValueError("EMATeacherCallback: evaluate must be False for a network that is fully sharded")
         ours, theirs = _tensors(self.teacher.teacher), _tensors(student)
         with torch.no_grad():

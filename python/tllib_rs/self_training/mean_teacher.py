@@ -172,16 +172,15 @@ class EMATeacher:
         found = progress.find(state_dict) if self._track else None
         if self._unwrap:
             state_dict = networks.bare_state(state_dict, self.teacher)
-        written = found is not None and progress.is_own(state_dict, self.teacher.state_dict())
+        what = "the state carries no step and alpha"
+        if found is not None and progress.is_own(state_dict, self.teacher.state_dict()):
+            # Written in place, it carries those of before.
+            found = None
+            what = "the state is this teacher's own, written in place (torch.distributed.checkpoint does so)"
         self.teacher.load_state_dict(state_dict)
-        if found is not None and not written:
+        if found is not None:
             self.step, self.alpha = found
         elif self._track:
-            what = "the state carries no step and alpha"
-            if written:
-                what = (
-                    "the state is this teacher's own, written in place (torch.distributed.checkpoint does so)"
-                )
             warnings.warn(
                 f"EMATeacher: {what}; going on from step {self.step} with alpha {self.alpha}", stacklevel=2
             )

@@ -75,7 +75,7 @@ def _checked_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 def _copy(model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None) -> nn.Module:
     """A deep copy, with floating-point values in ``dtype`` and everything on ``device``."""
-    if any(True for _ in shards.fully_sharded(model)):
+    if shards.fully_sharded(model):
         raise ValueError(
             "EMATeacher: a model that fully_shard was called on cannot be copied; shard a second network in "
             "the same way and hand it in as teacher=, or make the EMATeacher before you shard both"

@@ -13,14 +13,6 @@ def possible() -> bool:
     return "torch.distributed.tensor" in sys.modules and torch.distributed.is_initialized()
 
 
-def fully_sharded(net: nn.Module) -> Iterator[nn.Module]:
-    """The modules of ``net`` that ``fully_shard`` was called on."""
-    if "torch.distributed.fsdp" in sys.modules:
-        from torch.distributed.fsdp import FSDPModule
-
-        yield from (module for module in net.modules() if isinstance(module, FSDPModule))
-
-
 def _held(net: nn.Module) -> bool:
     """Whether a parameter of ``net`` is a DTensor now."""
     from torch.distributed.tensor import DTensor
@@ -36,6 +28,11 @@ def _live() -> list[nn.Module]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in list(_module_state_mapping) if isinstance(module, FSDPModule)]
+
+
+def fully_sharded(net: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on ``net`` or a module of it."""
+    return not set(net.modules()).isdisjoint(_live())
 
 
 def _any_live() -> bool:
