@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := .build
 
-RUST   := $(shell find src -name '*.rs' -o -name '*.cpp' -o -name '*.cu*') build.rs Cargo.toml Cargo.lock .cargo/config.toml
+RUST   := $(shell find src -name '*.rs' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu*') build.rs Cargo.toml Cargo.lock .cargo/config.toml
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

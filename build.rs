@@ -10,15 +10,17 @@ fn main() {
 fn bridge() {
     use std::path::PathBuf;
 
-    const SOURCES: [&str; 4] = [
+    const SOURCES: [&str; 5] = [
         "src/torch/bridge.cpp",
         "src/torch/device.cpp",
+        "src/torch/node.cpp",
         "src/torch/team.cpp",
         "src/torch/unpack.cpp",
     ];
     for source in SOURCES {
         println!("cargo:rerun-if-changed={source}");
     }
+    println!("cargo:rerun-if-changed=src/torch/failure.h");
     println!("cargo:rerun-if-env-changed=DEP_TCH_LIBTORCH_LIB");
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else {
         panic!("torch-sys did not say where libtorch is; is torch 2.11 installed in this Python?");

@@ -178,7 +178,7 @@ struct State {
     passes: Option<(Box<dyn Backward>, Composite)>,
 }
 
-/// Mirror of `tllib_vtable` in bridge.cpp.
+/// Mirror of `tllib_vtable` in node.cpp.
 #[repr(C)]
 struct Vtable {
     backward:

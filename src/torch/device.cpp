@@ -1,5 +1,7 @@
 // The C++ half of src/torch/device.rs: torch's current stream on a CUDA device and copies to it, asked of
 // the part of torch that every build has, so that one extension serves CPU and CUDA builds.
+#include "failure.h"
+
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DefaultDtype.h>
@@ -7,25 +9,20 @@
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/Stream.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <c10/util/Exception.h>
 
 #include <dlfcn.h>
 
-#include <cstdlib>
-#include <cstring>
+using tllib::guarded;
 
 extern "C" {
 
-// cudaStream_t of the current stream; null is the default stream. A failure is a malloc'ed message.
+// cudaStream_t of the current stream; null is the default stream.
 char* tllib_cuda_stream(int64_t index, void** stream) {
-  try {
+  return guarded([&] {
     const c10::impl::VirtualGuardImpl cuda(c10::DeviceType::CUDA);
     const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
     *stream = cuda.getStream(device).native_handle();
-    return nullptr;
-  } catch (const std::exception& e) {
-    return strdup(e.what());
-  }
+  });
 }
 
 // Whether the user lets products of float32 matrices on CUDA devices be computed in TF32.
@@ -37,15 +34,12 @@ bool tllib_allows_tf32() {
 // A copy of a CPU tensor on the device, through page-locked memory, so that nobody waits. torch's allocator
 // keeps that memory until the copy is made, and as long as a graph that captures the copy.
 char* tllib_upload(const at::Tensor* from, int64_t index, at::Tensor** to) {
-  try {
+  return guarded([&] {
     const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
     // torch asks the stream of the current device whether a graph is captured.
     const c10::DeviceGuard guard(device);
     *to = new at::Tensor(from->pin_memory().to(device, from->scalar_type(), /*non_blocking=*/true));
-    return nullptr;
-  } catch (const std::exception& e) {
-    return strdup(e.what());
-  }
+  });
 }
 
 // The path of libc10, or null.

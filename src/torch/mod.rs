@@ -1,6 +1,6 @@
 //! What tch does not offer: tensor facts in one call, the autograd node of the fused losses, version
-//! counters, and torch's threads. The C++ halves are `bridge.cpp`, `unpack.cpp` (what needs Python's
-//! headers) and `team.cpp`.
+//! counters, and torch's threads. The C++ halves are `bridge.cpp`, `node.cpp`, `device.cpp`, `unpack.cpp`
+//! (what needs Python's headers) and `team.cpp`.
 
 pub mod autograd;
 pub mod device;
