@@ -1,4 +1,6 @@
 // The autograd node of all fused operations, whose backward is a Rust object.
+#include <Python.h>
+
 #include "failure.h"
 
 #include <ATen/ATen.h>
@@ -8,9 +10,12 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 using at::Tensor;
@@ -19,6 +24,8 @@ using tllib::guarded;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::SwapSavedVariables;
 
 extern "C" {
 
@@ -39,25 +46,94 @@ struct tllib_vtable {
 
 namespace {
 
+struct FusedLoss;
+
+struct WithoutGil {
+  ~WithoutGil() { PyEval_RestoreThread(thread); }
+  PyThreadState* const thread = PyEval_SaveThread();
+};
+
+// Compiled autograd does not call a node: it keeps a graph of what a pass does, and runs it for each pass that is
+// alike, with that pass's tensors. A node of ours has one tensor for it, the number of its ticket, by which the graph
+// finds the node that it stands for this time.
+class Tickets {
+ public:
+  int64_t issue(std::weak_ptr<FusedLoss> node) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    nodes_.emplace(++last_, std::move(node));
+    return last_;
+  }
+  void withdraw(int64_t number) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    nodes_.erase(number);
+  }
+  std::shared_ptr<FusedLoss> find(int64_t number) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = nodes_.find(number);
+    return found == nodes_.end() ? nullptr : found->second.lock();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::weak_ptr<FusedLoss>> nodes_;
+  int64_t last_ = 0;
+};
+
+Tickets& tickets() {
+  static auto* all = new Tickets;  // never destroyed: nodes outlive static objects
+  return *all;
+}
+
 struct FusedLoss : Node {
   FusedLoss(void* state, const tllib_vtable* vtable, const char* label)
       : state_(state), vtable_(vtable), label_(label) {}
   FusedLoss(const FusedLoss&) = delete;
   FusedLoss& operator=(const FusedLoss&) = delete;
-  ~FusedLoss() override { vtable_->drop(state_); }
+  ~FusedLoss() override {
+    if (number_ != 0) tickets().withdraw(number_);
+    vtable_->drop(state_);
+  }
 
   std::string name() const override { return label_; }
   void will_release_variables() override { last_ = true; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    release();
+    // Compiled autograd releases what it has collected before it runs.
+    if (collected_) last_ = true;
+    else release();
   }
 
   variable_list apply(variable_list&& incoming) override {
     std::lock_guard<std::mutex> lock(mutex_);
+    collected_ = false;
     TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
     if (!incoming[0].defined()) return variable_list(inputs.size());
     return at::GradMode::is_enabled() ? differentiable(incoming[0]) : fused(incoming[0]);
+  }
+
+  // For compiled autograd: what tells this node from others of its kind, and the tensor that its graph needs.
+  void compiled_args(CompiledNodeArgs& args) const override {
+    // torch's signature, though what is asked for here has to outlive the release.
+    const_cast<FusedLoss*>(this)->collect();
+    args.collect_size(inputs.size());
+    args.collect(ticket_);
+  }
+
+  // Records a call of `run` with the ticket in compiled autograd's graph.
+  variable_list apply_with_saved(const variable_list& incoming, SwapSavedVariables& saved) override {
+    using torch::dynamo::autograd::IValuePacker;
+    using torch::dynamo::autograd::getPyCompilerInterface;
+    saved.before(ticket_);
+    const auto& compiler = getPyCompilerInterface();
+    const auto run_name =
+        compiler->bind_function(saved.get_py_compiler(), name(), run, {at::TensorType::get()},
+                                /*is_custom_function=*/true, /*is_traceable=*/false);
+    const auto outputs = IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+        torch::dynamo::autograd::get_input_metadata(next_edges()));
+    auto grads =
+        compiler->call_function(saved.get_py_compiler(), "apply_functional", run_name, incoming, {ticket_}, outputs);
+    saved.after(ticket_);
+    return grads;
   }
 
   // The gradients with respect to the first `count` inputs for an incoming 1, in float32 where they are float16.
@@ -81,6 +157,25 @@ struct FusedLoss : Node {
   std::vector<Tensor> constants;
 
  private:
+  // The pass of the node whose ticket this is. Python calls it, with the GIL, in the grad mode of the pass.
+  static variable_list run(const variable_list& incoming, const std::vector<c10::IValue>& args) {
+    const WithoutGil without_gil;
+    const auto node = tickets().find(args.at(0).toTensor().item<int64_t>());
+    TORCH_CHECK(node, torch::autograd::ERR_BACKWARD_TWICE);
+    auto grads = node->apply(variable_list(incoming));
+    if (node->last_) node->release_variables();
+    return grads;
+  }
+
+  void collect() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (number_ == 0) {
+      number_ = tickets().issue(std::static_pointer_cast<FusedLoss>(getptr()));
+      ticket_ = at::scalar_tensor(number_, at::kLong);
+    }
+    collected_ = true;
+  }
+
   void release() {
     released_ = true;
     inputs.clear();
@@ -140,6 +235,9 @@ struct FusedLoss : Node {
   std::string label_;
   bool last_ = false;
   bool released_ = false;
+  int64_t number_ = 0;  // of the ticket, 0 for none
+  Tensor ticket_;
+  bool collected_ = false;  // by compiled autograd, which has not run since
 };
 
 }  // namespace
@@ -149,8 +247,10 @@ extern "C" {
 // Makes `loss` the output of a node over `inputs`. Takes `state` over, whatever happens.
 char* tllib_attach(const Tensor* loss, Tensor* const* inputs, size_t count, void* state,
                    const tllib_vtable* vtable, const char* label) {
-  std::shared_ptr<FusedLoss> node(new FusedLoss(state, vtable, label), torch::autograd::deleteNode);
   return guarded([&] {
+    std::unique_ptr<void, void (*)(void*)> orphan(state, vtable->drop);
+    std::shared_ptr<FusedLoss> node(new FusedLoss(state, vtable, label), torch::autograd::deleteNode);
+    orphan.release();
     for (size_t i = 0; i < count; ++i) {
       node->add_next_edge(torch::autograd::impl::gradient_edge(*inputs[i]));
       const bool constant = inputs[i]->is_inference();
