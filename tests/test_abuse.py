@@ -95,6 +95,30 @@ def test_flexmatch_resolves_pending_negations():
     assert module.class_counts().tolist() == [0, 4, 3, 3]
 
 
+def unaligned(x):
+    """The same numbers, one byte behind where they should begin."""
+    return torch.frombuffer(bytearray(1) + bytearray(x.numpy().tobytes()), dtype=x.dtype, offset=1).view(
+        x.shape
+    )
+
+
+def test_flexmatch_takes_elements_that_begin_anywhere():
+    module = flexmatch()
+    module.update(unaligned(INDEX), unaligned(torch.ones(2)), unaligned(INDEX))
+    assert module.net_outputs.tolist() == [-1, 1, 2, *[-1] * 7]
+    module.net_outputs = unaligned(torch.arange(10) % 3)
+    assert module.class_counts().tolist() == [0, 4, 3, 3]
+
+
+def test_parameters_that_begin_anywhere_are_averaged():
+    student = nn.Linear(3, 2)
+    teacher = EMATeacher(student, 0.5)
+    teacher.teacher.weight.data = unaligned(torch.ones(2, 3))
+    student.weight.data = unaligned(torch.full((2, 3), 3.0))
+    teacher.update()
+    assert torch.equal(teacher.teacher.weight, torch.full((2, 3), 2.0))
+
+
 @pytest.mark.parametrize("spoil", ["expand", "meta"])
 def test_an_average_that_fails_moves_nothing(spoil):
     student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))

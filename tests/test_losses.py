@@ -257,7 +257,7 @@ def test_a_pass_that_fails_behind_the_loss_loses_nothing_in_silence(loss, genera
 
 
 @every_loss
-def test_no_grad_and_partial_grad(loss, generator):
+def test_no_grad(loss, generator):
     inputs = leaves(loss, loss.inputs(generator))
     expected = loss.first(loss.ours(*inputs)).detach()
     with torch.no_grad():
@@ -266,6 +266,32 @@ def test_no_grad_and_partial_grad(loss, generator):
     torch.testing.assert_close(value, expected)
     with torch.inference_mode():
         torch.testing.assert_close(loss.first(loss.ours(*inputs)), expected)
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if len(differentiated(x)) > 1], ids=repr)
+def test_one_input_alone_wants_a_gradient(loss, generator):
+    inputs = leaves(loss, loss.inputs(generator))
+    _, expected = run(loss, loss.ours, inputs)
+    for k, right in zip(differentiated(loss), expected, strict=True):
+        only = [x.detach() for x in inputs]
+        only[k].requires_grad_()
+        _, (got,) = run(loss, loss.ours, only)
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=0)
+
+
+@every_loss
+def test_elements_that_begin_anywhere_in_memory(loss, generator):
+    """As torch.frombuffer makes them of a file with a header."""
+
+    def moved(x):
+        raw = bytearray(1) + bytearray(x.numpy().tobytes())
+        return torch.frombuffer(raw, dtype=x.dtype, offset=1).view(x.shape)
+
+    inputs = leaves(loss, loss.inputs(generator))
+    expected = run(loss, loss.ours, inputs)
+    unaligned = [moved(x.detach()).requires_grad_(x.requires_grad) for x in inputs]
+    assert all(x.data_ptr() % x.element_size() for x in unaligned)
+    torch.testing.assert_close(run(loss, loss.ours, unaligned), expected)
 
 
 @every_loss
@@ -411,6 +437,7 @@ def test_several_python_threads(loss, generator):
             pool.map(lambda x: run(loss, loss.ours, x), problems * 4), expected * 4, strict=True
         ):
             assert torch.equal(got[0], right[0])
+            assert all(torch.equal(a, b) for a, b in zip(got[1], right[1], strict=True))
 
 
 @every_loss

@@ -13,9 +13,11 @@
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/version.h>
 
 #include <dlfcn.h>
 
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -69,8 +71,13 @@ bool composites_only() {
   return asked;
 }
 
+// Elements may begin anywhere in memory that was mapped or handed over by torch.frombuffer.
+bool aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+}
+
 bool readable(const Tensor& t, const Surroundings& now) {
-  return !now.observed && (t.key_set() | ordinary_keys()) == ordinary_keys() && t.has_storage() &&
+  return !now.observed && (t.key_set() | ordinary_keys()) == ordinary_keys() && t.has_storage() && aligned(t) &&
       !(now.forward_ad && t._fw_grad(/*level=*/0).defined());
 }
 
@@ -88,7 +95,7 @@ struct tllib_facts {
   int32_t device_type;
   int32_t device_index;
   bool strided;  // where it is not, nothing else is filled in
-  bool readable;  // its memory is what it seems to be
+  bool readable;  // its memory is what it seems to be, and aligned
   bool plain;     // and operations on it give such tensors
   bool ordinary;  // and kernels may read it
   bool contiguous;  // known of a readable tensor only
@@ -174,6 +181,9 @@ char* tllib_average(const Tensor* const* targets, const Tensor* const* sources, 
     at::_foreach_add_(into, from, take);
   });
 }
+
+// Of the torch that this was compiled against.
+const char* tllib_torch_version() { return TORCH_VERSION; }
 
 bool tllib_composites_only() { return composites_only(); }
 

@@ -320,7 +320,7 @@ impl<'a> Input<'a> {
         Ok(self.tensor.f_to_kind(Kind::Int64)?)
     }
 
-    /// The same values in memory that may be read directly: contiguous, and without the pending
+    /// The same values in memory that may be read directly: contiguous, aligned, and without the pending
     /// negation or conjugation that a view may carry. `TypeError` for what has no memory here.
     pub fn in_memory(&self) -> Result<Tensor> {
         let here = |facts: &Facts| facts.contiguous() && facts.in_cpu_memory();
@@ -335,6 +335,11 @@ impl<'a> Input<'a> {
             .f_contiguous()?;
         if here(&Facts::of(&plain)?) {
             return Ok(plain);
+        }
+        let mut aligned = plain.f_empty_like()?;
+        aligned.f_copy_(&plain)?;
+        if here(&Facts::of(&aligned)?) {
+            return Ok(aligned);
         }
         Err(Error::Type(format!(
             "{}: {} must be an ordinary tensor on the CPU",
