@@ -117,7 +117,7 @@ def test_narrow_labels_are_the_same_labels(generator, dtype, on_device):
     classes = NARROW[dtype] or 40_000
     wide, narrow = make(classes, 200), make(classes, 200, dtype=dtype)
     if on_device:  # the steps of other devices, here on the CPU
-        narrow._state = _core.FlexMatch(classes, 200, False, "cpu", True, dtype)
+        narrow._state = _core.FlexMatch(classes, 200, "cpu", True, dtype)
         narrow._ranks._state = narrow._state
     for step in range(200):
         batch = random_step(generator, 200, classes)
@@ -353,7 +353,7 @@ def test_device_path_agrees(generator):
 def _device_state(classes, samples):
     from tllib_rs import _core
 
-    return _core.FlexMatch(classes, samples, False, "cpu", True)
+    return _core.FlexMatch(classes, samples, "cpu", True)
 
 
 def test_counts_on_a_device_outlive_an_inference():

@@ -101,7 +101,6 @@ class FlexMatch:
         cls,
         classes: int,
         samples: int,
-        warmup: bool,
         device: Any,
         counts_on_device: bool | None = None,
         dtype: dtype | None = None,

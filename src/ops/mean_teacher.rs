@@ -41,7 +41,7 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
 
     let apart = !overlap(&facts.0, &facts.1);
     let mut sweeps = Sweeps::default();
-    let mut others = Vec::new();
+    let (mut swept, mut others) = (Vec::new(), Vec::new());
     for (k, (teacher, student)) in facts.0.iter().zip(&facts.1).enumerate() {
         if teacher.is_meta() {
             continue;
@@ -52,12 +52,13 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
             && (unsafe { sweeps.take(teacher, student) }
                 || sweeps.list((teacher, teachers[k]), (student, students[k])));
         if taken {
-            teachers[k].bump_version();
+            swept.push(teachers[k]);
         } else {
             others.push((teachers[k].tensor(), students[k].tensor()));
         }
     }
     sweeps.run(alpha)?;
+    swept.into_iter().for_each(Borrowed::bump_version);
     tch::no_grad(|| others.iter().try_for_each(|(t, s)| composite(t, s, alpha)))
 }
 
@@ -135,15 +136,18 @@ impl Sweeps {
         true
     }
 
+    /// What can fail comes first.
     fn run(&self, alpha: f64) -> Result<()> {
-        let work = self.cpu.iter().map(Pair::len).sum();
-        blend_all(&self.cpu, alpha, threads_for(work, GRAIN, max_threads()));
         self.devices.iter().try_for_each(|(device, pairs)| {
             // SAFETY: as `take` was promised.
             unsafe { cuda::mean_teacher::blend_all(*device, pairs, alpha) }
         })?;
-        let mut lists = self.lists.iter();
-        lists.try_for_each(|list| average(&list.teachers, &list.students, alpha, 1.0 - alpha))
+        self.lists
+            .iter()
+            .try_for_each(|list| average(&list.teachers, &list.students, alpha, 1.0 - alpha))?;
+        let work = self.cpu.iter().map(Pair::len).sum();
+        blend_all(&self.cpu, alpha, threads_for(work, GRAIN, max_threads()));
+        Ok(())
     }
 }
 

@@ -32,8 +32,8 @@ fn positive(name: &str, n: i64) -> PyResult<usize> {
 }
 
 impl FlexMatch {
-    /// Runs `body` with the lock. The end of a tensor that Python has seen asks for the GIL, or lets go of it and
-    /// asks again: those that are given up end when the lock is given back.
+    /// Runs `body` with the lock. Dropping a tensor that Python has seen may take the GIL, or release it and take it
+    /// again: those that were replaced are dropped after the lock is released.
     fn locked<T>(&self, body: impl FnOnce(&mut ops::FlexMatch) -> T) -> T {
         let (result, retired) = {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -50,6 +50,21 @@ impl FlexMatch {
             state.look();
             asked(state)
         }))
+    }
+
+    /// Makes `labels` the new ones by `assign`, which looks at all of them.
+    fn replace(
+        &self,
+        py: Python<'_>,
+        labels: &Bound<'_, PyAny>,
+        assign: impl FnOnce(&mut ops::FlexMatch, &Tensor) -> Result<()> + Send,
+    ) -> PyResult<()> {
+        let labels = tensor(CLASS, "net_outputs", labels)?;
+        without_gil(py, self.samples, move || {
+            let labels = labels;
+            // The lock is given back before the argument is dropped, which may take the GIL.
+            self.locked(|state| assign(state, &labels))
+        })
     }
 
     /// A step on counts that are true. Only counting all samples again takes long enough to let go
@@ -70,11 +85,10 @@ impl FlexMatch {
 impl FlexMatch {
     /// `counts_on_device` keeps the counts where `net_outputs` lives, as every device but the CPU does.
     #[new]
-    #[pyo3(signature = (classes, samples, warmup, device, counts_on_device=None, dtype=None))]
+    #[pyo3(signature = (classes, samples, device, counts_on_device=None, dtype=None))]
     fn new(
         classes: i64,
         samples: i64,
-        warmup: bool,
         device: &Bound<'_, PyAny>,
         counts_on_device: Option<bool>,
         dtype: Option<&Bound<'_, PyAny>>,
@@ -96,7 +110,7 @@ impl FlexMatch {
         let mut labels = tensor(CLASS, "net_outputs", &labels)?;
         pages::ask_for_large(&labels);
         let _ = labels.f_fill_(-1).map_err(Error::from)?;
-        let state = ops::FlexMatch::new(classes, labels, warmup, counts_on_device)?;
+        let state = ops::FlexMatch::new(classes, labels, counts_on_device)?;
         Ok(Self {
             state: Mutex::new(state),
             samples: count,
@@ -110,19 +124,13 @@ impl FlexMatch {
     }
 
     #[setter]
-    fn set_net_outputs(&self, labels: &Bound<'_, PyAny>) -> PyResult<()> {
-        let labels = tensor(CLASS, "net_outputs", labels)?;
-        Ok(self.locked(|state| state.set_net_outputs(&labels))?)
+    fn set_net_outputs(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.replace(py, labels, ops::FlexMatch::set_net_outputs)
     }
 
     /// Makes a copy of `labels` the new ones; they may be of any of the types that labels are stored in.
     fn load(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
-        let labels = tensor(CLASS, "net_outputs", labels)?;
-        without_gil(py, self.samples, move || {
-            let labels = labels;
-            // The lock is given back before the argument, whose end may ask for the GIL.
-            self.locked(|state| state.load(&labels))
-        })
+        self.replace(py, labels, ops::FlexMatch::load)
     }
 
     /// The learning status of the class of each label, float32.
@@ -133,10 +141,7 @@ impl FlexMatch {
         warmup: bool,
     ) -> PyResult<PyTensor> {
         let labels = tensor(CLASS, "pseudo_labels", labels)?;
-        let status = |state: &mut ops::FlexMatch| {
-            state.set_warmup(warmup);
-            state.status(&labels)
-        };
+        let status = |state: &mut ops::FlexMatch| state.status(&labels, warmup);
         if self.locked(|state| state.has_totals()) {
             return Ok(PyTensor(self.locked(status)?));
         }
@@ -160,6 +165,7 @@ impl FlexMatch {
     /// What `update` would write, in one int64 for each selected sample; nothing is written.
     fn pack(
         &self,
+        py: Python<'_>,
         idxes: &Bound<'_, PyAny>,
         selected_mask: &Bound<'_, PyAny>,
         pseudo_labels: &Bound<'_, PyAny>,
@@ -167,6 +173,11 @@ impl FlexMatch {
         let idxes = tensor(CLASS, "idxes", idxes)?;
         let mask = tensor(CLASS, "selected_mask", selected_mask)?;
         let labels = tensor(CLASS, "pseudo_labels", pseudo_labels)?;
+        self.locked(|state| state.check(&idxes, &mask, &labels))?;
+        // The wait for a device. Without the lock, and without the GIL, which the thread that exchanges what was
+        // packed before needs.
+        let [idxes, mask, labels] =
+            without_gil(py, usize::MAX, move || ops::on_host([idxes, mask, labels]))?;
         let packed = self.locked(|state| state.pack(&idxes, &mask, &labels))?;
         Ok(PyTensor(packed))
     }

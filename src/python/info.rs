@@ -1,6 +1,6 @@
 use crate::cuda;
 use crate::kernels::isa;
-use crate::torch::composites_only;
+use crate::torch::{built_for, composites_only};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -9,7 +9,7 @@ use pyo3::types::PyDict;
 pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
-    info.set_item("torch", "2.11.0")?;
+    info.set_item("torch", built_for())?;
     info.set_item("rustc", env!("TLLIB_RS_RUSTC"))?;
     info.set_item("target", env!("TLLIB_RS_TARGET"))?;
     info.set_item("profile", env!("TLLIB_RS_PROFILE"))?;

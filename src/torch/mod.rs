@@ -19,6 +19,7 @@ use torch_sys::C_tensor;
 unsafe extern "C" {
     fn tllib_default_dtype() -> i32;
     fn tllib_composites_only() -> bool;
+    fn tllib_torch_version() -> *const c_char;
     fn tllib_average(
         targets: *const *const C_tensor,
         sources: *const *const C_tensor,
@@ -80,6 +81,14 @@ pub fn average(
 pub fn composites_only() -> bool {
     // SAFETY: it reads the environment once.
     unsafe { tllib_composites_only() }
+}
+
+/// The version of the torch that the C++ half was compiled against.
+pub fn built_for() -> &'static str {
+    // SAFETY: a constant text.
+    unsafe { CStr::from_ptr(tllib_torch_version()) }
+        .to_str()
+        .unwrap_or("?")
 }
 
 /// How often `tensor` was written, as far as torch knows.
@@ -277,8 +286,11 @@ impl<T: Stored> Owned<T> {
 }
 
 /// `tensor` as `kind` on the device of `like`, whatever that is: tch has names for a few devices, and takes all others
-/// for MPS.
+/// for MPS. Nobody waits for what goes from the CPU to a CUDA device.
 pub fn beside(tensor: &Tensor, kind: Kind, like: &Tensor) -> Result<Tensor> {
+    if let (Device::Cpu, Device::Cuda(index)) = (tensor.device(), like.device()) {
+        return device::upload(&tensor.f_to_kind(kind)?, index);
+    }
     if let known @ (Device::Cpu | Device::Cuda(_)) = like.device() {
         return Ok(tensor.f_to_device_(known, kind, false, false)?);
     }

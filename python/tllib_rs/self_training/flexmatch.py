@@ -119,7 +119,7 @@ class DynamicThresholdingModule:
 
     def _connect(self) -> None:
         self._state = _core.FlexMatch(
-            self.num_classes, self.n_unlabeled_samples, bool(self.warmup), self.device, dtype=self.dtype
+            self.num_classes, self.n_unlabeled_samples, self.device, dtype=self.dtype
         )
         self._ranks = _flexmatch_ranks.join(self._state, self)
         self._number = next(_numbers)

@@ -9,6 +9,7 @@ mod batch;
 mod device;
 mod host;
 mod stored;
+mod trust;
 
 use crate::cuda;
 use crate::error::{Error, Result};
@@ -18,6 +19,7 @@ use crate::torch::{aliased, beside, bump_version, held, pages, version};
 use batch::Batch;
 pub use stored::Stored;
 use tch::{Device, Kind, Tensor};
+use trust::Trust;
 
 const CLASS: &str = "DynamicThresholdingModule";
 
@@ -29,10 +31,6 @@ enum Tally {
 }
 
 /// The labels of all samples, and what they count up to.
-#[allow(
-    clippy::struct_excessive_bools,
-    reason = "five independent facts, not states of a machine"
-)]
 pub struct FlexMatch {
     net_outputs: Tensor,
     /// The alias that was handed out, while somebody may hold it: what is assigned to its `.data` are new labels.
@@ -42,7 +40,6 @@ pub struct FlexMatch {
     stored: Stored,
     classes: usize,
     samples: usize,
-    warmup: bool,
     /// Whether counts are kept on the host, beside labels that are there too.
     on_host: bool,
     tally: Option<Tally>,
@@ -50,12 +47,14 @@ pub struct FlexMatch {
     totals: Option<(Tally, usize)>,
     /// The version of `net_outputs` that the tally belongs to.
     version: i64,
-    /// Whether an alias of `net_outputs` was alive at the last look before the count, or since.
-    exposed: bool,
-    /// Whether one was alive at the last look.
-    shared: bool,
-    /// Whether all samples were counted since the last look.
-    counted: bool,
+    trust: Trust,
+}
+
+/// A batch on the CPU. Waits for its device.
+pub fn on_host(batch: [Tensor; 3]) -> Result<[Tensor; 3]> {
+    let [idxes, mask, labels] = batch;
+    let here = |t: Tensor| t.f_to_device(Device::Cpu);
+    Ok([here(idxes)?, here(mask)?, here(labels)?])
 }
 
 impl FlexMatch {
@@ -63,7 +62,6 @@ impl FlexMatch {
     pub fn new(
         classes: usize,
         net_outputs: Tensor,
-        warmup: bool,
         counts_on_device: Option<bool>,
     ) -> Result<Self> {
         let input = Input::new(CLASS, "net_outputs", &net_outputs)?;
@@ -92,21 +90,18 @@ impl FlexMatch {
             stored,
             classes,
             samples,
-            warmup,
             on_host,
             tally: Some(tally),
             totals: None,
             version,
-            exposed: false,
-            shared: false,
-            counted: false,
+            trust: Trust::unshared(),
         })
     }
 
     /// The labels, to be read or written by the caller, who has the GIL.
     pub fn net_outputs(&mut self) -> Result<Tensor> {
         self.adopt()?;
-        (self.exposed, self.counted) = (true, false);
+        self.trust.shared_now();
         // One of inference mode may not be written outside.
         if let Some(handed) = &self.handed
             && handed.f_is_inference()?
@@ -171,7 +166,7 @@ impl FlexMatch {
             moved = moved.f_contiguous()?;
         }
         self.replace(moved);
-        (self.exposed, self.counted) = (true, false);
+        self.trust.shared_now();
         Ok(())
     }
 
@@ -192,9 +187,11 @@ impl FlexMatch {
         self.replace(copy);
         if self.on_host {
             self.tally = Some(Tally::Host(counts));
+            self.trust = Trust::unshared();
+        } else {
+            // To be counted where the counts are.
+            self.trust = Trust::uncounted();
         }
-        // On a device they are counted again, where the counts are.
-        (self.exposed, self.shared, self.counted) = (!self.on_host, false, false);
         Ok(())
     }
 
@@ -208,17 +205,13 @@ impl FlexMatch {
         )))
     }
 
-    /// Whether warm-up counts the samples without a label.
-    pub fn set_warmup(&mut self, warmup: bool) {
-        self.warmup = warmup;
-    }
-
-    /// The status of the class of each label, float32, in the shape of `labels`.
-    pub fn status(&mut self, labels: &Tensor) -> Result<Tensor> {
+    /// The status of the class of each label, float32, in the shape of `labels`. `warmup` says whether the samples
+    /// without a label count as a class.
+    pub fn status(&mut self, labels: &Tensor, warmup: bool) -> Result<Tensor> {
         let input = Input::new(CLASS, "pseudo_labels", labels)?;
         input.integer()?;
         input.same_device(&Input::new(CLASS, "net_outputs", &self.net_outputs)?)?;
-        let (classes, warmup, samples) = (self.classes, self.warmup, self.samples);
+        let (classes, samples) = (self.classes, self.samples);
         let (tally, samples) = match &self.totals {
             Some((totals, all)) => (totals, *all),
             None => (&*self.tally()?, samples),
@@ -266,13 +259,15 @@ impl FlexMatch {
         )
     }
 
-    /// What [`FlexMatch::update`] would write, checked, in one int64 for each selected sample, on the
-    /// CPU: `index (classes + 1) + label + 1`. Nothing is written. Waits for a device.
+    /// Whether [`FlexMatch::update`] would take such tensors, whatever their values are.
+    pub fn check(&self, idxes: &Tensor, mask: &Tensor, labels: &Tensor) -> Result<()> {
+        Batch::new(idxes, mask, labels, &self.net_outputs).map(|_| ())
+    }
+
+    /// What [`FlexMatch::update`] would write, checked, in one int64 for each selected sample:
+    /// `index (classes + 1) + label + 1`. Nothing is written. For what comes [`on_host`].
     pub fn pack(&self, idxes: &Tensor, mask: &Tensor, labels: &Tensor) -> Result<Tensor> {
-        let here = |t: &Tensor| t.f_to_device(Device::Cpu);
-        Batch::new(idxes, mask, labels, &self.net_outputs)?;
-        let (idxes, mask, labels) = (here(idxes)?, here(mask)?, here(labels)?);
-        let batch = Batch::new(&idxes, &mask, &labels, &idxes)?;
+        let batch = Batch::new(idxes, mask, labels, idxes)?;
         batch.read(self.samples, self.classes)?.pack(self.classes)
     }
 
@@ -328,21 +323,17 @@ impl FlexMatch {
     /// Looks whether others can reach the labels. To be called at the start of every step, with the
     /// GIL; the rest of a step never asks for it.
     pub fn look(&mut self) {
-        self.shared = aliased(&self.net_outputs);
-        self.exposed |= self.shared;
-        self.counted = false;
+        self.trust.looked(aliased(&self.net_outputs));
     }
 
     /// Whether others could reach them at the last look.
     pub fn is_shared(&self) -> bool {
-        self.shared
+        self.trust.is_shared()
     }
 
     /// Whether the next step has to count all samples again: once for each look, where an alias is held.
     pub fn is_stale(&self) -> bool {
-        self.tally.is_none()
-            || (self.exposed && !self.counted)
-            || version(&self.net_outputs) != self.version
+        self.tally.is_none() || self.trust.is_lost() || version(&self.net_outputs) != self.version
     }
 
     /// Counts all samples, where that is needed.
@@ -362,9 +353,7 @@ impl FlexMatch {
             };
             self.tally = Some(fresh);
             self.version = version(&self.net_outputs);
-            // The holder of an alias may go on writing in ways that leave no trace.
-            self.exposed = self.shared;
-            self.counted = true;
+            self.trust.counted();
         }
         self.tally
             .as_mut()
