@@ -27,6 +27,5 @@ def check_torch(installed: str | None = None) -> None:
     if ".".join(installed.split(".")[:2]) != BUILT_FOR_TORCH:
         raise ImportError(
             f"tllib_rs {__version__} was built for torch {BUILT_FOR_TORCH}, but torch {installed} is "
-            f"installed: run `pip install 'torch=={BUILT_FOR_TORCH}.*'`, or rebuild tllib_rs from source "
-            "against your torch."
+            f"installed: run `pip install 'torch=={BUILT_FOR_TORCH}.*'`."
         )

@@ -170,12 +170,23 @@ impl Context {
         })
     }
 
-    /// Loads compiled code. It stays loaded.
-    pub fn load(&self, code: &Code) -> Result<Handle> {
+    /// Loads compiled code, which stays loaded. `None` for code that is not for this device and driver, or none.
+    pub fn load(&self, code: &Code) -> Result<Option<Handle>> {
+        use sys::CUresult as R;
         self.beside_captures(|| {
             // SAFETY: a cubin, or PTX with a NUL at its end, as NVRTC made it.
             let module = unsafe { result::module::load_data(code.bytes().as_ptr().cast()) };
-            Ok(Handle(module.map_err(reason)?.cast()))
+            match module {
+                Ok(module) => Ok(Some(Handle(module.cast()))),
+                Err(result::DriverError(
+                    R::CUDA_ERROR_INVALID_IMAGE
+                    | R::CUDA_ERROR_NO_BINARY_FOR_GPU
+                    | R::CUDA_ERROR_INVALID_PTX
+                    | R::CUDA_ERROR_INVALID_SOURCE
+                    | R::CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+                )) => Ok(None),
+                Err(error) => Err(reason(error)),
+            }
         })
     }
 

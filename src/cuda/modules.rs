@@ -75,11 +75,15 @@ fn module(context: &Context, stem: &str, dtype: Dtype) -> Result<Handle> {
     // A file that was cut off or belongs elsewhere is written again.
     let kept = file.as_ref().and_then(|file| std::fs::read(file).ok());
     let code = kept.and_then(|file| Code::from_file(&file));
-    if let Some(module) = code.and_then(|code| context.load(&code).ok()) {
+    if let Some(code) = code
+        && let Some(module) = context.load(&code)?
+    {
         return Ok(module);
     }
     let compiled = compile(source, dtype, context.capability())?;
-    let module = context.load(&compiled.code)?;
+    let module = context.load(&compiled.code)?.ok_or_else(|| {
+        failed("the driver takes no code of this NVRTC, which may be of a later CUDA version")
+    })?;
     if let Some(file) = file {
         // A cache that cannot be written costs time at the next start, no more.
         let _ = keep(&file, &compiled.code.to_file());

@@ -201,7 +201,8 @@ fn terminated(text: &str) -> Result<CString> {
 }
 
 /// What to open, the best first: where pip puts the NVRTC of CUDA 13 and of CUDA 12; what links torch to its own,
-/// wherever that is; the system's.
+/// wherever that is; the system's. That of another CUDA than torch runs on comes last: other packages may have brought
+/// it, and the driver may not take what it makes.
 fn candidates() -> Vec<CString> {
     let of_torch = [
         "../../nvidia/cu13/lib/libnvrtc.so.13",
@@ -211,13 +212,31 @@ fn candidates() -> Vec<CString> {
     let of_system = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
     let folder = library_folder();
     let beside = |file: &&str| folder.as_ref().map(|folder| folder.join(file));
-    of_torch
+    let mut paths: Vec<_> = of_torch
         .iter()
         .filter_map(beside)
         .filter(|path| path.exists())
         .chain(of_system.map(|name| Path::new(name).to_owned()))
+        .collect();
+    let foreign = torchs_cuda().map(|major| if major == 13 { ".so.12" } else { ".so.13" });
+    paths.sort_by_key(|path| foreign.is_some_and(|end| path.to_string_lossy().ends_with(end)));
+    paths
+        .into_iter()
         .filter_map(|path| CString::new(OsStr::as_bytes(path.as_os_str())).ok())
         .collect()
+}
+
+/// The major version of the CUDA runtime that torch has loaded.
+fn torchs_cuda() -> Option<u32> {
+    let loaded = |name: &CStr| {
+        // SAFETY: it loads nothing; a handle of what is loaded is never closed.
+        let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_NOLOAD) };
+        !library.is_null()
+    };
+    let versions = [(c"libcudart.so.13", 13), (c"libcudart.so.12", 12)];
+    versions
+        .into_iter()
+        .find_map(|(name, version)| loaded(name).then_some(version))
 }
 
 /// What an NVRTC opens by name when it first compiles: beside it, where nothing but torch, which may not have found
