@@ -10,7 +10,16 @@ from benches._case import COMPILED, COPY, LIMIT, PLAIN, Bar, Case, Footprint, Pr
 from benches._providers import compiled
 
 SMALL = [(32, 31), (64, 100)]
-SHAPES = [*SMALL, (4096, 10), (32, 345), (448, 100), (256, 1000), (1024, 1000), (8, 100_000)]
+SHAPES = [
+    *SMALL,
+    (4096, 10),
+    (4096, 64),
+    (32, 345),
+    (448, 100),
+    (256, 1000),
+    (1024, 1000),
+    (8, 100_000),
+]
 #: On a device, besides.
 DEVICE_SHAPES = [(4096, 1000), (65_536, 1000)]
 #: Inductor takes ten seconds for each; a device gets all.

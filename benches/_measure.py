@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Measurement, Timer
 
-from benches._case import OURS, Case, Provider, Verdict
+from benches._case import OURS, REPLACED, Bar, Case, Provider, Verdict, faster
 from benches._memory import peak
 from benches._providers import prepare
 
@@ -56,18 +56,29 @@ class Result:
         ours, others = self.measurements[OURS].times, self.measurements[name].times
         return statistics.median(other / own for own, other in zip(ours, others, strict=False))
 
+    def bars(self) -> Iterable[Bar]:
+        """The case's own, and that ours is no slower than any of :data:`REPLACED` that was measured."""
+        yield from self.case.bars
+        judged = {bar.provider for bar in self.case.bars if bar.at_least}
+        yield from (faster(name, 1) for name in REPLACED if name in self.measurements and name not in judged)
+
     def verdicts(self) -> Iterable[Verdict]:
-        """The case's bars."""
-        for bar in self.case.bars:
-            if bar.provider in self.measurements:
-                ratio = self.ratio(bar.provider)
-                if bar.at_least:
-                    text = f"{ratio:.3g} times as fast as {bar.provider} (at least {bar.factor:g})"
-                else:
-                    ratio = 1 / ratio
-                    text = f"{ratio:.3g} times the {bar.provider} (at most {bar.factor:g})"
-                met = ratio >= bar.factor if bar.at_least else ratio <= bar.factor
-                yield Verdict(f"{self.case.setting}: {text}", met)
+        """Whether each bar is met. One whose provider is missing is not, unless the table says why."""
+        for bar in self.bars():
+            if bar.provider in self.left_out:
+                continue
+            text, met = self._judged(bar)
+            yield Verdict(f"{self.case.setting}: {text}", met)
+
+    def _judged(self, bar: Bar) -> tuple[str, bool]:
+        if bar.provider not in self.measurements:
+            return f"{bar.provider} was not measured", False
+        ratio = self.ratio(bar.provider)
+        if bar.at_least:
+            text = f"{ratio:.3g} times as fast as {bar.provider} (at least {bar.factor:g})"
+            return text, ratio >= bar.factor
+        ratio = 1 / ratio
+        return f"{ratio:.3g} times the {bar.provider} (at most {bar.factor:g})", ratio <= bar.factor
 
 
 def run_case(method: str, case: Case, effort: Effort) -> Result:

@@ -58,8 +58,8 @@ def prepare(case: Case, *, thorough: bool, device: str = "cpu") -> tuple[dict[st
     not take every formula). Compiling takes seconds, so it is done only where ``thorough`` asks for it."""
     with torch.device(device):
         providers, left_out = dict(case.set_up()), {}
-    if not thorough:
-        providers.pop(COMPILED, None)
+    if not thorough and providers.pop(COMPILED, None):
+        left_out[COMPILED] = "it takes seconds"
     if COMPILED in providers:
         try:
             with warnings.catch_warnings():

@@ -19,6 +19,7 @@ from benches._case import (
     LIMIT,
     OURS,
     PLAIN,
+    TLLIB,
     Case,
     Disagreement,
     Provider,
@@ -202,10 +203,10 @@ def test_figures_on_the_pages_are_those_that_are_kept(page):
     assert text == _pages.rewritten(text, _results.latest()), "python -m benches --pages rewrites the page"
 
 
-def _result(bars, **times):
+def _result(bars, left_out=(), **times):
     case = Case("setting", dict, bars)
     measured = {name: Measurement(1, list(ts), TaskSpec("step()", "")) for name, ts in times.items()}
-    return Result(case, measured)
+    return Result(case, measured, left_out=dict.fromkeys(left_out, "why"))
 
 
 def test_bars_compare_blocks_of_the_same_round():
@@ -214,14 +215,26 @@ def test_bars_compare_blocks_of_the_same_round():
         faster(PLAIN, 2.5),
         within(LIMIT, 2.0),
         within(LIMIT, 1.9),
-        faster(COMPILED, 1),
     ]
     result = _result(bars, ours=[1.0, 10.0, 1.0], plain=[2.0, 20.0, 2.0], limit=[0.5, 5.0, 0.5])
     found = list(result.verdicts())
-    # compiled was not measured.
     assert [verdict.met for verdict in found] == [True, False, True, False]
     assert found[0].text == "setting: 2 times as fast as plain (at least 2)"
     assert found[3].text == "setting: 2 times the limit (at most 1.9)"
+
+
+def test_a_bar_whose_provider_is_missing_is_missed():
+    times = {"ours": [1.0], "plain": [2.0]}
+    (found, _) = _result([faster(TLLIB, 1)], **times).verdicts()
+    assert (found.text, found.met) == ("setting: tllib was not measured", False)
+    # The table says why.
+    assert len(list(_result([faster(TLLIB, 1)], left_out=[TLLIB], **times).verdicts())) == 1
+
+
+def test_ours_is_never_to_be_slower_than_what_it_replaces():
+    result = _result([faster(PLAIN, 3)], ours=[1.0], plain=[4.0], tllib=[0.9], compiled=[1.1], limit=[0.1])
+    verdicts = {verdict.text.split()[-4]: verdict.met for verdict in result.verdicts()}
+    assert verdicts == {"plain": True, "tllib": False, "compiled": True}
 
 
 @pytest.mark.usefixtures("one_thread")
