@@ -1,4 +1,5 @@
-//! The Python module `tllib_rs._core`: extract, release the GIL, call, wrap. No logic lives here.
+//! The Python module `tllib_rs._core`: extract the arguments, release the GIL, call, wrap. The only logic here is
+//! about Python's own objects, such as the walk over the parameters of two modules.
 
 mod cc_loss;
 mod cuda;
