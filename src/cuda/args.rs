@@ -87,14 +87,14 @@ pub struct Numbers {
 }
 
 impl Numbers {
-    /// None at all.
+    /// No numbers.
     pub const NONE: Self = Self {
         data: std::ptr::null(),
         stride: 0,
         dtype: 0,
     };
 
-    /// Of at most one dimension. One number stands for as many as the kernel reads.
+    /// Of at most one dimension. A single number is broadcast to as many as the kernel reads.
     pub fn broadcast(input: &Input<'_>) -> Result<Self> {
         let dtype = kernel_dtype(input).ok_or_else(|| input.unsupported("a dtype of kernels"))?;
         let stride = match (input.shape(), input.strides()) {
@@ -125,7 +125,7 @@ pub fn pointer(tensor: Option<&Tensor>) -> *mut c_void {
     tensor.map_or(std::ptr::null_mut(), Tensor::data_ptr)
 }
 
-/// The place of an element of memory that holds several things.
+/// The address of an element in memory that holds several arrays.
 pub fn place<T>(work: &Tensor, element: usize) -> *mut c_void {
     let first = work.data_ptr().cast::<T>();
     first.wrapping_add(element).cast::<c_void>()
@@ -176,7 +176,7 @@ impl Partials {
     }
 }
 
-/// The dtype of a tensor of facts whose dtype has kernels here: float64 has none.
+/// The dtype of a tensor with these facts, if it has kernels: float64 has none.
 pub fn kernel_dtype(facts: &Facts) -> Option<Dtype> {
     facts.dtype().filter(|&dtype| dtype != Dtype::F64)
 }

@@ -1,7 +1,7 @@
 // What the kernels of all methods share: element types, the threads of a row, sums over a grid.
 //
-// NVRTC compiles it in front of each <method>.cu with -DELEMENT=f32, f16 or bf16, and without any header
-// of CUDA. tests/cuda compiles the same for the CPU, where TLLIB_ON_CPU supplies what the device has.
+// NVRTC compiles it in front of each <method>.cu with -DELEMENT=f32, f16 or bf16, and without any CUDA
+// header. tests/cuda compiles the same for the CPU, with TLLIB_ON_CPU and stand-ins for what the device has.
 
 typedef long long i64;
 
@@ -19,7 +19,7 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
   return bits;
 }
 #endif
-// One instruction for the next two, where there is one.
+// One instruction for each of the next two functions, where the device has one.
 #if !defined(TLLIB_ON_CPU) && __CUDA_ARCH__ >= 800
 #define TLLIB_EXTREME(instruction, a, b, otherwise)                       \
   float extreme;                                                          \
@@ -59,7 +59,7 @@ __device__ __forceinline__ float nan32() { return __uint_as_float(0x7fc00000u); 
 __device__ __forceinline__ float infinity32() { return __uint_as_float(0x7f800000u); }
 __device__ __forceinline__ bool finite(float x) { return fabsf(x) < infinity32(); }
 
-// N elements that are read or written at once, 16 bytes at a time where there are as many.
+// N elements that are loaded or stored together, 16 bytes at a time if they have as many.
 template <typename T, int N>
 struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
   T at[N];
@@ -110,7 +110,7 @@ struct Smallest {
   template <typename T> __device__ static T identity() { return infinity32(); }
 };
 
-// Over LANES neighbours, a power of two; all get the result, in an order that does not vary.
+// Reduces over LANES neighboring threads, a power of two, in a fixed order; all get the result.
 template <typename Op, int LANES = WARP, typename T>
 __device__ __forceinline__ T across_warp(T x) {
 #pragma unroll
@@ -118,8 +118,8 @@ __device__ __forceinline__ T across_warp(T x) {
   return x;
 }
 
-// Of each x[n] over the block, which has WARPS warps, or any number where that is 0. All threads of the block must
-// call it; all get the results, in an order that does not vary.
+// Reduces each x[n] over the block, which has WARPS warps, or any number if WARPS is 0, in a fixed order. All threads
+// of the block must call it; all get the results.
 template <typename Op, int WARPS, int N, typename T>
 __device__ __forceinline__ void across_block(T (&x)[N]) {
   __shared__ T of_warp[N][WARPS > 0 ? WARPS : WARP];
@@ -147,8 +147,8 @@ __device__ __forceinline__ T across_block(T x) {
   return only[0];
 }
 
-// Adds up what threads of the same place in their warps have, into those of the first warp; in an order that
-// does not vary. All threads of the block must call it.
+// Sums `own` over the threads with the same lane in all warps, into the first warp, in a fixed order. All threads of
+// the block must call it.
 template <int N>
 __device__ __forceinline__ void across_warps(double (&own)[N]) {
   __shared__ double of_warp[N][WARP][WARP];
@@ -164,8 +164,8 @@ __device__ __forceinline__ void across_warps(double (&own)[N]) {
   __syncthreads();  // of_warp may be written again
 }
 
-// Runs f(c), in all threads, for the columns of block `block` of `blocks` that have all `cols` of them: WARP at a time,
-// the same in each warp.
+// Runs f(c), in all threads, for the columns of block `block` where `blocks` blocks share `cols` columns: WARP at a
+// time, the same in each warp.
 template <typename F>
 __device__ __forceinline__ void tiles(int cols, int block, int blocks, F f) {
   for (int tile = block * WARP; tile < cols; tile += blocks * WARP) f(tile + (int)(threadIdx.x % WARP));
@@ -198,7 +198,7 @@ struct Group {
 };
 
 // The rows of this group: `for (i64 i = first_row<SIZE>(); i < rows; i += step_rows<SIZE>())`. With
-// SIZE > WARP all threads of a block take the same turns, so that they may meet inside.
+// SIZE > WARP all threads of a block run the same iterations, so that they may synchronize inside.
 template <int SIZE> __device__ __forceinline__ i64 first_row() {
   return (i64)blockIdx.x * Group<SIZE>::rows() + Group<SIZE>::row();
 }
@@ -206,20 +206,20 @@ template <int SIZE> __device__ __forceinline__ i64 step_rows() {
   return (i64)gridDim.x * Group<SIZE>::rows();
 }
 
-// Columns of a thread that are read at once, where a row is not held.
+// Columns of a thread that are read at once, where a row is not held in registers.
 const int TOGETHER = 4;
 
-// Runs f(k, c, there) for this thread's columns c, and for places beyond the last one, with `there` false: to ask at
-// each takes more instructions than most of what f does. KEEP > 0 promises at most KEEP * SIZE columns; all is
-// unrolled then, so that arrays that k indexes, which counts the columns, stay in registers. With KEEP = 0 k is below
-// TOGETHER, and the rows that f reads are to be named: so many of their columns are read before f is called for them.
+// Runs f(k, c, there) for this thread's columns c, and for places beyond the last one, with `there` false: a branch
+// around each would take more instructions than most of what f does. k counts the columns. KEEP > 0 promises at most
+// KEEP * SIZE columns; the loop is then unrolled, so that arrays indexed by k stay in registers. With KEEP = 0, k is
+// below TOGETHER, and the rows that f reads must be passed: TOGETHER columns of each are fetched before f runs on them.
 template <int SIZE, int KEEP, typename F, typename... Rows>
 __device__ __forceinline__ void places(int cols, F f, Rows&... read) {
   const int lane = Group<SIZE>::lane();
   if constexpr (KEEP > 0) {
     int left = cols - lane;
-    // A number of its own in each sweep: the compiler would keep what it once found of the same one for all others,
-    // in bits of registers, and take them out again at twice the cost.
+    // Makes the number opaque in each sweep: otherwise the compiler would keep the first sweep's comparisons for all
+    // others, as bits packed into registers, and unpack them at twice the cost.
     asm volatile("" : "+r"(left));
 #pragma unroll
     for (int k = 0; k < KEEP; ++k) f(k, lane + k * SIZE, left > k * SIZE);
@@ -231,7 +231,7 @@ __device__ __forceinline__ void places(int cols, F f, Rows&... read) {
     }
   }
 }
-// Runs f(k, c) for those that are there.
+// Runs f(k, c) for the columns that exist.
 template <int SIZE, int KEEP, typename F, typename... Rows>
 __device__ __forceinline__ void columns(int cols, F f, Rows&... read) {
   places<SIZE, KEEP>(
@@ -258,7 +258,7 @@ struct Labels {
 };
 
 // One row as a thread of its group sees it: held in registers (KEEP > 0), or read again in each sweep, TOGETHER columns
-// at a time. Places that are no columns have `pad`.
+// at a time. Places beyond the last column hold `pad`.
 template <typename T, int SIZE, int KEEP>
 struct Row {
   const T* data;
@@ -270,7 +270,7 @@ struct Row {
       : data(of.data + i * of.row), stride(of.col), pad(pad) {
     if constexpr (KEEP > 0) {
       const T* first = data + Group<SIZE>::lane() * stride;
-      if (stride == 1) {  // one address, and constants
+      if (stride == 1) {  // one address, and constant offsets
         places<SIZE, KEEP>(cols, [&](int k, int, bool there) { kept[k] = there ? load(first[k * SIZE]) : pad; });
       } else {
         const i64 step = SIZE * stride;
@@ -281,7 +281,7 @@ struct Row {
       }
     }
   }
-  // Where it is not held: the columns from `from` on.
+  // Reads the columns from `from` on, where the row is not held.
   __device__ __forceinline__ void fetch(int from, int cols) {
     if constexpr (KEEP == 0) {
       const T* first = data + from * stride;
@@ -293,7 +293,7 @@ struct Row {
   __device__ __forceinline__ float at(int k) const { return kept[k]; }
   // From memory, for any column and by any thread.
   __device__ __forceinline__ float again(int c) const { return load(data[c * stride]); }
-  // e^{(z_c - max) times}. A row that is held has it in the place of z_c from then on.
+  // e^{(z_c - max) times}. A row that is held stores it in place of z_c.
   __device__ __forceinline__ float exponential(int k, float max, float times = 1) {
     const float x = expf((at(k) - max) * times);
     if constexpr (KEEP > 0) kept[k] = x;
@@ -306,7 +306,7 @@ struct Row {
   }
 };
 
-// This thread's part of max_c z_c, NaN where one is.
+// This thread's part of max_c z_c, NaN if any of its z_c is.
 template <int SIZE, int KEEP, typename R>
 __device__ __forceinline__ float own_max(R& z, int cols) {
   float max = -infinity32();
@@ -321,7 +321,7 @@ __device__ __forceinline__ float row_max(R& z, int cols) {
 // A row's maximum, and sum_c e^{(z_c - max) times} over all columns but one.
 struct Normalizer { float max, sum; };
 
-// In registers, the exponentials are held from then on; those of places that are no columns are 0.
+// A row in registers holds exponentials from then on; those of places beyond the last column are 0.
 template <int SIZE, int KEEP, typename R>
 __device__ __forceinline__ Normalizer normalizer(R& z, int cols, float times = 1, int except = -1) {
   if constexpr (KEEP > 0) {
@@ -333,14 +333,14 @@ __device__ __forceinline__ Normalizer normalizer(R& z, int cols, float times = 1
     });
     return {max, Group<SIZE>::sum(sum)};
   } else {
-    // In one sweep: a sum is multiplied when its maximum grows, which is seldom.
+    // In one sweep: the sum is rescaled when the maximum grows, which is rare.
     float max = -infinity32(), sum = 0;
     for (int from = Group<SIZE>::lane(); from < cols; from += TOGETHER * SIZE) {
       z.fetch(from, cols);
       float top = max;
 #pragma unroll
       for (int k = 0; k < TOGETHER; ++k) top = larger(top, z.at(k));
-      if (top == -infinity32()) continue;  // nothing yet: these add 0, or the row is one that has no maximum
+      if (top == -infinity32()) continue;  // only -inf so far: these add 0, or the whole row is -inf
       if (top != max) sum *= expf((max - top) * times);
       max = top;
 #pragma unroll
@@ -361,7 +361,7 @@ struct Gathering {
   unsigned* done;    // zero before and after
 };
 
-// True in all threads of the block that comes last, which then sees what the others wrote before. `done` is
+// True in all threads of the last block to arrive, which then sees what the others wrote before. `done` is
 // zero before and after. All threads must call it.
 __device__ __forceinline__ bool last_block(unsigned* done) {
   __shared__ bool last;
@@ -376,8 +376,8 @@ __device__ __forceinline__ bool last_block(unsigned* done) {
   return last;
 }
 
-// Adds up `own` over all threads of the grid. True in the threads of one block, the last, where `own` then
-// is the total; in an order that does not depend on which block it was. All threads must call it.
+// Sums `own` over all threads of the grid. True in the threads of the last block, where `own` then is the
+// total; the order of summation does not depend on which block that is. All threads must call it.
 template <int N>
 __device__ bool gathered(const Gathering& g, double (&own)[N]) {
   across_block<Add, 0>(own);
@@ -412,8 +412,8 @@ template <int SIZE> __device__ __forceinline__ double once(float x) {
 #endif
 
 // The forms of a kernel `template <int SIZE, int KEEP> void name(const Args&)` over rows, by the number of
-// columns: a warp for each row as long as its registers hold it. What a row costs besides its columns, and threads
-// each pay, is shared by as many columns as can be. Mirrored by `ROWS` in src/cuda/plan.rs.
+// columns: a warp for each row as long as its registers hold it, so that the fixed cost per row, which each of its
+// threads pays, is spread over as many columns as possible. Mirrored by `ROWS` in src/cuda/plan.rs.
 #define ROW_KERNEL(name, Args)                                       \
   KERNEL(256, name##_128, Args, (name<32, 4>(args)))                 \
   RESIDENT_KERNEL(128, 6, name##_512, Args, (name<32, 16>(args)))    \
@@ -421,7 +421,7 @@ template <int SIZE> __device__ __forceinline__ double once(float x) {
   RESIDENT_KERNEL(128, 4, name##_4096, Args, (name<128, 32>(args)))  \
   KERNEL(1024, name##_any, Args, (name<1024, 0>(args)))
 
-// The forms of one that needs more than a row's number for each column, or has few rows: more threads for each.
+// The forms of a kernel that holds more than one number per column, or has few rows: more threads for each row.
 // Mirrored by `FEW_ROWS` in src/cuda/plan.rs.
 #define FEW_ROWS_KERNEL(name, Args)                     \
   KERNEL(256, name##_128, Args, (name<32, 4>(args)))    \

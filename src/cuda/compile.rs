@@ -8,11 +8,11 @@ use crate::torch::Dtype;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// What the driver loads: a cubin where NVRTC knows the device, otherwise PTX, which the driver compiles and
-/// which ends with a NUL. The driver is told no length: it must be whole.
+/// which ends with a NUL. The driver is not given its length: it must be complete.
 pub struct Code(Vec<u8>);
 
 impl Code {
-    /// What a file of the cache holds after the mark of what follows; `None` if it was cut off or damaged.
+    /// The code in a cache file, which begins with a hash of the code; `None` if the file is truncated or damaged.
     pub fn from_file(file: &[u8]) -> Option<Self> {
         let (mark, bytes) = file.split_at_checked(MARK)?;
         (mark == Self::mark(bytes)).then(|| Self(bytes.to_vec()))
@@ -68,7 +68,7 @@ pub fn compile(source: Source, dtype: Dtype, capability: (i32, i32)) -> Result<C
     })
 }
 
-/// The options that decide what the code is. No `fast-math`: exponentials and divisions stay exact ones.
+/// The options that decide what the code is. No `fast-math`: exponentials and divisions stay accurate.
 fn options(dtype: Dtype, architecture: &Architecture) -> Vec<String> {
     let mut options = vec![
         format!("--gpu-architecture={}", architecture.name()),

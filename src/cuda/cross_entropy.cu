@@ -10,7 +10,7 @@ struct Rows {  // mirrored by `Rows` in src/cuda/cross_entropy.rs
   Gathering gathering;
 };
 
-// The loss is the mean of what each row, once, has added to `total`.
+// The loss is the mean over rows of what each row has added, once, to `total`.
 __device__ __forceinline__ void finish(const Rows& rows, double (&total)[1]) {
   if (gathered(rows.gathering, total) && threadIdx.x == 0) {
     store(rows.loss, (float)(total[0] / rows.count));  // over no rows 0/0, as in tllib
@@ -61,7 +61,7 @@ struct Smooth {  // mirrored by `Smooth` in src/cuda/cross_entropy.rs
   float hit, rest, mass;
 };
 
-// `split`, and sum_c (z_c - max): in one sweep where the row is held, which has exponentials from then on.
+// `split`, and sum_c (z_c - max): in one sweep where the row is held, which then holds exponentials.
 template <int SIZE, int KEEP, typename R>
 __device__ __forceinline__ Split shifted_split(R& z, int cols, int label, float at_label, float& max, float& shifted) {
   if constexpr (KEEP > 0) {
@@ -92,8 +92,8 @@ __device__ __forceinline__ void smooth(const Smooth& a) {
   for (i64 i = first_row<SIZE>(); i < a.rows.count; i += step_rows<SIZE>()) {
     Row<E, SIZE, KEEP> z(a.rows.logits, i, cols);
     const i64 given = a.labels.at(i);
-    // No check of the labels could be reported without a wait. A label that is none makes the loss and
-    // the gradient of its row NaN; in torch's operations it would end the context.
+    // An invalid label cannot be reported without synchronizing. It makes the loss and the gradient of its
+    // row NaN; in torch's operations it would make the context unusable.
     const bool known = given >= 0 && given < cols;
     const int label = known ? (int)given : 0;
     const float z_label = known ? z.again(label) : nan32();

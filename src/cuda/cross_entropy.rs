@@ -79,10 +79,10 @@ pub fn smooth(
     unsafe { launch("smooth", logits, bound, (dtype, out), args) }
 }
 
-/// Launches `kernel` with what `args` makes of its rows; `bound` is that of a row's gradient.
+/// Launches `kernel` with the arguments that `args` makes from the rows; `bound` bounds a row's gradient.
 ///
 /// # Safety
-/// `logits` is a matrix of the dtype on this device, and what `args` adds is what the kernel takes it for.
+/// `logits` is a matrix of the dtype on this device, and what `args` adds is valid for the kernel.
 unsafe fn launch<A: Args>(
     kernel: &'static str,
     logits: &Input<'_>,

@@ -15,17 +15,17 @@ use std::mem::ManuallyDrop;
 use std::sync::{Mutex, PoisonError};
 use tch::{Device, Kind, Tensor};
 
-/// The driver's name of the stream that each thread has of its own.
+/// The driver's handle of the per-thread default stream.
 const CU_STREAM_PER_THREAD: usize = 2;
 
-/// Threads that an emulated device holds at once: a few blocks, so that sums over a grid are tried.
+/// Threads that an emulated device holds at once: a few blocks, so that sums over a grid are tested.
 const EMULATED: u32 = 4 * 1024;
 
 /// Where kernels are launched.
 pub struct Stream {
     device: Device,
     runs_on: RunsOn,
-    /// The graph that launches are recorded into, if they are.
+    /// The graph that launches are captured into, if any.
     capture: Option<u64>,
 }
 
@@ -39,14 +39,14 @@ enum RunsOn {
     Emulator(&'static Emulator),
 }
 
-/// One kernel launch, but for the arguments.
+/// One kernel launch, without the arguments.
 #[derive(Clone, Copy)]
 pub struct Launch {
     /// The method: `src/cuda/<stem>.cu`.
     pub stem: &'static str,
     /// The `ELEMENT` that the source is compiled for.
     pub dtype: Dtype,
-    /// The kernel, and what its name ends with.
+    /// The kernel, and the suffix of its name.
     pub kernel: (&'static str, &'static str),
     /// Blocks.
     pub grid: u32,
@@ -74,14 +74,14 @@ impl Launch {
 
 /// A counter of blocks; see [`Stream::counter`].
 pub enum Counter {
-    /// Of a stream: there for good.
+    /// Of a stream: never freed.
     Shared(Handle),
-    /// Of one launch, to be kept until it is made.
+    /// Of one launch, to be kept until the launch is made.
     Own(Tensor),
 }
 
 impl Counter {
-    /// On the device.
+    /// Its address on the device.
     pub fn place(&self) -> *mut c_void {
         match self {
             Self::Shared(memory) => memory.0,
@@ -124,7 +124,7 @@ impl Stream {
             .transpose()
     }
 
-    /// [`StoredGrad::chosen`] of a gradient of `rows` rows, where it is large.
+    /// Memory for [`StoredGrad::chosen`] of a gradient of `rows` rows, if the gradient is large.
     pub fn chosen(&self, grad: Option<&Tensor>, rows: usize) -> Result<Option<Tensor>> {
         grad.filter(|grad| self.outgrown_by(grad.numel()))
             .map(|_| self.empty(&[rows as i64], Kind::Uint8))
@@ -141,9 +141,9 @@ impl Stream {
 
     /// A counter of blocks that is 0, and will be again when the launch that uses it has run.
     ///
-    /// Launches on one stream follow each other and share one. A captured launch gets one of its own, set
-    /// to 0 in the graph: the graph may be replayed on any stream. So does one on the stream that is another for
-    /// each thread, and has one name.
+    /// Launches on one stream are ordered and share a counter. A captured launch gets its own, zeroed in the graph:
+    /// the graph may be replayed on any stream. So does a launch on the per-thread default stream, whose one handle
+    /// stands for a different stream in each thread.
     pub fn counter(&self) -> Result<Counter> {
         static COUNTERS: Mutex<Option<HashMap<(i64, usize), Handle>>> = Mutex::new(None);
         let locked = || COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -155,16 +155,16 @@ impl Stream {
             return Ok(Counter::Shared(counter));
         }
         let made = match self.runs_on {
-            // Not of torch's allocator, which may be giving out the memory of a graph (torch.compile lets a
-            // model run once in the memory that it will be captured in): nothing may be kept of that.
+            // Not from torch's allocator, which may be allocating from a graph's pool (torch.compile runs a
+            // model once in the memory that it will be captured in): nothing from there may be kept.
             RunsOn::Device { context, stream } => match context.zero(stream) {
                 Ok(memory) => memory,
-                // torch may hold all memory, and gives of it.
+                // torch's allocator may have reserved all memory, and can still allocate from it.
                 Err(_) => return Ok(Counter::Own(self.zero()?)),
             },
             RunsOn::Emulator(_) => Handle(ManuallyDrop::new(self.zero()?).data_ptr()),
         };
-        // Another thread may have made one meanwhile: no lock is held while memory is asked for.
+        // Another thread may have made one meanwhile: no lock is held while memory is allocated.
         let mut counters = locked();
         let counter = counters.get_or_insert_default().entry(key).or_insert(made);
         Ok(Counter::Shared(*counter))
@@ -174,7 +174,7 @@ impl Stream {
         Ok(Tensor::f_zeros([1], (Kind::Int, self.device))?)
     }
 
-    /// What tells it from other streams: the device, and the stream of it.
+    /// What distinguishes it from other streams: the device, and the handle of the stream.
     pub fn key(&self) -> (i64, usize) {
         match self.runs_on {
             RunsOn::Device { context, stream } => (i64::from(context.ordinal()), stream.0 as usize),
@@ -182,18 +182,18 @@ impl Stream {
         }
     }
 
-    /// Whether it is another stream for each thread, under one name.
+    /// Whether it is the per-thread default stream: a different one in each thread, under one handle.
     pub fn of_each_thread(&self) -> bool {
         self.key().1 == CU_STREAM_PER_THREAD
     }
 
-    /// The graph that launches are recorded into, if they are.
+    /// The graph that launches are captured into, if any.
     pub fn capture(&self) -> Option<u64> {
         self.capture
     }
 
-    /// A copy of `words` in memory of this device, made when the stream comes to it: nobody waits. In a
-    /// captured graph it is made anew whenever the graph is replayed.
+    /// A copy of `words` in memory of this device, made in stream order, without synchronizing. In a captured
+    /// graph it is made anew whenever the graph is replayed.
     pub fn upload(&self, words: &[i64]) -> Result<Tensor> {
         let here = Tensor::f_from_slice(words)?;
         match self.device {
@@ -202,7 +202,7 @@ impl Stream {
         }
     }
 
-    /// How many threads the device holds at once, of kernels that take as few registers as that needs.
+    /// How many threads the device holds at once, of kernels that use few enough registers.
     pub fn threads_at_once(&self) -> u32 {
         match self.runs_on {
             RunsOn::Device { context, .. } => context.threads_at_once(),
@@ -211,8 +211,8 @@ impl Stream {
     }
 
     /// The launch with a block for each piece of `work`, at most as many as the device holds of this kernel at
-    /// once, so that they are started, and their sums gathered, once. At least one, so that a result of no rows is
-    /// written too. The kernel is one whose blocks have one size.
+    /// once, so that blocks are started, and their sums gathered, only once. At least one, so that a result over no
+    /// rows is written too. All launches of the kernel must have the same block size.
     pub fn sized(&self, launch: Launch, work: usize) -> Result<Launch> {
         let most = match self.runs_on {
             RunsOn::Device { context, .. } => modules::function(context, &launch)?.resident,
@@ -222,25 +222,25 @@ impl Stream {
         Ok(Launch { grid, ..launch })
     }
 
-    /// Whether that many elements are more than the device keeps at hand between one launch and the next, so that
-    /// to spare reading them is worth more than what else it costs.
+    /// Whether that many elements are more than the device's cache keeps from one launch to the next, so that not
+    /// having to read them is worth the extra cost.
     pub fn outgrown_by(&self, elements: usize) -> bool {
         // An H200's cache has 50 MB, and it holds 270,336 threads at once.
         elements / 16 > self.threads_at_once() as usize
     }
 
-    /// Blocks of `threads` threads where there is `work` for as many: at least one, and at most those that the
-    /// device holds at once of [`Self::threads_at_once`].
+    /// The number of blocks of `threads` threads that have `work` pieces of work, one for each: at least one, and at
+    /// most as many as [`Self::threads_at_once`] allows.
     pub fn blocks(&self, work: usize, threads: u32) -> u32 {
         work.clamp(1, (self.threads_at_once() / threads).max(1) as usize) as u32
     }
 
-    /// Launches a kernel. It runs when the stream comes to it.
+    /// Launches a kernel, which runs in stream order.
     ///
     /// # Safety
     /// `args` are those of the kernel, and its pointers are to memory of this device that is as large as
-    /// the kernel takes it to be, and that torch's allocator gives to nobody before work that is already
-    /// on this stream, the launch included, is done: memory of a tensor that is alive now.
+    /// the kernel assumes, and that torch's allocator does not reuse before the work already on this
+    /// stream, the launch included, is done: memory of a tensor that is alive now.
     pub unsafe fn launch<A: Args>(&self, launch: Launch, args: &A) -> Result<()> {
         let pointer = std::ptr::from_ref(args).cast_mut().cast::<c_void>();
         match self.runs_on {

@@ -1,5 +1,5 @@
 //! The CUDA driver, as far as kernels need it: a device's context, modules, launches. `cudarc` loads it
-//! when it is first asked for; where there is none, nothing here is called.
+//! on first use; where there is none, no driver function is called.
 
 use super::compile::Code;
 use super::failed;
@@ -89,8 +89,8 @@ impl Context {
         self.threads_at_once
     }
 
-    /// Runs `body` with this context current on the thread: torch's own device may be another, and a thread
-    /// that has not used CUDA yet has none.
+    /// Runs `body` with this context current on the thread: torch's current device may be another, and a thread
+    /// that has not used CUDA yet has no context.
     fn within<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
         // SAFETY: the context is alive: it is never released.
         unsafe { sys::cuCtxPushCurrent_v2(self.primary.0.cast()) }
@@ -100,7 +100,7 @@ impl Context {
         body()
     }
 
-    /// Which graph launches on `stream` are recorded into, if into one.
+    /// The graph that launches on `stream` are captured into, if any.
     pub fn capture(&self, stream: Handle) -> Result<Option<u64>> {
         self.within(|| {
             // SAFETY: torch's stream of this device; its streams live as long as the process.
@@ -112,9 +112,9 @@ impl Context {
         })
     }
 
-    /// Refuses the default stream of a context that is current but not torch's usual one, as
-    /// `torch.cuda.green_contexts` makes them: it has no handle by which it could be told from this context's, where
-    /// launches would run beside what they belong behind.
+    /// Refuses the default stream of a current context that is not the primary one, such as those that
+    /// `torch.cuda.green_contexts` makes: it has no handle to distinguish it from this context's default stream, where
+    /// launches would not be ordered after the work that they depend on.
     pub fn check_default(&self, stream: Handle) -> Result<()> {
         let mut current = std::ptr::null_mut();
         if !stream.0.is_null() {
@@ -161,8 +161,8 @@ impl Context {
         Ok(of_each as u32 * self.multiprocessors)
     }
 
-    /// [`Self::within`] for what is allowed while a graph is captured only where it is said to be meant:
-    /// it is no part of the graph.
+    /// [`Self::within`] for calls that do not become part of a graph, and are allowed during a capture only in
+    /// relaxed mode.
     fn beside_captures<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
         self.within(|| {
             let _relaxed = Relaxed::new()?;
@@ -170,7 +170,7 @@ impl Context {
         })
     }
 
-    /// Loads compiled code, which stays loaded. `None` for code that is not for this device and driver, or none.
+    /// Loads compiled code, which stays loaded. `None` if it is invalid or not for this device and driver.
     pub fn load(&self, code: &Code) -> Result<Option<Handle>> {
         use sys::CUresult as R;
         self.beside_captures(|| {
@@ -190,7 +190,7 @@ impl Context {
         })
     }
 
-    /// A kernel of a loaded module. The driver may load it only now.
+    /// A kernel of a loaded module. The driver may load it lazily, in this call.
     pub fn function(&self, module: Handle, name: &str) -> Result<Handle> {
         let name = CString::new(name).map_err(|_| failed("a kernel's name has a NUL"))?;
         self.beside_captures(|| {
@@ -200,8 +200,8 @@ impl Context {
         })
     }
 
-    /// 4 bytes of the device that are 0 when `stream`, which captures nothing, comes to it, and never given
-    /// back.
+    /// 4 bytes of device memory that are set to 0 in the order of `stream`, which must not be capturing, and are
+    /// never freed.
     pub fn zero(&self, stream: Handle) -> Result<Handle> {
         const SIZE: usize = 4;
         self.beside_captures(|| {
@@ -251,7 +251,7 @@ fn graph_of(stream: Handle) -> Result<u64> {
     ) -> sys::CUresult;
     let (mut status, mut graph) = (NOT_CAPTURING, 0);
     let nothing = std::ptr::null_mut;
-    // SAFETY: the driver is loaded. The first is only asked for; the second has had this signature since CUDA 11.3.
+    // SAFETY: the driver is loaded. The first is only looked up; the second has had this signature since CUDA 11.3.
     let (newer, older) = unsafe {
         let driver = sys::culib();
         (
@@ -287,7 +287,7 @@ fn graph_of(stream: Handle) -> Result<u64> {
     Ok(graph)
 }
 
-/// A context that was pushed, and is popped whatever happens.
+/// A context that was pushed, and is popped on drop.
 struct Pushed;
 
 impl Drop for Pushed {
@@ -298,7 +298,7 @@ impl Drop for Pushed {
     }
 }
 
-/// A thread that may do what captures forbid; it holds the thread's mode of before.
+/// A thread that may do what captures forbid; it holds the thread's previous mode, restored on drop.
 struct Relaxed(sys::CUstreamCaptureMode);
 
 impl Relaxed {

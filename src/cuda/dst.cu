@@ -35,7 +35,7 @@ struct Disagree {
   }
 };
 
-// Of the first rows, which are labeled, and of the rest.
+// The heads of the first rows, which are labeled, or of the rest.
 __device__ __forceinline__ Heads heads_of(const Dst& a, bool labeled) {
   const Heads &x = a.labeled, &y = a.unlabeled;
   return {
@@ -60,7 +60,7 @@ template <int SIZE, int KEEP>
 __device__ __forceinline__ void dst(const Dst& a) {
   double total[2] = {0, 0};
   const i64 rows = a.labeled.rows + a.unlabeled.rows;
-  // A row is that of a whole group, whose threads take the same branch.
+  // All threads of a group have the same row, and take the same branch.
   for (i64 at = first_row<SIZE>(); at < rows; at += step_rows<SIZE>()) {
     const bool labeled = at < a.labeled.rows;
     const Heads heads = heads_of(a, labeled);

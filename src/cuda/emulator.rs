@@ -1,6 +1,6 @@
 //! Kernels on the CPU. The tests compile the same sources with a C++ compiler and a stand-in for what a
-//! device has (tests/cuda), and name the library in `TLLIB_RS_CUDA_EMULATOR`: CPU tensors then go the way
-//! of CUDA tensors, launches included.
+//! device has (tests/cuda), and name the library in `TLLIB_RS_CUDA_EMULATOR`: CPU tensors are then treated
+//! as CUDA tensors, launches included.
 
 use super::compile::element;
 use super::device::Launch;
@@ -10,14 +10,14 @@ use crate::error::Result;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
-/// `launch(kernel, grid, block, args)`, 0 where there is such a kernel.
+/// `launch(kernel, grid, block, args)`, which returns 0 if there is such a kernel.
 type Call = unsafe extern "C" fn(*const c_char, u32, u32, *mut c_void) -> c_int;
 
 /// The loaded library.
 pub struct Emulator(Call);
 
 impl Emulator {
-    /// The one that the environment names, if it does.
+    /// The one that the environment names, if any.
     pub fn loaded() -> Result<Option<&'static Self>> {
         static LOADED: OnceLock<std::result::Result<Option<Emulator>, String>> = OnceLock::new();
         let loaded = LOADED.get_or_init(|| {

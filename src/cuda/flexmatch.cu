@@ -1,8 +1,8 @@
-// FlexMatch's two steps: the formula is in src/kernels/flexmatch.rs, what becomes of equal indices in
-// src/ops/flexmatch/device.rs. All is integers: ELEMENT plays no part.
+// FlexMatch's two steps: the formula is in src/kernels/flexmatch.rs, the handling of equal indices in
+// src/ops/flexmatch/device.rs. Everything is integers: ELEMENT is unused.
 //
-// An index or label out of range traps, where the composite fails an assertion of the device: nothing is
-// read or written out of bounds, and torch raises at its next call that waits.
+// An index or label out of range traps, where the composite fails a device-side assertion: nothing is
+// read or written out of bounds, and torch raises at its next call that synchronizes.
 
 typedef unsigned long long u64;
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ bool is_one(const Entries& n, i64 k) {
   }
 }
 
-// Negative ones count from the end; what is out of range is not below `length` as u64.
+// Negative indices count from the end; a result out of range is at least `length` as u64.
 __device__ __forceinline__ i64 wrapped(i64 index, i64 length) { return index < 0 ? index + length : index; }
 
 // ---- the status of each label's class ----------------------------------------------------------
@@ -51,7 +51,7 @@ struct FlexmatchStatus {  // mirrored by `StatusArgs` in src/cuda/flexmatch.rs
 };
 
 __device__ __forceinline__ void flexmatch_status_all(const FlexmatchStatus& a) {
-  // Every block for itself: that is cheaper than a second launch.
+  // Every block finds the maximum for itself: that is cheaper than a second launch.
   i64 largest = 0;
   for (int c = threadIdx.x; c < a.classes; c += blockDim.x) largest = LargestInteger::of(largest, a.counts[c + 1]);
   largest = across_block<LargestInteger>(largest);
@@ -85,9 +85,9 @@ struct FlexmatchUpdate {  // mirrored by `UpdateArgs` in src/cuda/flexmatch.rs
 const int SLOTS = 8192;
 const int ROWS_EACH = 4;  // of a thread, at most
 
-// The slot of this row's index. A slot holds 1 + the last row so far of the one index that has it, or 0.
+// The slot of this row's index. A slot holds 1 + the last row so far of the index that owns it, or 0.
 //
-// All rows of an index try the same slots in the same order, and a slot once taken stays its index's: they
+// All rows of an index probe the same slots in the same order, and a slot never changes its owner: they
 // end at the same one, whatever the order of threads.
 __device__ __forceinline__ int claim(const FlexmatchUpdate& a, unsigned* last, int row) {
   const i64 index = wrapped(integer(a.idxes, row), a.samples);
@@ -100,7 +100,7 @@ __device__ __forceinline__ int claim(const FlexmatchUpdate& a, unsigned* last, i
   for (;;) {
     const unsigned holder = atomicCAS(&last[slot], 0u, row + 1u);
     if (holder == 0) return slot;
-    // Whichever row it is that holds the slot by now, it is one of the same index.
+    // Another row may hold the slot by now, but one of the same index as `holder`.
     if (wrapped(integer(a.idxes, holder - 1), a.samples) == index) {
       atomicMax(&last[slot], row + 1u);
       return slot;
@@ -116,8 +116,8 @@ __device__ __forceinline__ i64 exchange_label(void* outputs, i64 at, i64 label) 
   return old;
 }
 
-// Of a row that is the last selected one of its index: nobody else touches the label. Counts are integers,
-// so that the order of the additions does not matter.
+// For the last selected row of an index: no other thread touches the label. Counts are integers, so that
+// the order of the additions does not matter.
 __device__ __forceinline__ void relabel(const FlexmatchUpdate& a, int row) {
   const i64 at = wrapped(integer(a.idxes, row), a.samples), label = integer(a.labels, row);
   i64 old = a.classes;
@@ -129,7 +129,7 @@ __device__ __forceinline__ void relabel(const FlexmatchUpdate& a, int row) {
       default: old = exchange_label<i64>(a.outputs, at, label);
     }
   }
-  // What was there is a class or -1 as well, unless somebody wrote it behind our back.
+  // The old label is a class or -1 as well, unless it was written by other code.
   if ((u64)old + 1 > (u64)a.classes) {
     __trap();
     return;

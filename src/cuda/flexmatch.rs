@@ -108,7 +108,7 @@ pub fn status(
         length: length as i64,
         status: status.data_ptr(),
     };
-    // Each block looks for the largest count: it had better have some labels, too.
+    // Each block searches for the largest count: it should have enough labels to be worth that.
     let grid = stream.blocks(length.div_ceil(THREADS), THREADS as u32);
     // SAFETY: `status` is as large as `labels`; all tensors are of this device and alive.
     unsafe {
@@ -117,8 +117,8 @@ pub fn status(
     Ok(Some(status))
 }
 
-/// Writes the selected labels into `outputs` and keeps `counts` true, in place. Both are contiguous; the
-/// others are of one dimension and one length. False, and nothing done, where no kernel serves them.
+/// Writes the selected labels into `outputs` and updates `counts` to match, in place. Both are contiguous;
+/// the others are of one dimension and one length. False, and nothing done, where no kernel serves them.
 pub fn update(
     counts: &Tensor,
     outputs: &Tensor,

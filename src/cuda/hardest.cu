@@ -7,7 +7,7 @@ struct Hardest {  // mirrored by `Args` in src/cuda/hardest.rs
   i64 *positive, *negative;
 };
 
-// Above those of all smaller numbers, and of equal ones at a later index. NaN is above all.
+// A rank above those of all smaller numbers, and of equal ones at a later index. NaN ranks highest.
 __device__ __forceinline__ unsigned long long rank(float x, int index) {
   const unsigned bits = __float_as_uint(x != x ? nan32() : x + 0.0f);  // -0 is 0
   const unsigned order = bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -15,7 +15,7 @@ __device__ __forceinline__ unsigned long long rank(float x, int index) {
 }
 __device__ __forceinline__ i64 index_of(unsigned long long rank) { return 0xffffffffu - (unsigned)rank; }
 
-// s 1e7 + d in the storage type, each operation rounded as torch's: in half types the offset is infinite.
+// s 1e7 + d in the storage type, each operation rounded as torch's: in float16 the offset is infinite.
 __device__ __forceinline__ float moved(float d, float s) {
   return rounded<E>(__fadd_rn(rounded<E>(__fmul_rn(s, 1e7f)), d));
 }

@@ -1,7 +1,7 @@
 // Minimum class confusion: the formulas are in src/kernels/mcc.rs.
 //
 // mcc_rows     what the gradient needs to know of each row; the sums of each column over a block's rows
-// mcc_columns  the sums over all rows: of the blocks' or, where rows are long, of the logits; the loss
+// mcc_columns  the sums over all rows: from the blocks' sums or, where rows are long, the logits; the loss
 // mcc_grad     the gradient, by rows
 // mcc_small    all of it in one block
 
@@ -16,7 +16,7 @@ struct Mcc {  // mirrored by `Args` in src/cuda/mcc.rs
   float inverse_t;
   float epsilon;
   float factor;         // of the stored gradient
-  float* of_rows;       // [4][rows]: maximum, 1 / sum of the exponentials, weight, 1 less the largest; or null
+  float* of_rows;       // [4][rows]: maximum, 1 / sum of the exponentials, weight, 1 - largest probability; or null
   float* partials;      // [parts][2][cols]: s_c and e_c over the rows of a block
   Coefficients* coefficients;  // [cols]
   E* grad;              // or null
@@ -37,9 +37,9 @@ struct Compensated {
 
 struct Softmax {
   float max, reciprocal, inverse_t;
-  float others;  // 1 less the largest probability, from the sum of all others
+  float others;  // 1 - largest probability, from the sum of all others
   __device__ __forceinline__ float of(float z) const { return expf((z - max) * inverse_t) * reciprocal; }
-  // 1 less a probability, which keeps its digits where that is near 1.
+  // 1 - p, which keeps its digits where p is near 1.
   __device__ __forceinline__ float not_(float p) const { return p == reciprocal ? others : 1 - p; }
 };
 
@@ -47,15 +47,15 @@ __device__ __forceinline__ Softmax softmax_of(const Mcc& a, i64 i) {
   return {a.of_rows[i], a.of_rows[a.rows + i], a.inverse_t, a.of_rows[3 * a.rows + i]};
 }
 
-// Takes the group's rows. With KEEP > 0 calls each(c, s_c, e_c) with the sums over the rows of the block, in
-// one thread for each column; such groups are whole blocks, or at most WARPS warps.
+// Sweeps the group's rows. With KEEP > 0 calls each(c, s_c, e_c) with the sums over the rows of the block, in
+// one thread for each column; the group is then the whole block, or one of at most WARPS warps.
 template <int SIZE, int KEEP, int WARPS, typename F>
 __device__ __forceinline__ void sweep(const Mcc& a, F each) {
   Compensated s[KEEP > 0 ? KEEP : 1], e[KEEP > 0 ? KEEP : 1];
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
     Row<E, SIZE, KEEP> z(a.logits, i, a.cols);
     const float max = row_max<SIZE, KEEP>(z, a.cols);
-    // Apart from each other, and then in f64: of a certain row, the rest is far below the precision of 1.
+    // Summed separately, and then in f64: in a confident row, the rest is far below the precision of 1.
     float ones = 0, rest = 0;
     const auto sum = [&](int k, int, bool) {
       const float x = z.exponential(k, max, a.inverse_t);
@@ -92,7 +92,7 @@ __device__ __forceinline__ void sweep(const Mcc& a, F each) {
   if constexpr (KEEP > 0 && SIZE > WARP) {
     columns<SIZE, KEEP>(a.cols, [&](int k, int c) { each(c, s[k].value(), e[k].value()); });
   } else if constexpr (KEEP > 0) {
-    // Written once in a launch: the one barrier orders it all.
+    // Written once in a launch, so that one barrier suffices.
     __shared__ float of_warp[WARPS][2][KEEP * WARP];
     float(&own)[2][KEEP * WARP] = of_warp[threadIdx.x / WARP];
     columns<SIZE, KEEP>(a.cols, [&](int k, int c) {
@@ -111,8 +111,8 @@ __device__ __forceinline__ void sweep(const Mcc& a, F each) {
   }
 }
 
-// Takes the sums of a column over all rows. Adds to `found` what is off the diagonal, and 1 for a class that is
-// present.
+// Processes the sums of a column over all rows. Adds to `found` its share that is off the diagonal, and 1 if the
+// class is present.
 __device__ __forceinline__ void settle(const Mcc& a, int c, double s, double e, double (&found)[2]) {
   // NaN is not below the least normal number: it stays in the loss.
   const bool present = !(s < 1.1754943508222875e-38);
@@ -123,7 +123,7 @@ __device__ __forceinline__ void settle(const Mcc& a, int c, double s, double e, 
   a.coefficients[c] = {(float)(1 - off), present ? (float)(1 / s) : 0};
 }
 
-// Of a row, some class is present.
+// If there is a row, some class is present.
 __device__ __forceinline__ void store_loss(const Mcc& a, const double (&found)[2]) {
   store(a.loss, found[1] > 0 ? (float)(found[0] / a.cols) : nan32());
 }
@@ -159,7 +159,7 @@ __device__ __forceinline__ void mcc_grad(const Mcc& a) {
     total = Group<SIZE>::sum(total);
     E* grad = a.grad + i * a.cols;
     const auto gradient = [&](int k, int c) {
-      // Its share once more: to hold them too would take as many registers as the row.
+      // Recomputes its share: holding the shares too would take as many registers as the row.
       const float p = KEEP > 0 ? z.at(k) : softmax.of(z.at(k));
       store(grad[c], times * (share(p, c) - p * total));
     };
@@ -219,7 +219,7 @@ __device__ __forceinline__ void all_in_one(const Mcc& a) {
   across_block<Add, 0>(found);
   if (threadIdx.x == 0) store_loss(a, found);
   if (!a.grad) return;
-  __syncthreads();  // rows and coefficients are there for all threads
+  __syncthreads();  // rows and coefficients are visible to all threads
   mcc_grad<WARP, 4>(a);
 }
 KERNEL(1024, mcc_small, Mcc, all_in_one(args))

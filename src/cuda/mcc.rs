@@ -16,7 +16,7 @@ use tch::{Kind, Tensor};
 const STEM: &str = "mcc";
 /// Rows and columns up to which one block takes less time than two more launches.
 const SMALL: (usize, usize) = (128, 128);
-/// Blocks that leave sums of columns: with more, these would be as many as the logits.
+/// Maximum number of blocks that write column sums: with more, these could be as many as the logits.
 const MOST_PARTS: u32 = 1024;
 
 #[derive(Clone, Copy)]
@@ -49,7 +49,7 @@ pub fn mcc(
 ) -> Result<(Tensor, Option<StoredGrad>)> {
     let (rows, cols) = logits.matrix()?;
     let stream = Stream::current(logits.device())?;
-    // Its bound is that of the kernel for the CPU.
+    // The bound is that of the CPU kernel.
     let scale = stored_scale(dtype, 4.0 / temperature);
     let grad = stream.gradient(logits, dtype)?;
     let loss = stream.empty(&[], out.kind())?;
@@ -117,7 +117,7 @@ fn in_turns(
     let columns = over_columns(stream, (STEM, "mcc_columns"), dtype, (terms, cols));
     let partials = Partials::new(stream, columns.grid, 2)?;
     args.parts = parts as i32;
-    // Where sums of columns are left, only the gradient asks for the rows.
+    // Where the blocks write column sums, only the gradient needs `of_rows`.
     if !holds(cols) || !args.grad.is_null() {
         args.of_rows = work.data_ptr();
     }

@@ -1,5 +1,5 @@
 // The teacher's moving average: the formula is in src/kernels/mean_teacher.rs. All parameters of a model in
-// one launch, a block for each chunk. A chunk says what its dtypes are: ELEMENT plays no part.
+// one launch, a block for each chunk. A chunk says what its dtypes are: ELEMENT is unused.
 
 struct Chunk {  // mirrored by `words` in src/cuda/mean_teacher.rs
   void* teacher;
@@ -15,8 +15,7 @@ struct MeanTeacher {  // mirrored by `Args` in src/cuda/mean_teacher.rs
 
 template <typename T, typename S>
 __device__ __forceinline__ void blend(T& t, S s, float keep, float take) {
-  // Three roundings, as on the CPU and in torch's operations: whoever compares a run with one there sees
-  // the same teacher.
+  // Three roundings, as on the CPU and in torch's operations, so that all of them give the same teacher.
   store(t, __fadd_rn(__fmul_rn(keep, load(t)), __fmul_rn(take, load(s))));
 }
 
@@ -25,7 +24,7 @@ __device__ __forceinline__ void blend_chunk(const Chunk& c, float keep, float ta
   const int N = 16 / sizeof(T);
   T* teacher = (T*)c.teacher;
   const S* student = (const S*)c.student;
-  // Addresses that were read from memory might be of any memory, for all that the compiler knows.
+  // The compiler does not know the address space of pointers that were loaded from memory.
   __builtin_assume(__isGlobal(teacher) && __isGlobal(student));
   int done = 0;
   if (Pack<T, N>::fits(teacher) && Pack<S, N>::fits(student)) {
@@ -49,7 +48,7 @@ __device__ __forceinline__ void blend_into(const Chunk& c, float keep, float tak
   if (c.student_dtype == 2) blend_chunk<T, bf16>(c, keep, take);
 }
 
-// All threads of a block have the same chunk, and take the same way.
+// All threads of a block have the same chunk, and take the same branches.
 __device__ __forceinline__ void mean_teacher_all(const MeanTeacher& a) {
   const Chunk c = a.chunks[blockIdx.x];
   if (c.teacher_dtype == 0) blend_into<f32>(c, a.keep, a.take);

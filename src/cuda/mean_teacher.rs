@@ -10,16 +10,16 @@ use std::sync::{Mutex, PoisonError};
 use tch::{Device, Tensor};
 
 const THREADS: u32 = 256;
-/// Chunks for each block that the device holds at once, if the model is large: what one block has less to
-/// do, another does.
+/// Chunks for each block that the device holds at once, if the model is large: several, so that uneven chunks
+/// balance out.
 const TURNS: usize = 4;
-/// What the length of a chunk is a multiple of, so that chunks begin as their tensor is aligned and give
-/// each thread 16 bytes of float16.
+/// The length of a chunk is a multiple of this, so that chunks are aligned as their tensor is and give each
+/// thread 16 bytes of float16.
 const UNIT: usize = 8 * THREADS as usize;
-/// Tables that are kept although nobody may come back to them.
+/// Maximum number of cached tables that may be evicted.
 const LOOSE: usize = 8;
 
-/// One parameter: as many elements of the teacher's and of the student's memory.
+/// One parameter: `len` elements each of the teacher's and of the student's memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Pair {
     teacher: *mut c_void,
@@ -28,7 +28,7 @@ pub struct Pair {
     dtypes: [i32; 2],
 }
 
-// SAFETY: addresses, which are compared and copied here.
+// SAFETY: addresses, which are only compared and copied here.
 unsafe impl Send for Pair {}
 
 impl Pair {
@@ -59,8 +59,8 @@ unsafe impl args::Args for Args {}
 /// `t <- alpha t + (1 - alpha) s` over pairs that are all on `device`, in one launch.
 ///
 /// # Safety
-/// The tensors of all pairs are alive and on `device`, and nobody else's memory in this call is a
-/// teacher's, but the student's, if the two are one tensor.
+/// The tensors of all pairs are alive and on `device`, and a teacher shares memory with no other tensor
+/// of this call, except its student, if the two are one tensor.
 pub unsafe fn blend_all(device: Device, pairs: &[Pair], alpha: f64) -> Result<()> {
     let stream = Stream::current(device)?;
     let (chunks, count) = table(&stream, pairs)?;
@@ -85,15 +85,15 @@ pub unsafe fn blend_all(device: Device, pairs: &[Pair], alpha: f64) -> Result<()
 
 /// What the kernel reads, made once and used until a parameter moves.
 ///
-/// The same pairs are the same memory: who averages it on another stream has to let that stream wait for
-/// the last average anyhow, and with it for the table. It may only not be given back to the stream that it
-/// was made on while another, or a captured graph, may still read it.
+/// The same pairs are the same memory: a caller that averages it on another stream has to make that stream
+/// wait for the last average anyway, and with it for the table. But the table must not be freed to the stream
+/// that it was made on while another stream, or a captured graph, may still read it.
 struct Table {
     pairs: Vec<Pair>,
     chunks: Tensor,
     count: usize,
     stream: (i64, usize),
-    /// For good.
+    /// Whether it is never freed.
     kept: bool,
 }
 
@@ -104,7 +104,7 @@ fn table(stream: &Stream, pairs: &[Pair]) -> Result<(Tensor, usize)> {
     let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
     let known = |table: &Table| table.stream.0 == here.0 && table.pairs == pairs;
     if let Some(place) = tables.iter().position(known) {
-        // To the end: those at the front are the ones that were used longest ago.
+        // Moved to the end: the least recently used tables are at the front.
         let mut table = tables.remove(place);
         table.kept |= capturing || table.stream != here;
         let found = (table.chunks.shallow_clone(), table.count);
@@ -113,7 +113,7 @@ fn table(stream: &Stream, pairs: &[Pair]) -> Result<(Tensor, usize)> {
     }
     let words = words(pairs, stream.blocks(usize::MAX, THREADS) as usize);
     let (chunks, count) = (stream.upload(&words)?, words.len() / WORDS);
-    // A graph copies its table whenever it is replayed, and nobody else may read it before.
+    // A captured table is only filled when its graph is replayed: nothing else may read it before.
     if !capturing {
         let loose = tables.iter().filter(|table| !table.kept).count();
         if let Some(oldest) = tables.iter().position(|table| !table.kept)
@@ -135,7 +135,7 @@ fn table(stream: &Stream, pairs: &[Pair]) -> Result<(Tensor, usize)> {
 /// The size of `Chunk` in `mean_teacher.cu`.
 const WORDS: usize = 3;
 
-/// The chunks, as the kernel reads them. There are at most `TURNS` for each of `blocks` blocks, and one for
+/// The chunks, as the kernel reads them. There are at most `TURNS` for each of `blocks` blocks, plus one for
 /// each pair, whatever the sizes.
 fn words(pairs: &[Pair], blocks: usize) -> Vec<i64> {
     let total: usize = pairs.iter().map(|pair| pair.len).sum();

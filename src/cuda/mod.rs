@@ -1,7 +1,7 @@
 //! Fused CUDA kernels: C++ sources that NVRTC compiles for the device at first use, launched on torch's
 //! current stream.
 //!
-//! [`serves`] says which tensors go this way. A method's file has the mirror of its kernel's arguments
+//! [`serves`] says which tensors they serve. A method's file has the mirror of its kernel's arguments
 //! and the launch; the checks were made in `ops`. Nothing here waits for the device.
 //!
 //! | file | holds |
@@ -10,7 +10,7 @@
 //! | `<stem>.cu`, `<stem>.rs` | a method's kernels, and their launch |
 //! | [`device`], [`plan`], [`args`] | torch's stream and memory; the shape of a launch; its arguments |
 //! | [`modules`], [`compile`], [`sources`], [`nvrtc`] | compiled code in memory and on disk; NVRTC |
-//! | [`driver`], [`emulator`] | who runs a kernel |
+//! | [`driver`], [`emulator`] | what runs a kernel |
 
 mod args;
 mod compile;
@@ -57,16 +57,16 @@ pub fn enabled() -> bool {
     *ENABLED.get_or_init(|| std::env::var_os("TLLIB_RS_CUDA").is_some_and(|value| value == "1"))
 }
 
-/// Whether CPU tensors go the way of CUDA tensors: the tests have the kernels run on the CPU.
+/// Whether CPU tensors are treated as CUDA tensors: the tests run the kernels on the CPU.
 pub fn emulated() -> bool {
     enabled() && matches!(Emulator::loaded(), Ok(Some(_)) | Err(_))
 }
 
-/// Columns that a kernel can count: it adds as many as a block has threads to an `int`.
+/// Maximum number of columns: kernels increment an `int` column index by the threads of a block.
 const MOST_COLUMNS: i64 = 1 << 30;
 
-/// Whether a kernel serves tensors with these facts: ordinary ones of one CUDA device and of a dtype that
-/// has kernels. `false` sends the call to libtorch's operations.
+/// Whether a kernel serves tensors with these facts: ordinary CUDA tensors of a dtype that has kernels.
+/// `false` sends the call to libtorch's operations.
 pub fn serves<F: Deref<Target = Facts>>(inputs: &[&F]) -> bool {
     let has_kernels = |facts: &&F| {
         let columns = facts.shape().last().copied().unwrap_or(1);

@@ -37,7 +37,7 @@ pub fn function(context: &Context, launch: &Launch) -> Result<Function> {
     static LOADED: Mutex<Option<Loaded>> = Mutex::new(None);
     let device = context.ordinal();
     let dtype = element(launch.dtype);
-    // Held while compiling: another thread that wants the same kernel had better wait for it.
+    // Held while compiling: another thread that wants the same kernel should wait for it.
     let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
     let loaded = loaded.get_or_insert_default();
     let name = (device, launch.stem, dtype, launch.kernel);
@@ -66,13 +66,13 @@ pub fn kernel_name((kernel, suffix): Name) -> String {
     format!("{kernel}_{suffix}")
 }
 
-/// From disk, or compiled and kept there.
+/// Loads a module from disk, or compiles it and keeps it there.
 fn module(context: &Context, stem: &str, dtype: Dtype) -> Result<Handle> {
     let source = Source::of(stem).ok_or_else(|| failed(&format!("there is no {stem}.cu")))?;
     let file = cache_folder()
         .map(|folder| cached(&folder, source, dtype, context))
         .transpose()?;
-    // A file that was cut off or belongs elsewhere is written again.
+    // A file that is truncated or for another device is written again.
     let kept = file.as_ref().and_then(|file| std::fs::read(file).ok());
     let code = kept.and_then(|file| Code::from_file(&file));
     if let Some(code) = code
@@ -101,12 +101,12 @@ fn cached(folder: &Path, source: Source, dtype: Dtype, context: &Context) -> Res
     Ok(folder.join(format!("{stem}-{element}-{key}-{version}-{hash:016x}.bin")))
 }
 
-/// Other processes see the whole file or none.
+/// Writes the file atomically: other processes see all of it or none.
 fn keep(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
     if let Some(folder) = file.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    // Processes in containers that share the folder may have one number: a random one tells them apart.
+    // Processes in containers that share the folder may have equal PIDs: a random number distinguishes them.
     let random = RandomState::new().build_hasher().finish();
     let own = file.with_extension(format!("{random:016x}.tmp"));
     let mut to = File::create_new(&own)?;

@@ -1,4 +1,4 @@
-//! NVRTC's functions, of the library that torch itself would call. `cudarc` looks for it by name, and finds that
+//! NVRTC's functions, from the library that torch itself would call. `cudarc` would look it up by name, and find that
 //! of a toolkit first, which may be newer than the driver.
 
 use super::failed;
@@ -141,7 +141,7 @@ impl Program {
         Ok(Self { nvrtc, handle })
     }
 
-    /// Whether it could be compiled; why not, says [`Self::log`].
+    /// Whether it could be compiled; if not, [`Self::log`] says why.
     pub fn compile(&self, options: &[String]) -> Result<bool> {
         let options: Vec<_> = options
             .iter()
@@ -200,9 +200,9 @@ fn terminated(text: &str) -> Result<CString> {
     CString::new(text).map_err(|_| failed("a source has a NUL"))
 }
 
-/// What to open, the best first: where pip puts the NVRTC of CUDA 13 and of CUDA 12; what links torch to its own,
-/// wherever that is; the system's. That of another CUDA than torch runs on comes last: other packages may have brought
-/// it, and the driver may not take what it makes.
+/// What to open, the best first: where pip puts the NVRTC of CUDA 13 and of CUDA 12; the library that links torch to
+/// its own, wherever that is; the system's. An NVRTC of a CUDA version other than torch's comes last: another package
+/// may have installed it, and the driver may not accept its output.
 fn candidates() -> Vec<CString> {
     let of_torch = [
         "../../nvidia/cu13/lib/libnvrtc.so.13",
@@ -239,8 +239,8 @@ fn torchs_cuda() -> Option<u32> {
         .find_map(|(name, version)| loaded(name).then_some(version))
 }
 
-/// What an NVRTC opens by name when it first compiles: beside it, where nothing but torch, which may not have found
-/// it, says to look.
+/// Loads the builtins library that an NVRTC opens by name when it first compiles. It is in the NVRTC's folder, which
+/// the loader knows only if torch found it.
 fn open_builtins(beside: &CStr) {
     let path = Path::new(OsStr::from_bytes(beside.to_bytes()));
     let Some(files) = path.parent().and_then(|folder| folder.read_dir().ok()) else {
@@ -265,6 +265,6 @@ fn open(path: &CStr) -> Option<Nvrtc> {
     if library.is_null() {
         return None;
     }
-    // SAFETY: as above. A handle finds what a library links to as well.
+    // SAFETY: as above. A handle also finds the symbols of the libraries that this one links to.
     unsafe { Nvrtc::of(library) }
 }

@@ -5,7 +5,7 @@ struct PiModel {  // mirrored by `Args` in src/cuda/pi_model.rs
   i64 rows;
   int cols;
   Numbers mask;  // of the rows; data may be null
-  float number;  // the mask where there is none
+  float number;  // in place of a mask
   float factor;  // of the gradients stored for the two
   double mean;   // what the sum of the rows is multiplied by
   E* grad_first;     // or null

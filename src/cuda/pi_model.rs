@@ -33,9 +33,9 @@ unsafe impl args::Args for Args {}
 
 /// What becomes of the distances.
 pub struct Weights<'a> {
-    /// What they are multiplied by: a tensor that [`super::serves`] serves and that broadcasts to the rows,
+    /// What they are multiplied by, if any: a tensor that [`super::serves`] serves and that broadcasts to the rows.
     pub mask: Option<&'a Input<'a>>,
-    /// or, where there is none, this.
+    /// What they are multiplied by without a mask.
     pub number: f64,
     /// Whether they are returned one by one.
     pub each: bool,
@@ -66,7 +66,7 @@ pub fn pi_model(
         stream.gradient(first, dtype)?,
         stream.gradient(second, dtype)?,
     );
-    // In float32 whatever the mask's dtype, which autograd converts it to: how large the distances are,
+    // In float32 whatever the mask's dtype, to which autograd converts it: how large the distances are,
     // and so what scale float16 would need, is not known here.
     let to_mask = match weights.mask {
         Some(mask) if mask.wants_grad() => Some(stream.empty(mask.shape(), Kind::Float)?),

@@ -24,11 +24,11 @@ pub static FEW_ROWS: [Form; 4] = [
 /// Columns up to which the threads of a row hold it in registers.
 const HELD: usize = 4096;
 
-/// Threads of a warp, which has as many columns in a kernel over columns.
+/// Threads of a warp, and columns that it has in a kernel over columns.
 pub const WARP: usize = 32;
-/// Terms of a column's sum for each warp: fewer, and a warp costs more than it adds up.
+/// Terms of a column's sum for each warp: with fewer, a warp costs more than it saves.
 const TERMS: usize = 4;
-/// Threads that the device could hold for each block over columns.
+/// Threads of device capacity for each block over columns, which limits the number of blocks.
 const THREADS_OF_COLUMNS: usize = 256;
 
 /// A form of a kernel over rows.
@@ -83,7 +83,7 @@ pub fn over_columns(
     (terms, cols): (usize, usize),
 ) -> Launch {
     let warps = terms.div_ceil(TERMS).clamp(1, 32);
-    // Many columns of few terms: a block less has its sums gathered in less time than it would spare.
+    // With many columns of few terms, gathering the sums of another block takes longer than it saves.
     let most = stream.threads_at_once() as usize / THREADS_OF_COLUMNS;
     Launch {
         stem,

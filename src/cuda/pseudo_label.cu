@@ -21,8 +21,8 @@ __device__ __forceinline__ void pseudo_label(const PseudoLabel& a) {
     Row<E, SIZE, KEEP> z(a.logits, i, a.cols), t(a.targets, i, a.cols);
     const Normalizer of_t = normalizer<SIZE, KEEP>(t, a.cols);
     const float confidence = rounded<E>(1 / of_t.sum);
-    // What rounds to one probability lies within two spacings of E there: of bf16, which has the coarsest, or of f16
-    // below its normal numbers. It spares the divisions of the others.
+    // Only exponentials within two spacings of 1 can round to the same probability: the spacings of bf16, which are
+    // the coarsest, or of subnormal f16. The others need no division.
     const float near = 1 - (0x1p-6f + 0x1p-23f * of_t.sum);
     // Where the total is NaN all probabilities are, and the first wins.
     const auto as_confident = [&](int k) {

@@ -4,17 +4,17 @@ struct Scale {  // mirrored by `Args` in src/cuda/scale.rs
   const E* grad;
   E* out;            // may be grad
   i64 length;
-  i64 of_row;        // elements that one number of incoming, if there are several, and one of chosen belong to
+  i64 of_row;        // elements for each number of incoming, if there are several, and of chosen
   Numbers incoming;  // one, or one for each row
   float factor;
   const float* divisor;         // one number, or null
   const unsigned char* chosen;  // 0 where a row of grad is 0 or NaN throughout; or null
 };
 
-const int AHEAD = 4;  // units that are under way at once
+const int AHEAD = 4;  // units in flight at once
 
-// Takes units of N elements, of which `of_row` make a row; `of_all` is what all are multiplied by where incoming is one
-// number. A unit that would stay what it is is not even read.
+// Scales units of N elements, of which `of_row` make a row; `of_all` is what all are multiplied by where incoming is
+// one number. A unit that would not change is not even read.
 template <int N>
 __device__ __forceinline__ void scale_units(const Scale& a, i64 units, i64 of_row, float factor, float of_all) {
   typedef Pack<E, N> Unit;
@@ -22,7 +22,7 @@ __device__ __forceinline__ void scale_units(const Scale& a, i64 units, i64 of_ro
   Unit* out = (Unit*)a.out;
   const bool in_place = a.out == a.grad, one = a.incoming.stride == 0;
   const i64 step = (i64)gridDim.x * blockDim.x, first = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  // The row goes along, without a division for each unit.
+  // The row is updated incrementally, without a division for each unit.
   const i64 further_rows = step / of_row, further = step % of_row;
   i64 row = first / of_row, at = first % of_row;
   for (i64 i = first; i < units; i += AHEAD * step) {
@@ -61,7 +61,7 @@ __device__ __forceinline__ void scale_all(const Scale& a) {
   const float factor = a.divisor ? a.factor / *a.divisor : a.factor;
   const bool one = a.incoming.stride == 0, rows = !one || a.chosen;
   const float of_all = one ? a.incoming.at(0) * factor : 0;
-  // As where backward() is called on the loss itself.
+  // The case where backward() is called on the loss itself.
   if (!rows && a.out == a.grad && of_all == 1) return;
   const int N = 16 / sizeof(E);
   const bool packed = Pack<E, N>::fits(a.grad) && Pack<E, N>::fits(a.out) && (!rows || a.of_row % N == 0);
@@ -71,7 +71,7 @@ __device__ __forceinline__ void scale_all(const Scale& a) {
   }
   const i64 units = a.length / N;
   scale_units<N>(a, units, rows ? a.of_row / N : units + 1, factor, of_all);
-  // What does not fill a unit, where rows do not matter.
+  // The remainder that does not fill a unit; there is none where rows matter.
   for (i64 i = units * N + (i64)blockIdx.x * blockDim.x + threadIdx.x; i < a.length; i += (i64)gridDim.x * blockDim.x) {
     store(a.out[i], load(a.grad[i]) * of_all);
   }

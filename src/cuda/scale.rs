@@ -9,7 +9,7 @@ use crate::torch::input::Input;
 use std::ffi::c_void;
 use tch::Tensor;
 
-/// Bytes for each thread: fewer, and blocks cost more than what they do.
+/// Bytes for each thread: with fewer, blocks cost more than their work.
 const EACH: usize = 16;
 const THREADS: u32 = 256;
 
@@ -28,7 +28,7 @@ struct Args {
 // SAFETY: the fields of `Scale` in scale.cu.
 unsafe impl args::Args for Args {}
 
-/// `grad * incoming / (scale * divisor)`, into the memory of `grad` itself where it is `own`. `None`
+/// `grad * incoming / (scale * divisor)`; with `own`, the memory of `grad` may be reused for it. `None`
 /// where no kernel serves the two, or `incoming` is neither one number nor one for each row.
 pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Option<Tensor>> {
     let stored = Input::new("backward", "gradient", &grad.tensor)?;
@@ -44,7 +44,7 @@ pub fn scale(grad: &StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Optio
         return Ok(None);
     }
     let stream = Stream::current(stored.device())?;
-    // A graph of this pass alone may be replayed more than once.
+    // A graph of this pass alone may be replayed more than once, and must not change its input.
     let out = if own && grad.capture == stream.capture() {
         grad.tensor.shallow_clone()
     } else {

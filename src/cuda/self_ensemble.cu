@@ -1,6 +1,6 @@
 // Class balance: the formulas are in src/kernels/self_ensemble.rs.
 //
-// class_balance_sums   sums of each column over a part of the rows; over all, and the loss, if there is one part
+// class_balance_sums   sums of each column over a part of the rows; if that is all of them, also the loss
 // class_balance_means  otherwise the sums of the parts, and the loss
 // class_balance_grad   the backward pass: the gradient with respect to any row, times the incoming one
 
@@ -15,13 +15,13 @@ struct ClassBalance {  // mirrored by `Args` in src/cuda/self_ensemble.rs
   Gathering gathering;
 };
 
-// False for NaN, which passes.
+// The comparison is false for NaN, which passes through.
 __device__ __forceinline__ double at_least(double floor, double x) { return x < floor ? floor : x; }
 
 // Takes the sum of a column over all rows; returns its term of the loss.
 __device__ __forceinline__ double settle(const ClassBalance& a, int c, double sum) {
   const double u = 1.0 / a.cols, mean = sum / a.rows;
-  // To raise, as on the CPU, would wait for the device.
+  // Raising an error, as on the CPU, would wait for the device.
   const double m = mean < 0 || mean > 1 ? (double)nan32() : mean;
   if (a.slope) {
     a.slope[c] = (m - u) / (at_least(9.999999960041972e-13, m * (1 - m)) * ((double)a.rows * a.cols));
@@ -29,7 +29,7 @@ __device__ __forceinline__ double settle(const ClassBalance& a, int c, double su
   return -(u * at_least(-100, log(m)) + (1 - u) * at_least(-100, log(1 - m))) / a.cols;
 }
 
-// What number(i) adds up to over a part of the `count` numbers of column `c`; in the threads of the first warp.
+// The sum of number(i) over a part of the `count` numbers of column `c`, in the threads of the first warp.
 template <typename F>
 __device__ __forceinline__ double sum_of_part(const ClassBalance& a, int c, i64 count, int part, int parts, F number) {
   const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
@@ -42,14 +42,14 @@ __device__ __forceinline__ double sum_of_part(const ClassBalance& a, int c, i64 
   return sum[0];
 }
 
-// Whether this thread writes what is known of column `c`.
+// Whether this thread writes the results of column `c`.
 __device__ __forceinline__ bool writes(const ClassBalance& a, int c) { return threadIdx.x < WARP && c < a.cols; }
 
 __device__ __forceinline__ void store_loss(const ClassBalance& a, double (&loss)[1]) {
   if (gathered(a.gathering, loss) && threadIdx.x == 0) store(a.loss, (float)loss[0]);
 }
 
-// One part after the other has all columns.
+// The grid has the blocks of one part after the other, each part covering all columns.
 __device__ __forceinline__ void sums(const ClassBalance& a) {
   const int blocks = gridDim.x / a.parts, part = blockIdx.x / blocks;
   double loss[1] = {0};
@@ -84,7 +84,7 @@ struct Repeat {  // mirrored by `Repeat` in src/cuda/self_ensemble.rs
 __device__ __forceinline__ void repeat(const Repeat& a) {
   const float incoming = a.incoming.at(0);
   const i64 step = (i64)gridDim.x * blockDim.x, first = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  // The column goes along, without a division for each element.
+  // The column is updated incrementally, without a division for each element.
   const int further = step % a.cols;
   int c = first % a.cols;
   for (i64 i = first; i < a.length; i += step) {

@@ -11,7 +11,7 @@ use std::ffi::c_void;
 use tch::{Kind, Tensor};
 
 const STEM: &str = "self_ensemble";
-/// Rows for each part of a sum: fewer, and a second launch costs more than it saves.
+/// Rows for each part of a sum: with fewer, a second launch costs more than it saves.
 const ROWS: usize = 512;
 /// Threads of a block of the backward pass, and elements for each.
 const THREADS: u32 = 256;

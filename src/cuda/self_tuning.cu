@@ -4,8 +4,8 @@
 //   backward   the gradient of the products, in the order of the queue, and what the own key adds
 //   enqueue    the keys of a batch, at the pointers of their classes
 //
-// The products with the queue themselves are libtorch's. A label that is no class stops the device, as it does
-// in libtorch's own kernels.
+// libtorch computes the products with the queue. A label that is not a class aborts the kernel, as in libtorch's
+// own kernels.
 
 __device__ __forceinline__ i64 class_of(const Labels& labels, i64 i, i64 classes) {
   const i64 label = labels.at(i);
@@ -125,11 +125,11 @@ __device__ __forceinline__ void enqueue_all(const Enqueue& a) {
     }
     before = across_block<Add>(before);
     after = across_block<Add>(after);
-    // A pointer that an outside write left out of range counts from the other end, as torch's remainder.
+    // A pointer that an outside write left out of range wraps around, as with torch's remainder.
     const i64 wrapped = (a.pointers[label * a.stride] + before) % a.of_class;
     const i64 at = wrapped < 0 ? wrapped + a.of_class : wrapped;
     if (threadIdx.x == 0) a.moved[i] = after == 0 ? (at + 1) % a.of_class : -1;
-    // Otherwise a later key of the batch takes the place: no two rows write one column.
+    // Otherwise a later key of the batch replaces it: no two rows write one column.
     if (after < a.of_class) {
       float* column = a.queue + (label * a.of_class + at) * a.col;
       for (int c = threadIdx.x; c < a.dim; c += blockDim.x) column[c * a.row] = a.keys.at(i, c);

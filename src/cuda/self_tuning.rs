@@ -203,7 +203,7 @@ pub fn enqueue(
     };
     let launch = Launch::of(STEM, keys.floating()?, ("enqueue", ""), THREADS);
     let launch = stream.sized(launch, rows)?;
-    // SAFETY: the queue has D rows and K columns for each of the pointers; labels beyond these stop the device
+    // SAFETY: the queue has D rows and K columns for each of the pointers; labels beyond these abort the kernel
     // before anything is written for them. All tensors are on this device and alive.
     unsafe { stream.launch(launch, &args)? };
     crate::torch::bump_version(queue.tensor);

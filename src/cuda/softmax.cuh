@@ -1,4 +1,4 @@
-// One row of logits: its first maximum, and its softmax seen from one class. As src/kernels/softmax.rs.
+// One row of logits: its first maximum, and its softmax split into one class and the rest. As src/kernels/softmax.rs.
 //
 // Compiled between common.cuh and each <method>.cu.
 
@@ -23,12 +23,12 @@ __device__ __forceinline__ int first_column(int cols, F found, R& read) {
   return first == NONE ? 0 : first;
 }
 
-// The first column of the maximum; of NaN, where there is one.
+// The first column that has the maximum, or NaN, if there is one.
 template <int SIZE, int KEEP, typename R>
 __device__ __forceinline__ int first_max(R& z, int cols) {
   float best = -infinity32();
   int first = NONE;
-  // A place that is no column has -inf, and a higher number than all columns.
+  // A place beyond the last column holds -inf, and has a higher index than all columns.
   places<SIZE, KEEP>(
       cols,
       [&](int k, int c, bool) {
@@ -43,8 +43,8 @@ __device__ __forceinline__ int first_max(R& z, int cols) {
   return Group<SIZE>::template reduce<First>(best == max || best != best ? first : NONE);
 }
 
-// x factor, rounded, so that the difference of two that are equal is 0: otherwise the compiler takes the second one
-// exactly.
+// x factor, rounded, so that the difference of two that are equal is 0: otherwise the compiler fuses one product into
+// the subtraction, unrounded.
 __device__ __forceinline__ float scaled(float x, float factor) { return __fmul_rn(x, factor); }
 
 // sum_c e^{z_c - max} in two parts: of one class and of all others, so that 1 - p, p - 1 and ln p keep
@@ -59,7 +59,7 @@ struct Split {
   __device__ __forceinline__ float remainder() const { return others / total(); }
 };
 
-// The row z seen from the class `label`, whose logit is `at_label`; and the row's maximum.
+// Splits the row z at the class `label`, whose logit is `at_label`; also gives the row's maximum.
 template <int SIZE, int KEEP, typename R>
 __device__ __forceinline__ Split split(R& z, int cols, int label, float at_label, float& max) {
   const Normalizer others = normalizer<SIZE, KEEP>(z, cols, 1, label);

@@ -37,7 +37,7 @@ pub const SOURCES: &[Source] = &sources![
 ];
 
 impl Source {
-    /// That of a method.
+    /// The source of a method.
     pub fn of(stem: &str) -> Option<Self> {
         SOURCES.iter().copied().find(|source| source.stem == stem)
     }

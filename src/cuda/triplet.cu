@@ -1,10 +1,10 @@
 // The triplet losses: the formulas are in src/kernels/reid_loss/mining.rs and triplet.rs.
 //
-//   prepare   features in float32, divided by their norms if they are to be, and their squares
+//   prepare   features in float32, divided by their norms if requested, and their squared norms
 //   mine      for each anchor the hardest pair, its distances, its loss, its weights in the gradient
 //
-// Between the two libtorch multiplies; the gradient is in triplet_gradient.cu. Sums over the features are in
-// double: there are only 2N pairs, and what cancels in their distances is what counts.
+// Between the two, libtorch computes the products; the gradient is in triplet_gradient.cu. Sums over the features
+// are in double: there are only 2N pairs, and their distances are small differences of large numbers.
 
 const double CLAMP = 1e-12;          // of squared distances, which get no gradient below it
 const double SMALLEST_NORM = 1e-12;
@@ -100,9 +100,9 @@ __device__ __forceinline__ double distance(double square) { return sqrt(square <
 struct Finds {
   int count[WARPS];
   int index[WARPS][COMPARED];  // ascending
-  int largest[WARPS];          // the first of the largest key, or -1
+  int largest[WARPS];          // the first index with the largest key, or -1
 
-  // The k-th of all, or -1.
+  // The k-th of all warps' candidates, or -1.
   __device__ int at(int k) const {
     for (int w = 0; w < WARPS; ++w) {
       const int here = count[w] < COMPARED ? count[w] : COMPARED;
@@ -111,7 +111,7 @@ struct Finds {
     }
     return -1;
   }
-  // The first of the largest key where it is not among the first COMPARED, or -1.
+  // The first index with the largest key if it is not among the first COMPARED, or -1.
   __device__ int late() const {
     const int last = at(COMPARED - 1);
     int first = -1;
@@ -123,7 +123,7 @@ struct Finds {
 struct Best { int index; double square, taught; };
 
 // The two ends of row `i`: 0 is the positive, the farthest; 1 the negative, the nearest. All threads must call
-// it; the result is in `best`, of memory that the block shares, once all threads are past it.
+// it; the result is in `best`, in shared memory, after the next barrier.
 __device__ void compare(const Mine& a, i64 i, const float* products, const float (&extreme)[EXTREMES],
                         Best (&best)[2]) {
   __shared__ Finds finds[2];
@@ -131,7 +131,7 @@ __device__ void compare(const Mine& a, i64 i, const float* products, const float
   __shared__ double squares[2][COMPARED + 1];
   const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
   const i64 own = a.u_labels.at(i);
-  // Where nobody qualifies, everybody does.
+  // If no candidate qualifies, all do.
   const bool no_same = extreme[SAME_FAR] == -infinity32(), no_other = extreme[OTHER_FAR] == -infinity32();
   const float far = no_same ? extreme[OTHER_FAR] : extreme[SAME_FAR];
   const float near = no_other ? extreme[SAME_NEAR] : extreme[OTHER_NEAR];
@@ -204,7 +204,7 @@ __device__ void compare(const Mine& a, i64 i, const float* products, const float
 __device__ double term(const Mine& a, double t, double reference, double& slope) {
   if (a.objective == 0) {
     const double hinge = t + a.margin;
-    // The derivative is 1 at 0, as torch's clamp_min has it. NaN is neither.
+    // The derivative at 0 is 1, as in torch's clamp_min. NaN propagates.
     slope = hinge < 0 ? 0 : hinge != hinge ? hinge : 1;
     return hinge < 0 ? 0 : hinge;
   }
@@ -219,7 +219,7 @@ __device__ double term(const Mine& a, double t, double reference, double& slope)
 __device__ double finish(const Mine& a, i64 i, const Best (&best)[2], bool no_same, bool no_other) {
   const double ends[2] = {distance(best[0].square), distance(best[1].square)};
   const double offsets[2] = {no_same ? -OFFSET : 0, no_other ? OFFSET : 0};
-  // The teacher does not see the offset, in tllib neither.
+  // The teacher does not see the offset, as in tllib.
   const double reference = a.references ? 1 / (1 + exp(best[1].taught - best[0].taught)) : 0;
   double slope;
   const double t = (ends[0] + offsets[0]) - (ends[1] + offsets[1]);
@@ -228,7 +228,7 @@ __device__ double finish(const Mine& a, i64 i, const Best (&best)[2], bool no_sa
   slope /= (double)a.anchors;
   for (int end = 0; end < 2; ++end) {
     const i64 at = end * a.anchors + i;
-    // Neither a clamped distance nor a pair without weight; NaN is both and goes on.
+    // A clamped distance or a slope of 0 gives no weight; NaN is neither, and propagates.
     const bool none = best[end].square < CLAMP || slope == 0;
     a.found[at] = best[end].index;
     a.offsets[at] = (float)offsets[end];
@@ -257,7 +257,7 @@ __device__ __forceinline__ void mine_all(const Mine& a) {
       extreme[SQUARE] = larger(extreme[SQUARE], a.v_squares[j]);
     }
     across_block<Largest, WARPS>(extreme);
-    // The same in all threads. Where a distance is not finite the pair is NaN, and its gradient.
+    // The same in all threads. Where a distance is not finite, the pair and its gradient are NaN.
     const bool sound = finite(extreme[MAGNITUDE]);
     if (sound) {
       compare(a, i, products, extreme, best);
@@ -272,7 +272,7 @@ __device__ __forceinline__ void mine_all(const Mine& a) {
       const bool no_other = sound && extreme[OTHER_FAR] == -infinity32();
       found[0] += finish(a, i, best, no_same, no_other);
     }
-    // `best` is written again only behind the barriers of the next row's maxima.
+    // `best` is written again only after the barriers of the next row's maxima.
   }
   if (gathered(a.gathering, found) && threadIdx.x == 0) {
     const double total = (a.first > 0 ? *a.total : 0) + found[0];

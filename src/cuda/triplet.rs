@@ -15,10 +15,10 @@ use tch::{Kind, Tensor};
 
 const CLASS: &str = "triplet";
 const THREADS: u32 = 256;
-/// Products that are kept at a time, for each thread that the device holds: the cache has most of them when
+/// Products that are kept at a time, for each thread that the device holds: most of them are still cached when
 /// they are scanned, and no matrix of N x N is ever held.
 const KEPT: usize = 64;
-/// Most rows and columns of features: indices are 32-bit.
+/// Maximum number of rows and of columns of features: indices are 32-bit.
 pub const LARGEST: i64 = 1 << 30;
 /// The error of a key of mining in units of the squared norms where products are computed in TF32: each
 /// factor may be off by 2^-10 of itself, twice the product by 2^-9 of the norms' mean square, and two keys are
@@ -42,7 +42,7 @@ unsafe impl args::Args for Prepare {}
 pub struct Features {
     /// (N, F), float32, contiguous, outside any graph.
     pub tensor: Tensor,
-    /// The squares of its rows, float32; none of a teacher's.
+    /// The squared norms of its rows, float32; none for a teacher.
     squares: Option<Tensor>,
     /// What the rows were divided by, float64; negative where the norm was raised.
     pub norms: Option<Tensor>,
@@ -149,19 +149,19 @@ pub struct Mined {
     pub pairs: Pairs,
 }
 
-/// A positive and a negative of each anchor. In one piece of memory, so that the host asks for it once.
+/// A positive and a negative of each anchor. In one piece of memory, so that it is allocated only once.
 pub struct Pairs {
     /// In float64 a total, the weights of the pairs (of the positives, then of the negatives) and the sums of
-    /// blocks. Behind them 32-bit numbers: the candidates of the pairs, what tllib adds to their distances, the
+    /// blocks. Then 32-bit numbers: the candidates of the pairs, what tllib adds to their distances, the
     /// teacher's references.
     work: Constant,
     anchors: usize,
-    /// Where the 32-bit numbers begin, in float64.
+    /// Where the 32-bit numbers begin, in units of float64.
     narrow: usize,
 }
 
-/// Where the 32-bit numbers of [`Pairs`] stand, in multiples of the anchors: two candidates and two offsets for
-/// each, and a reference.
+/// Offsets among the 32-bit numbers of [`Pairs`], in multiples of the number of anchors: two candidates and two
+/// offsets for each, and a reference.
 const FOUND: usize = 0;
 const OFFSETS: usize = FOUND + 2;
 const REFERENCES: usize = OFFSETS + 2;
@@ -208,13 +208,13 @@ impl Pairs {
         self.numbers(REFERENCES)
     }
 
-    /// 32-bit numbers, so many times the anchors behind the first ones.
+    /// The 32-bit numbers at the offset `times` the number of anchors.
     fn numbers(&self, times: usize) -> *mut c_void {
         args::place::<f32>(self.work.get(), 2 * self.narrow + times * self.anchors)
     }
 
     /// The candidates of the positives, then of the negatives (int64), and what tllib's offsets add to the
-    /// differences of their distances. Then the teacher's references, arbitrary numbers where there is none.
+    /// differences of their distances. Then the teacher's references, arbitrary numbers without a teacher.
     pub fn parts(&self) -> Result<([Tensor; 2], Tensor)> {
         let n = self.anchors as i64;
         let behind = self.work.get().size1()? - self.narrow as i64;
@@ -230,7 +230,7 @@ impl Pairs {
     }
 }
 
-/// Products, mining and loss, so many anchors at a time; `dtype` is that of the call's features.
+/// Products, mining and loss, a block of anchors at a time; `dtype` is that of the call's features.
 pub fn mine(stream: &Stream, mining: &Mining<'_>, dtype: Dtype) -> Result<Mined> {
     let ((n, dim), (m, _)) = (mining.u.tensor.size2()?, mining.v.tensor.size2()?);
     let (rows, candidates) = (n as usize, m as usize);
@@ -248,7 +248,7 @@ pub fn mine(stream: &Stream, mining: &Mining<'_>, dtype: Dtype) -> Result<Mined>
         Objective::Margin(margin) => (1, margin),
         Objective::Taught => (2, 0.0),
     };
-    // cuBLAS may add a pair's products up one after another.
+    // cuBLAS may sum a pair's products sequentially.
     let rounding = ERROR.max((dim as f64).sqrt()) * f64::from(f32::EPSILON);
     let mut args = Mine {
         products: products.data_ptr(),
@@ -280,7 +280,7 @@ pub fn mine(stream: &Stream, mining: &Mining<'_>, dtype: Dtype) -> Result<Mined>
         loss: Scalar::of(&loss, Dtype::F32),
         gathering: Gathering::of(pairs.sums_of_blocks(), &done),
     };
-    // Once without anchors too, for the loss.
+    // Runs once even without anchors, for the loss.
     for first in (0..rows.max(1)).step_by(block) {
         let count = block.min(rows - first);
         (args.first, args.rows) = (first as i64, count as i64);

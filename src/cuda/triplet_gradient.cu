@@ -1,10 +1,10 @@
-// The gradient of the triplet losses with respect to one side: each row looks for the pairs that it is in, so
-// that sums have one order. The formulas are in src/kernels/reid_loss/triplet.rs.
+// The gradient of the triplet losses with respect to one side: each row searches for the pairs that it is in, so
+// that sums have a fixed order. The formulas are in src/kernels/reid_loss/triplet.rs.
 
 const int BLOCK = 256, WARPS = BLOCK / WARP;
 const int EACH = 8;   // columns that a thread has at a time
 const int CHUNK = EACH * BLOCK;
-const int TURNS = 4;  // of a warp over its share of the pairs that are looked at together
+const int TURNS = 4;  // iterations of a warp over its share of a tile of pairs
 const int TILE = TURNS * BLOCK;
 
 struct Pull {  // mirrored by `Pull` in src/cuda/triplet_gradient.rs
@@ -42,8 +42,8 @@ struct Pulled {
     in_chunk(from, a.dim, [&](int k, int c) { sum[k] += weight * ((double)x[k] - y[c]); });
   }
 
-  // All threads must call it: the pairs that have row `row` as their candidate are put into a list that the
-  // block shares, in an order that is always the same.
+  // All threads must call it: the pairs that have row `row` as their candidate are put into a list in shared
+  // memory, in a fixed order.
   __device__ __forceinline__ void gather(const Pull& a, i64 row, int from) {
     __shared__ int hits[TILE], counts[WARPS];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
@@ -71,7 +71,7 @@ struct Pulled {
         count += __popc(who[t]);
       }
       if (lane == 0) counts[warp] = count;
-      __syncthreads();  // and all are done with the list of the tile before
+      __syncthreads();  // also: all are done with the list of the tile before
       int place = 0, all = 0;
       for (int w = 0; w < WARPS; ++w) {
         if (w == warp) place = all;
@@ -84,7 +84,7 @@ struct Pulled {
         }
         place += __popc(who[t]);
       }
-      __syncthreads();  // and all have read the counts
+      __syncthreads();  // also: all have read the counts
       for (int h = 0; h < all; ++h) {
         const i64 anchor = hits[h] < anchors ? hits[h] : hits[h] - anchors;
         add(a, from, hits[h], a.anchors + anchor * a.dim);
@@ -112,7 +112,7 @@ __device__ __forceinline__ void pull_all(const Pull& a) {
   for (i64 row = blockIdx.x; row < a.rows; row += gridDim.x) {
     Pulled pulled;
     double along = 0, divisor = 1;
-    // The part of the sum along the row goes: over all columns before any is written.
+    // The component of the sum along the row is removed: found over all columns before any is written.
     bool projected = false;
     if (a.norms) {
       const double norm = a.norms[row];

@@ -56,7 +56,7 @@ pub fn pull(
         args::pointer(serves.then_some(&features.tensor)).cast_const()
     };
     let scale = stored_scale(dtype, bound);
-    // Only float16 needs it, whose range is what the scale is about: small norms make large gradients.
+    // Only float16 needs it, for its narrow range: small norms make large gradients.
     let divisor = (dtype == Dtype::F16 && side.norms.is_some())
         .then(|| stream.empty(&[], Kind::Float))
         .transpose()?;

@@ -28,7 +28,7 @@ __device__ __forceinline__ void uda(const Uda& a) {
       const float q = y.exponential(k, y_max);
       sums[0] += z.exponential(k, z_max, a.inverse_t);
       sums[1] += q;
-      // q ln q is 0 at q = 0; q ln p is not replaced, and NaN where p = 0 too, as in tllib.
+      // q ln q is defined as 0 at q = 0; q ln p is not, and NaN where p = 0 too, as in tllib.
       sums[2] += there ? q * ((q == 0 ? 0 : ln_q) - ln_p) : 0;
       sums[3] += there ? logit * 0 : 0;  // 0, or NaN where one is not finite
     };

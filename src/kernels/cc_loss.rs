@@ -19,11 +19,10 @@
 //! dL/dz'_ic = p'_ic (dL/dp'_ic - sum_k p'_ik dL/dp'_ik) / T
 //! ```
 //!
-//! Two ways lead there. [`matrix`] forms `D`; [`gram`] forms products of rows with rows instead, and takes
-//! less time and memory where rows are few and classes many. Both take the probabilities some rows or some
-//! classes at a time and compute them again when they need them again, so that nothing has the size of the
-//! logits but the gradient. Both work with `a = sqrt(w) p` and `b = sqrt(w') p'`, of which `M` and `M'` are
-//! sums of products.
+//! There are two algorithms. [`matrix`] forms `D`; [`gram`] forms products of rows with rows instead, and takes
+//! less time and memory where rows are few and classes many. Both process the probabilities some rows or some
+//! classes at a time and recompute them when they are needed again, so that only the gradient has the size of
+//! the logits. Both work with `a = sqrt(w) p` and `b = sqrt(w') p'`, of which `M` and `M'` are sums of products.
 //!
 //! Rows are computed in f64. A class of probability 0 in all selected rows (tllib: 0/0 = NaN) has a
 //! column of zeros.
@@ -45,7 +44,7 @@ pub use matrix::matrix;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-/// A relative distance from the threshold that no error of a confidence in the computing type exceeds.
+/// Bound on the error of a confidence in the computing type, relative to the threshold.
 const CLOSE: f64 = 1e-5;
 /// The widest rows that are read side by side.
 const NARROW: usize = 48;
@@ -81,8 +80,8 @@ struct Choice<'a, E> {
 }
 
 impl<E: Element> Choice<'_, E> {
-    /// Whether a row is chosen whose exponentials add up to `total`; in f64, which may be needed, to what
-    /// `exact` finds.
+    /// Whether a row whose exponentials add up to `total` is chosen. Near the threshold, `exact` computes their
+    /// sum in f64.
     #[inline(always)]
     fn takes(&self, mut total: f64, exact: impl FnOnce() -> f64) -> bool {
         let close = (CLOSE + E::EPSILON) * self.threshold;
@@ -132,7 +131,7 @@ pub struct Pairs<'a, E> {
     pub temperature: f64,
     /// From [`choose`].
     pub chosen: &'a [usize],
-    /// At most as many.
+    /// Maximum number of threads.
     pub threads: NonZeroUsize,
 }
 
@@ -176,7 +175,7 @@ impl<E: Element> Pairs<'_, E> {
         self.chosen.len() as f64 / (self.weak.rows() * self.cols()) as f64
     }
 
-    /// Some of `count` rows for each thread.
+    /// Each thread's range of `count` rows.
     fn shares(&self, count: usize) -> Vec<Range<usize>> {
         split(count, self.threads)
     }
@@ -189,7 +188,7 @@ impl<E: Element> Pairs<'_, E> {
         stored_scale::<E>(12.0 * self.factor() * reach / self.temperature)
     }
 
-    /// The rows of the gradient that belong to parts of the chosen ones: all up to where the next part begins.
+    /// The rows of the gradient that belong to each part of the chosen rows: all up to the start of the next part.
     fn spans(&self, parts: &[Range<usize>]) -> Vec<Range<usize>> {
         let start = |k: usize| match (k, self.chosen.get(k)) {
             (0, _) => 0,
@@ -238,7 +237,7 @@ struct Reader<'a, E: Element> {
 }
 
 impl<'a, E: Element> Reader<'a, E> {
-    /// At most so many classes at a time.
+    /// For at most `cols` classes at a time.
     fn new(pairs: Pairs<'a, E>, cols: usize) -> Self {
         Self {
             pairs,

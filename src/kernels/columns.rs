@@ -1,5 +1,5 @@
-//! Sweeps over matrices whose columns, and not their rows, lie in one piece, for losses that add up a term of each
-//! element over its row. The gradients are laid out as the inputs are, so that nothing is transposed.
+//! Sweeps over column-major matrices, for losses that sum a term of each element over its row. The gradients have the
+//! layout of the inputs, so that nothing is transposed.
 
 use super::element::Element;
 use super::isa::{Isa, Kernel, dispatch};
@@ -10,18 +10,18 @@ use std::array::from_fn;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
 
-/// Terms of a row that are added up in the computing type. Their sums go on in f64.
+/// Terms of a row that are summed in the computing type. These sums are added up in f64.
 const FLUSH: usize = 32;
 
-/// Rows from which on a column is worth a sweep of its own.
+/// Minimum number of rows for which a column is worth a sweep of its own.
 const TALL: usize = 16;
 
-/// Whether [`sweep`] is the way to read a matrix.
+/// Whether a matrix should be read by [`sweep`].
 pub fn fit<E: Element>(rows: &Rows<'_, E>) -> bool {
     rows.column_major() && rows.rows() >= TALL
 }
 
-/// What is added up, a function of the elements of `N` matrices in one place.
+/// The term that is summed, a function of the elements of `N` matrices at one position.
 pub trait Each<const N: usize> {
     /// The term, and its derivative with respect to the first element; that of the second is the negative.
     /// Implementations must be `#[inline(always)]`.

@@ -9,8 +9,8 @@
 //! u_i      = 1 - p_ia + 1e-6
 //! ```
 //!
-//! over the labeled and the unlabeled rows. `1 - p_a` is the sum of the other probabilities where
-//! `p_a` is near 1: the difference would leave `u` no digit in f32.
+//! over the labeled and the unlabeled rows. Where `p_a` is near 1, `1 - p_a` is computed as the sum of
+//! the other probabilities: the difference would leave `u` without a correct digit in f32.
 
 use super::Loss;
 use super::element::{Element, stored_scale};

@@ -78,7 +78,7 @@ impl Element for F16 {
         let bits = u32::from(self.0);
         let shifted = (bits & 0x7fff) << 13;
         let rebiased = shifted + REBIAS;
-        // With the exponent of the smallest normal number, a subnormal one has a leading 1 too many.
+        // With the exponent of the smallest normal number, a subnormal one gains an implicit leading 1: subtract it.
         let subnormal = f32::from_bits(rebiased + (1 << 23)) - SMALLEST_NORMAL;
         let special = rebiased + REBIAS;
         let number = if shifted < 1 << 23 {

@@ -7,8 +7,8 @@
 //! status_c = n_c / max_k n_k        over the classes, and -1 too while `warmup`
 //! ```
 //!
-//! and 0 for every class where one single value fills all samples (tllib does so, also when that
-//! value is a class).
+//! and 0 for every class where all samples have the same value (as in tllib, even if that value is
+//! a class).
 
 use super::parallel::{run, split};
 use super::rows::prefetch;
@@ -18,7 +18,7 @@ use std::num::NonZeroUsize;
 pub trait Label: Copy + Send + Sync + 'static {
     /// Exact.
     fn wide(self) -> i64;
-    /// Exact for what fits; the caller has checked that.
+    /// Exact if the label fits, which the caller has checked.
     fn narrow(label: i64) -> Self;
 }
 
@@ -41,12 +41,12 @@ label!(i8, i16, i32, i64);
 /// How often each value occurs in `net_outputs`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Counts {
-    /// `counts[c + 1]` is the number of samples labelled `c`; `counts[0]` of those at -1.
+    /// `counts[c + 1]` is the number of samples labeled `c`; `counts[0]` of those labeled -1.
     counts: Vec<i64>,
     samples: i64,
 }
 
-/// A value that is no class and not -1.
+/// A value that is neither a class nor -1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutOfRange {
     /// Where it was found.
@@ -55,11 +55,11 @@ pub struct OutOfRange {
     pub value: i64,
 }
 
-/// Tables that take turns, so that a run of equal labels does not wait for its own last increment.
+/// Tables that are used in turn, so that in a run of equal labels no increment waits for the one before.
 const TABLES: usize = 4;
-/// Labels that are asked for before the first of them is written.
+/// How many labels ahead of the one being written are prefetched.
 const EARLY: usize = 32;
-/// The widest table of which [`TABLES`] stay in the nearest cache.
+/// The widest table of which [`TABLES`] fit in the L1 cache.
 const NARROW: usize = 1 << 10;
 
 /// `counts[c + 1]` of a part of all labels.
@@ -126,7 +126,7 @@ impl Counts {
         Self::from_raw(counts)
     }
 
-    /// Counts per class, and of -1 in front.
+    /// The count of -1, followed by the count of each class.
     pub fn raw(&self) -> &[i64] {
         &self.counts
     }
@@ -139,8 +139,8 @@ impl Counts {
         self.counts[(label + 1) as usize] += 1;
     }
 
-    /// Labels samples one after the other, as (index, label) pairs in range. In a large data set each is a
-    /// miss of cache and TLB: they are asked for early, so that these misses overlap.
+    /// Labels samples one after the other, as (index, label) pairs in range. In a large data set each misses
+    /// the cache and the TLB: they are prefetched, so that these misses overlap.
     pub fn relabel_all<L: Label>(&mut self, outputs: &mut [L], pairs: &[(usize, i64)]) {
         for k in 0..pairs.len() + EARLY {
             if let Some(&(index, _)) = pairs.get(k) {

@@ -2,7 +2,7 @@
 //!
 //! A kernel is a value that implements [`Kernel`]; [`dispatch`] runs it inside a function compiled
 //! for the best instruction set of the processor. `run` and everything it calls is
-//! `#[inline(always)]`, so that LLVM vectorises one source three times.
+//! `#[inline(always)]`, so that LLVM vectorizes one source three times.
 
 use std::sync::OnceLock;
 

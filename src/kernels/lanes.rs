@@ -1,14 +1,14 @@
 //! Narrow rows, [`LANES`] of them side by side.
 //!
-//! A row of a few classes is too short for a sweep of its own: to fold its sums takes longer than to add them
-//! up. Column by column ([`Rows::side_by_side`](super::rows::Rows::side_by_side)) each row has a lane of its
-//! own, and its maximum, its sums and what follows from them are computed for all lanes at once. Up to which
-//! width that is faster each kernel says, as measured: the more it adds up, the wider; and a gradient is
+//! A row of a few classes is too short for a sweep of its own: the horizontal reduction of its sums takes longer
+//! than the sums. Read column by column ([`Rows::side_by_side`](super::rows::Rows::side_by_side)), each row has a
+//! lane of its own, and its maximum, its sums and what follows from them are computed for all lanes at once. Each
+//! kernel sets the width up to which that is faster, as measured: the more it sums, the wider; a gradient has to be
 //! transposed when it is written.
 //!
-//! Loops over the lanes of one column go through [`each_lane`] and [`set`], and read what is the same for all columns
-//! from [`held`]: LLVM then makes one vector of a column. It writes such short loops out before it looks for vectors,
-//! and would take the columns for the elements of one, gathered and scattered, or every lane by itself.
+//! Loops over the lanes of one column go through [`each_lane`] and [`set`], and read values that are the same for all
+//! columns from [`held`]: LLVM then makes each column one vector. It unrolls such short loops before it vectorizes, and
+//! would otherwise vectorize across columns, with gathers and scatters, or not vectorize at all.
 
 use super::element::Element;
 use super::isa::{self, Isa, Kernel};
@@ -29,8 +29,8 @@ pub type Lanes<T> = [T; LANES];
 /// The same kernel, for narrow rows.
 pub struct Narrow<K>(pub K);
 
-/// Runs `kernel`, or its form for narrow rows. Each is compiled apart: in one function they take registers
-/// and inlining from each other.
+/// Runs `kernel`, or its form for narrow rows. They are compiled as separate functions: in one, they would compete
+/// for registers and inlining.
 #[inline]
 pub fn dispatch<K>(kernel: K, narrow: bool) -> K::Output
 where
@@ -44,8 +44,8 @@ where
     }
 }
 
-/// Whether rows of `cols` columns, cut into these ranges, are taken side by side, where a kernel does so up to
-/// `widest` columns: of a tile of few rows most lanes are for nothing.
+/// Whether rows of `cols` columns, split into these ranges, are processed side by side by a kernel that does so up to
+/// `widest` columns. Unused lanes lower the limit: a tile of few rows wastes most of them.
 pub fn narrow(ranges: &[Range<usize>], cols: usize, widest: usize) -> bool {
     let rows: usize = ranges.iter().map(Range::len).sum();
     let lanes = ranges
@@ -54,7 +54,7 @@ pub fn narrow(ranges: &[Range<usize>], cols: usize, widest: usize) -> bool {
     lanes.sum::<usize>().saturating_mul(cols) <= rows.saturating_mul(widest)
 }
 
-/// The ranges of at most [`LANES`] rows that `range` consists of, and where in it they are.
+/// Splits `range` into ranges of at most [`LANES`] rows, and also gives each relative to the start of `range`.
 #[inline(always)]
 pub fn tiles(range: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
     let (first, count) = (range.start, range.len());
@@ -64,7 +64,7 @@ pub fn tiles(range: Range<usize>) -> impl Iterator<Item = (Range<usize>, Range<u
     })
 }
 
-/// Calls `f` for each lane of a column. The loop over the columns around it is left as it is.
+/// Calls `f` for each lane of a column. Keeps LLVM from vectorizing the enclosing loop over columns.
 #[inline(always)]
 pub fn each_lane(mut f: impl FnMut(usize)) {
     black_box(());
@@ -73,7 +73,7 @@ pub fn each_lane(mut f: impl FnMut(usize)) {
     }
 }
 
-/// Sets every lane of a column, all of them when all are computed: none of what is read is known to lie elsewhere.
+/// Sets every lane of a column. Stores them only after all are computed: to LLVM, what `f` reads may alias the column.
 #[inline(always)]
 pub fn set<T: Copy>(column: &mut Lanes<T>, f: impl Fn(usize) -> T) {
     let mut lanes = *column;
@@ -81,8 +81,8 @@ pub fn set<T: Copy>(column: &mut Lanes<T>, f: impl Fn(usize) -> T) {
     *column = lanes;
 }
 
-/// Numbers of each lane that a loop over columns reads, in memory: what LLVM sees through is a number of its own for
-/// each lane, and those are not worth a vector.
+/// Forces the numbers of each lane that a loop over columns reads into memory: otherwise LLVM tracks them as separate
+/// scalars, which it does not find worth a vector.
 #[inline(always)]
 pub fn held<T: Copy>(lanes: Lanes<T>) -> Lanes<T> {
     black_box(lanes)
@@ -108,7 +108,7 @@ pub fn argmax<F: Real>(columns: &[Lanes<F>]) -> (Lanes<F>, Lanes<F>) {
     (largest, at)
 }
 
-/// The largest number of each lane. NaN is passed over: in a softmax it reaches the sum all the same.
+/// The largest number of each lane. NaN is ignored: in a softmax it propagates to the sum anyway.
 #[inline(always)]
 pub fn largest<F: Real>(columns: &[Lanes<F>]) -> Lanes<F> {
     let mut largest = [F::NEG_INFINITY; LANES];
@@ -127,14 +127,14 @@ pub struct Softmax<'a, F> {
     pub z: &'a [Lanes<F>],
     /// `e^{scale (z_c - max)}`
     pub exp: &'a mut [Lanes<F>],
-    /// The largest logit of each row, but for NaN.
+    /// The largest logit of each row, ignoring NaN.
     pub max: Lanes<F>,
-    /// The sum of `exp`, in f64: a difference of the logarithms of two may be small. NaN where a logit is.
+    /// The sum of `exp`, in f64: the logarithms of two such sums may nearly cancel. NaN where a logit is.
     pub total: Lanes<f64>,
 }
 
 impl<'a, F: Real> Softmax<'a, F> {
-    /// That of the rows of `range`, with a positive `scale`.
+    /// The softmax of the rows of `range`, with a positive `scale`.
     #[inline(always)]
     pub fn of<I: Isa, E: Element<Acc = F>>(
         rows: &Rows<'_, E>,
@@ -154,7 +154,7 @@ pub fn room<F: Real>(cols: usize) -> Room<F> {
     (Tile::new(cols), Tile::new(cols))
 }
 
-/// Writes `e^(scale (z - shift))` and returns its sum. `shift` has the largest of each lane.
+/// Writes `e^(scale (z - shift))` and returns its sum. `shift` is the maximum of each lane.
 #[inline(always)]
 pub fn exp_shifted<I: Isa, F: Real>(
     columns: &[Lanes<F>],
@@ -192,7 +192,7 @@ pub fn add(total: &mut Lanes<f64>, values: &Lanes<f64>, count: usize) {
     }
 }
 
-/// Moves the sums of the lanes to `sums`.
+/// Adds the sum over the lanes of each column to `sums`, and clears the lanes.
 #[inline(always)]
 pub fn flush<F: Real>(lanes: &mut [Lanes<F>], sums: &mut [f64]) {
     for (lanes, sum) in lanes.iter_mut().zip(sums) {
@@ -209,7 +209,7 @@ pub fn flush<F: Real>(lanes: &mut [Lanes<F>], sums: &mut [f64]) {
     }
 }
 
-/// The sum of squares of each of as many rows as `sums` has places, one behind the other.
+/// The sum of squares of each of `sums.len()` contiguous rows.
 #[inline(always)]
 pub fn sums_of_squares<F: Real>(rows: &[F], sums: &mut [f64]) {
     let cols = rows.len() / sums.len().max(1);
@@ -246,7 +246,7 @@ pub fn wide<F: Real>(lanes: &Lanes<F>) -> Lanes<f64> {
     wide
 }
 
-/// Softmax rows seen from one class each, as [`softmax::Split`](super::softmax::Split) is.
+/// Softmax rows, each split into one class and all others, as in [`softmax::Split`](super::softmax::Split).
 pub struct Split<F> {
     /// The class of each row.
     label: Lanes<F>,
@@ -258,8 +258,7 @@ pub struct Split<F> {
     pub others: Lanes<f64>,
 }
 
-/// The rows with logits `z` and exponentials `e`, seen from the class `label`, in whose place `e` is 0
-/// afterwards.
+/// Splits the rows with logits `z` and exponentials `e` at the class `label`, where `e` is 0 afterwards.
 #[inline(always)]
 pub fn split<F: Real>(z: &[Lanes<F>], e: &mut [Lanes<F>], label: &Lanes<F>) -> Split<F> {
     let (mut logit, mut own, mut others) = ([F::ZERO; LANES], [F::ZERO; LANES], [F::ZERO; LANES]);
@@ -268,8 +267,8 @@ pub fn split<F: Real>(z: &[Lanes<F>], e: &mut [Lanes<F>], label: &Lanes<F>) -> S
     for (z, e) in z.iter().zip(e) {
         let mut rest = *e;
         each_lane(|k| {
-            // Sums, of which all terms but one are 0, of numbers that are read before: assignments and loads
-            // under a condition would make branches of it.
+            // Sums in which all terms but one are 0, of numbers that are loaded unconditionally: conditional
+            // assignments and loads would become branches.
             let (logit_c, e_c) = (z[k], rest[k]);
             let (of_logit, of_own, other) = if label[k] == class {
                 (logit_c, e_c, F::ZERO)
@@ -293,7 +292,7 @@ pub fn split<F: Real>(z: &[Lanes<F>], e: &mut [Lanes<F>], label: &Lanes<F>) -> S
 }
 
 impl<F: Real> Split<F> {
-    /// `-ln p` of the class of each row, with the maximum that was taken from its logits.
+    /// `-ln p` of the class of each row, with the maximum that was subtracted from its logits.
     #[inline(always)]
     pub fn cross_entropy<I: Isa>(&self, max: &Lanes<F>) -> Lanes<f64> {
         let mut values = [0.0; LANES];
@@ -319,7 +318,7 @@ impl<F: Real> Split<F> {
     }
 }
 
-/// Writes `own` in the column of the label, and what `other` makes of the column that comes with it in the others.
+/// Writes `own` to the column of the label, and to each of the others what `other` returns for its input column.
 #[inline(always)]
 pub fn at_label<'a, F: Real>(
     label: &Lanes<F>,
@@ -330,7 +329,7 @@ pub fn at_label<'a, F: Real>(
     let mut class = F::ZERO;
     for (out, column) in columns {
         set(out, |k| {
-            // Both are there before one is taken: a load or a product under a condition would make a branch of it.
+            // Both are computed before one is selected: a conditional load or product would become a branch.
             let (own, other) = (own[k], other(column, k));
             if label[k] == class { own } else { other }
         });
@@ -367,10 +366,10 @@ pub(super) mod tests {
     use super::super::{reduce, softmax};
     use super::*;
 
-    /// Columns that, with others, are more than any loss takes side by side.
+    /// Added columns that make rows wider than any loss processes side by side.
     pub const WIDE: usize = 128;
 
-    /// The rows with more columns of `filler`, so many that they are not narrow.
+    /// The rows with so many added columns of `filler` that they are not narrow.
     pub fn widened<E: Element>(data: &[E], cols: usize, filler: f64) -> Vec<E> {
         let mut out = Vec::new();
         for row in data.chunks(cols) {

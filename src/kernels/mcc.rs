@@ -2,8 +2,8 @@
 //!
 //! With `p = softmax(z / T)` (`B` rows, `C` classes), row entropy
 //! `H_i = -sum_c p_ic ln(p_ic + 1e-5)` and weight `w_i ~ 1 + e^{-H_i}` (a constant to the gradient),
-//! the confusion matrix is `P^T diag(w) P` with its columns scaled to sum 1. What is off its diagonal
-//! needs two sums of each column only:
+//! the confusion matrix is `P^T diag(w) P` with its columns scaled to sum 1. The sum of its off-diagonal
+//! elements needs only two sums per column:
 //!
 //! ```text
 //! loss    = 1/C sum_c e_c / s_c        s_c = sum_i w_i p_ic    e_c = sum_i w_i p_ic (1 - p_ic)
@@ -11,10 +11,10 @@
 //! dL/dz_ic = p_ic (dL/dp_ic - sum_k p_ik dL/dp_ik) / T
 //! ```
 //!
-//! Both are unchanged when all weights are scaled together, so the weights stay unnormalised and
-//! one sweep finds them and the sums. A class whose probability is 0 in every row (tllib: 0/0 = NaN)
-//! has the limits 1 in the loss and 0 in the gradient. Where one class has most of a row, its `1 - p`
-//! is the sum of all others: the loss of certain rows keeps its digits.
+//! Both are unchanged when all weights are scaled together, so the weights stay unnormalized and
+//! one sweep computes them and the sums. A class whose probability is 0 in every row (tllib: 0/0 = NaN)
+//! has the limits 1 in the loss and 0 in the gradient. Where one class has most of a row's probability,
+//! its `1 - p` is computed as the sum of all others: the loss of confident rows keeps its digits.
 
 use super::Loss;
 use super::element::{Element, stored_scale};
@@ -38,33 +38,33 @@ use sums::Totals;
 pub const ENTROPY_EPSILON: f64 = 1e-5;
 /// Rows whose contributions are added in the computing type before they go to the f64 sums.
 const FLUSH: usize = 16;
-/// The widest rows that are taken side by side: narrower ones than of most losses, as the second sweep has to
-/// transpose them once more.
+/// The widest rows that are taken side by side: narrower than for most losses, as the second sweep has to transpose
+/// them once more.
 const NARROW: usize = 48;
-/// Elements of the rows that are swept together: the next one's begin while the sums of one are folded.
+/// Elements of the rows that are swept together, so that the next row starts while the sums of one are reduced.
 const GROUP: usize = 4096;
 
-/// What the first sweep keeps of a row, for types whose probabilities the gradient cannot hold.
+/// What the first sweep keeps of a row; `max` and `reciprocal` serve to recompute its probabilities.
 #[derive(Clone, Copy)]
 struct Row<F> {
     weight: F,
     max: F,
     reciprocal: F,
-    /// Not found in narrow rows, which take every class for it that has the largest logit.
+    /// Not set for narrow rows, which treat every class with the largest logit as the lead.
     lead: Option<Lead<F>>,
 }
 
-/// The class that has more than half of a row.
+/// The class that has more than half of a row's probability.
 #[derive(Clone, Copy)]
 struct Lead<F> {
     class: usize,
-    /// 1 less its probability.
+    /// 1 minus its probability.
     others: F,
 }
 
 /// What the first sweep over a batch leaves for the second.
 pub struct Swept<E: Element> {
-    /// Of this batch; those of a larger one in their place make it a part of that.
+    /// The sums over this batch. Replacing them by those of a larger batch makes this batch a part of it.
     pub sums: Sums,
     kept: Vec<Vec<Row<E::Acc>>>,
     ranges: Vec<Range<usize>>,
@@ -81,7 +81,7 @@ pub fn mcc<E: Element>(
     finish(swept, logits, temperature, grad)
 }
 
-/// The first sweep. `grad` must reach [`finish`] as it is left here.
+/// The first sweep. `grad` must be passed to [`finish`] unmodified.
 pub fn sweep<E: Element>(
     logits: Rows<'_, E>,
     temperature: f64,
@@ -130,7 +130,7 @@ pub fn finish<E: Element>(
     let present = |s: f64| !(s < tiny);
     let of_class = |(&s, &e): (&f64, &f64)| if present(s) { e / s } else { 1.0 };
     let of_classes: Vec<f64> = sums.s.iter().zip(&sums.e).map(of_class).collect();
-    // Of a row, some class is present.
+    // If there is a row, some class is present.
     let value = if sums.s.iter().any(|&s| present(s)) {
         reduce::sum(&of_classes) / cols as f64
     } else {
@@ -209,7 +209,7 @@ impl<E: Element> Kernel for Sweep<'_, E> {
     }
 }
 
-/// Writes `e^{(z_c - max z) / T}`. The weight is still to be found.
+/// Writes `e^{(z_c - max z) / T}`. The weight is computed later.
 #[inline(always)]
 fn exponentials<I: Isa, F: Real>(z: &[F], inverse_t: F, out: &mut [F]) -> Row<F> {
     let max = reduce::max(z);
@@ -320,7 +320,7 @@ impl<E: Element> Kernel for Gradient<'_, E> {
 /// `g_c = (2 p_c - ratio_c) / s_c` and that of the leading class, `g_m`,
 /// `dL/dz_c = factor (h_c - p_c sum_k h_k)`, `h_c = p_c (g_c - g_m)`.
 ///
-/// Any number in the place of `g_m` gives the same. This one leaves `h_m = 0`: where `p_m` is near 1, the
+/// Any number in place of `g_m` gives the same result. This one makes `h_m = 0`: where `p_m` is near 1, the
 /// gradient is a sum of small terms, and not the difference of two large ones.
 #[inline(always)]
 fn gradient_row<I: Isa, F: Real>(

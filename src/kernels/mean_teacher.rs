@@ -8,8 +8,8 @@ use super::real::Real;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-/// One parameter: the teacher's memory, written, and the student's, read. The types of the elements
-/// are behind the function that knows them, so that a model of any mix is one plain list.
+/// One parameter: the teacher's memory, written, and the student's, read. The element types are
+/// erased into a function pointer, so that a model of mixed types is one plain list.
 #[derive(Clone, Copy)]
 pub struct Pair {
     teacher: *mut u8,
@@ -100,15 +100,15 @@ pub fn blend_all(pairs: &[Pair], alpha: f64, threads: NonZeroUsize) {
     run(jobs);
 }
 
-/// The elements of `range`, counted through all pairs.
+/// Updates the elements of `range`, numbered consecutively over all pairs.
 fn blend_range(pairs: &[Pair], range: Range<usize>, alpha: f64) {
     let mut start = 0;
     for pair in pairs {
         let end = start + pair.len;
         let own = range.start.max(start)..range.end.min(end);
         if !own.is_empty() {
-            // SAFETY: `blend` was made with the pair's types; the ranges of different jobs do not
-            // meet, so no other thread has these elements.
+            // SAFETY: `blend` was made with the pair's types; the ranges of different jobs are
+            // disjoint, so no other thread has these elements.
             unsafe { (pair.blend)(*pair, own.start - start..own.end - start, alpha) };
         }
         if end >= range.end {

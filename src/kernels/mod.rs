@@ -1,10 +1,10 @@
 //! The mathematics, on slices. No torch, no Python: `cargo test --no-default-features` runs it all.
 //!
 //! The foundation: [`isa`] picks an instruction set at run time, [`real`] has the arithmetic and
-//! the vectorisable `exp` and `ln`, [`element`] the storage types, [`rows`] strided matrices,
-//! [`reduce`] the sweeps over one row, [`lanes`] those over narrow rows side by side, [`quad`] how rows become
-//! columns, [`columns`] the sweeps over columns in one piece, [`softmax`] a row of probabilities, [`product`] products
-//! of matrices, [`parallel`] the threads. Every other module is a method.
+//! the vectorizable `exp` and `ln`, [`element`] the storage types, [`rows`] strided matrices,
+//! [`reduce`] the sweeps over one row, [`lanes`] those over narrow rows side by side, [`quad`] the transposition
+//! of rows, [`columns`] the sweeps over contiguous columns, [`softmax`] a row of probabilities, [`product`] matrix
+//! products, [`parallel`] the threads. Every other module is a method.
 
 pub mod columns;
 pub mod element;
@@ -37,7 +37,7 @@ pub mod uda;
 pub struct Loss {
     /// The loss.
     pub value: f64,
-    /// The stored gradient is the gradient times this: a power of two for float16, and the divisor of
-    /// a mean over rows that are counted in the same sweep.
+    /// The stored gradient is the gradient times this: a power of two for float16, times the divisor
+    /// of a mean whose rows are only counted in the sweep itself.
     pub scale: f64,
 }

@@ -1,8 +1,8 @@
 //! Threads, only where they pay.
 //!
-//! The threads of whoever embeds the kernels, where it lends them ([`borrow_team`]); else scoped threads,
-//! made for one call: nothing of them lives on, so a forked child cannot meet a pool whose threads stayed
-//! behind in the parent. Several threads may call at once.
+//! Kernels use the embedding program's threads, if it lends them ([`borrow_team`]); otherwise scoped threads,
+//! spawned for one call: no pool persists, so a forked child cannot inherit one whose threads exist only in
+//! the parent. Several threads may call at once.
 
 use std::any::Any;
 use std::num::NonZeroUsize;
@@ -11,12 +11,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Calls its argument, which does not unwind, on threads of its choice, this one among them, and returns
-/// true when all calls are done. Returns false, with nothing called, where it has no threads now.
+/// true when all calls are done. Returns false, without calling it, if no threads are available.
 pub type Team = fn(&(dyn Fn() + Sync)) -> bool;
 
 static TEAM: OnceLock<Team> = OnceLock::new();
 
-/// Lends a team to all kernels. The first one stays.
+/// Lends a team to all kernels. Only the first call has an effect.
 pub fn borrow_team(team: Team) {
     TEAM.get_or_init(|| team);
 }
@@ -35,7 +35,7 @@ pub fn split(n: usize, parts: NonZeroUsize) -> Vec<Range<usize>> {
 }
 
 /// Runs all jobs and returns their results in order. This thread takes part, and finishes alone
-/// where the system gives no more threads.
+/// if no threads can be spawned.
 pub fn run<J, T>(jobs: Vec<J>) -> Vec<T>
 where
     J: FnOnce() -> T + Send,
@@ -49,7 +49,7 @@ where
     let done = Mutex::new(Vec::with_capacity(count));
     let panic: Mutex<Option<Box<dyn Any + Send>>> = Mutex::new(None);
     let work = || {
-        // A statement of its own: the queue is free again while the job runs.
+        // The inner block releases the queue's lock before the job runs.
         while let Some((k, job)) = { lock(&queue).next() } {
             match catch_unwind(AssertUnwindSafe(job)) {
                 Ok(result) => lock(&done).push((k, result)),

@@ -17,8 +17,8 @@ pub use columns::pi_model_by_columns;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-/// The widest rows whose sums are taken side by side: there is little to do, and wider ones are added up
-/// sooner than transposed.
+/// The widest rows whose sums are taken side by side: there is little to do, and wider ones are summed faster
+/// than transposed.
 const NARROW: usize = 31;
 
 /// Where the results go. Gradients are contiguous.

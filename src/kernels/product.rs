@@ -1,18 +1,18 @@
-//! Products of matrices. Kernels say which; who multiplies is for their caller to say: a library and its
-//! threads, which are fast for large ones, or this thread ([`Alone`]), which need not wait for others. Matrices
-//! are contiguous rows of one length.
+//! Matrix products. Kernels say which; their caller chooses who multiplies: a multithreaded library, which is
+//! fast for large matrices, or this thread ([`Alone`]), which need not wait for others. Matrices are contiguous
+//! rows of equal length.
 
 use super::isa::{Isa, Kernel, dispatch};
 use super::real::Real;
 use std::convert::Infallible;
 use std::ops::Range;
 
-/// Who multiplies.
+/// An implementation of matrix products.
 pub trait Multiply<F> {
     /// What may go wrong.
     type Error;
 
-    /// `out_ij += sum_c x_ic y_jc` of rows of `width`; with `upper` only `j >= i` need be right.
+    /// `out_ij += sum_c x_ic y_jc` of rows of `width`; with `upper` only `j >= i` need be correct.
     fn dots(
         &self,
         x: &[F],
@@ -32,14 +32,14 @@ pub trait Multiply<F> {
         out: &mut [F],
     ) -> Result<(), Self::Error>;
 
-    /// `out_cd += sum_i x_ic x_id` of rows of `width`. After the last call [`Multiply::finish`] makes it right.
+    /// `out_cd += sum_i x_ic x_id` of rows of `width`. After the last call, [`Multiply::finish`] completes it.
     fn outer(&self, x: &[F], width: usize, out: &mut [F]) -> Result<(), Self::Error>;
 
     /// Writes what [`Multiply::outer`] left out.
     fn finish(&self, _width: usize, _out: &mut [F]) {}
 }
 
-/// Gives a symmetric matrix of `rows` rows, of which the upper half is right, its lower half.
+/// Fills the lower triangle of a symmetric matrix of `rows` rows from its upper triangle.
 pub fn mirror<F: Real>(matrix: &mut [F], rows: usize) {
     for i in 1..rows {
         for j in 0..i {
@@ -112,10 +112,10 @@ impl<F: Real> Multiply<F> for Alone {
 
 /// Rows and columns of the result of [`Dots`] that are computed together.
 const WIDE: usize = 3;
-/// Terms of a dot product that are added up apart from each other.
+/// Independent partial sums of a dot product.
 const TERMS: usize = 4;
-/// Rows of the result of [`Combine`] that are computed together: so many that none waits for its last sum,
-/// and so few that AVX2 has registers for them.
+/// Rows of the result of [`Combine`] that are computed together: enough to hide the latency of their sums, and
+/// few enough for the registers of AVX2.
 const HIGH: usize = 6;
 /// Columns of the result of [`Combine`] that are computed together.
 const LANES: usize = 8;
@@ -151,7 +151,7 @@ impl<F: Real> Kernel for Dots<'_, F> {
     }
 }
 
-/// Some rows. In the place of one that is not there is the last one, whose sums then go nowhere.
+/// The rows of `range`. The last one stands in for missing ones, whose sums are discarded.
 #[inline(always)]
 fn rows<F>(of: &[F], range: Range<usize>, width: usize) -> [&[F]; WIDE] {
     std::array::from_fn(|r| {
@@ -176,7 +176,7 @@ fn dots<I: Isa, F: Real>(x: [&[F]; WIDE], y: [&[F]; WIDE]) -> [[F; WIDE]; WIDE] 
             }
         }
     }
-    // Where LLVM sees what becomes of the lanes it shuffles them for that, in each turn of the loop.
+    // If LLVM saw how the lanes are reduced, it would shuffle them accordingly in each iteration of the loop.
     let sums = std::hint::black_box(sums);
     let mut out = [[F::ZERO; WIDE]; WIDE];
     for r in 0..WIDE {
@@ -191,7 +191,7 @@ fn dots<I: Isa, F: Real>(x: [&[F]; WIDE], y: [&[F]; WIDE]) -> [[F; WIDE]; WIDE] 
     out
 }
 
-/// Each row in pieces of [`TERMS`], and the rest of it.
+/// Each row in pieces of [`TERMS`], and its remainder.
 #[inline(always)]
 fn chunks<const N: usize, F>(rows: [&[F]; N]) -> ([&[[F; TERMS]]; N], [&[F]; N]) {
     (
@@ -254,7 +254,7 @@ impl<F: Real> Kernel for Combine<'_, F> {
     }
 }
 
-/// The last columns of rows of `width` that are fewer than [`LANES`], and zeros behind them.
+/// The last `width % LANES` columns of each row, padded with zeros.
 #[inline(always)]
 fn padded<F: Real>(rows: &[F], width: usize) -> Vec<[F; LANES]> {
     let start = width / LANES * LANES;

@@ -155,7 +155,7 @@ impl<E: Element> Kernel for Sweep<'_, E> {
     }
 }
 
-/// The normalisation of a softmax row.
+/// The normalization of a softmax row.
 #[derive(Clone, Copy)]
 struct Target<F> {
     max: F,
@@ -186,8 +186,8 @@ impl<F: Real> Target<F> {
             // All probabilities are NaN: the first of them.
             return 0;
         }
-        // Only logits this close to the maximum can round to its probability, 1 / total: the second is the
-        // spacing of float16 where that is below its normal numbers, with tens of thousands of classes.
+        // Only logits this close to the maximum can round to its probability, 1 / total. The second bound
+        // applies where that is subnormal in float16, with tens of thousands of classes.
         let near = self.max - F::of(2.0 * E::EPSILON.max(E::SMALLEST * self.total));
         let (total, confidence) = (F::of(self.total), self.confidence::<E>());
         let ties =
@@ -240,7 +240,7 @@ mod tests {
         }
     }
 
-    /// [`call`], of the rows themselves or with classes that have no probability.
+    /// [`call`] with the rows themselves, or padded with classes of probability 0.
     fn either<E: Element>(
         z: &[E],
         t: &[E],
@@ -322,7 +322,7 @@ mod tests {
 
     #[test]
     fn ties_below_the_normal_numbers_of_float16() {
-        // Of 100,000 probabilities near 1e-5 those within 6e-3 of each other round to one.
+        // Of 100,000 probabilities near 1e-5, those within 6e-3 of each other round to the same number.
         let mut t = vec![F16::store(0.0); 100_000];
         t[500] = F16::store(0.0005);
         t[70_000] = F16::store(0.001);

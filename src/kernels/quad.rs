@@ -1,4 +1,4 @@
-//! Four numbers at a time, which is how rows become columns: LLVM moves them one by one.
+//! Transposition of rows, four numbers at a time: by itself, LLVM moves them one by one.
 
 /// Four adjacent numbers.
 pub type Quad<F> = [F; 4];

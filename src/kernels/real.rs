@@ -1,11 +1,11 @@
-//! The two arithmetic types, f32 and f64, with `exp` and `ln` that LLVM can vectorise.
+//! The two arithmetic types, f32 and f64, with `exp` and `ln` that LLVM can vectorize.
 //!
 //! Both functions are branch-free and correct over the whole range, subnormals, infinities and NaN
 //! included, to 2 ulp.
 //!
 //! `exp x = 2^n e^r` with `n = round(x / ln 2)` and `r = x - n ln 2` in two parts (Cody-Waite), and
-//! a polynomial on `|r| <= ln 2 / 2`: in f32 the one that is closest to `e^r` (3e-9), in f64 Taylor's. The
-//! power of two is applied in two factors, so that a subnormal result is rounded once.
+//! a polynomial on `|r| <= ln 2 / 2`: in f32 the minimax one (error 3e-9), in f64 Taylor's. The power of
+//! two is applied in two factors, so that a subnormal result is rounded once.
 //!
 //! `ln x = e ln 2 + ln(1 + f)` with the mantissa in `[sqrt 1/2, sqrt 2)`; with `s = f / (2 + f)`,
 //! `ln(1 + f) = 2 atanh s = f - (f^2/2 - s (f^2/2 + R))`, `R = 2 s^2 (1/3 + s^2/5 + ...)`.
@@ -29,7 +29,7 @@ pub trait Real:
     + Div<Output = Self>
     + Neg<Output = Self>
 {
-    /// Where comparisons of integers are comparisons of magnitudes.
+    /// Integers that compare as the magnitudes they represent.
     type Bits: Copy + Ord;
     /// 0
     const ZERO: Self;
@@ -67,8 +67,8 @@ pub trait Real:
     /// `e^self`.
     #[must_use]
     fn exp<I: Isa>(self) -> Self;
-    /// `e^self` of a number that is not above 0, as a logit less the largest one is: half the
-    /// instructions. 0 below the normal numbers.
+    /// `e^self` of a number that is not above 0, such as a logit minus the largest one, in half the
+    /// instructions. Results below the normal range are 0.
     #[must_use]
     fn exp_nonpositive<I: Isa>(self) -> Self;
     /// The natural logarithm.
@@ -88,7 +88,7 @@ pub trait Real:
 }
 
 /// The polynomial with these coefficients, highest first: Horner's rule for the even and the odd powers
-/// apart, which is half as long to wait for.
+/// separately, which has half the latency.
 #[inline(always)]
 fn polynomial<I: Isa, F: Real, const N: usize>(x: F, coefficients: [F; N]) -> F {
     let square = x * x;
@@ -140,7 +140,7 @@ macro_rules! real {
 
             #[inline(always)]
             fn larger(self, other: Self) -> Self {
-                // One instruction; `max` has to look for NaN besides.
+                // One instruction; `max` would also have to check for NaN.
                 if self > other { self } else { other }
             }
 
@@ -175,8 +175,8 @@ macro_rules! real {
 
             #[inline(always)]
             fn exp_nonpositive<I: Isa>(self) -> Self {
-                // As in `exp`, with the bias of the exponent in the low bits too: shifted up they
-                // are the power of two, which is 0 where n is minus the bias.
+                // As in `exp`, with the exponent bias added in the low bits: shifted into the exponent
+                // field they are the power of two, which is 0 where n is minus the bias.
                 const MAGIC: $f = (3u64 << ($mantissa - 1) | $bias) as $f;
                 const LOW: $f = -($bias as $f) * std::$f::consts::LN_2;
                 let x = if self < LOW { LOW } else { self };
@@ -192,8 +192,8 @@ macro_rules! real {
             #[inline(always)]
             fn ln<I: Isa>(self) -> Self {
                 const BITS: $f = $mantissa as $f;
-                // Subnormal numbers are multiplied by a power of two. Branches, which LLVM would take for
-                // the whole logarithm, and then compute it twice for each vector, are avoided.
+                // Subnormal numbers are multiplied by a power of two. No branches: LLVM would extend one
+                // to the whole logarithm, and then compute it twice for each vector.
                 let subnormal = $bits::from(self < $f::MIN_POSITIVE);
                 let lift = (1.0 as $f).to_bits() + subnormal * ($mantissa << $mantissa);
                 let offset = $f::from_bits(subnormal.wrapping_neg() & BITS.to_bits());
@@ -212,8 +212,8 @@ macro_rules! real {
                 let bits = self.to_bits();
                 let exponent = (bits.wrapping_sub($root) as $int) >> $mantissa;
                 let f = $f::from_bits(bits.wrapping_sub((exponent << $mantissa) as $bits)) - 1.0;
-                // An integer to a float without a conversion, which AVX2 lacks for 64 bits: as the
-                // low bits of a number whose spacing is 1.
+                // From integer to float without the conversion that AVX2 lacks for 64 bits: the
+                // integer becomes the low bits of a number whose spacing is 1.
                 let biased = exponent.wrapping_add(SHIFT) as $bits | UNIT.to_bits();
                 let e = ($f::from_bits(biased) - (UNIT + SHIFT as $f)) - offset;
                 let s = f / (2.0 + f);
@@ -237,8 +237,8 @@ macro_rules! real {
     };
 }
 
-/// `log2 x = e + log2(1 + f)`, the latter by the polynomial that is closest to it on the mantissas in
-/// `[sqrt 1/2, sqrt 2)`: 5e-8 at most, and no division.
+/// `log2 x = e + log2(1 + f)`, the latter by the minimax polynomial on the mantissas in
+/// `[sqrt 1/2, sqrt 2)`: an error of 5e-8 at most, and no division.
 #[inline(always)]
 fn log2_f32<I: Isa>(x: f32) -> f32 {
     const ROOT: u32 = 0x3f35_04f3;

@@ -1,4 +1,4 @@
-//! Sweeps over one row, written in lanes so that they vectorise although floating-point addition
+//! Sweeps over one row, written in lanes so that they vectorize although floating-point addition
 //! and maximum do not reassociate.
 
 use super::isa::Isa;
@@ -6,18 +6,18 @@ use super::real::Real;
 use std::array::from_fn;
 use std::ops::Add;
 
-/// Independent accumulators. So many that the loop over them is not unrolled before it is vectorised:
-/// unrolled, it depends on what LLVM makes of a hundred scalar instructions. It then knows their number,
-/// and needs no masks and no loop over a rest.
+/// Independent accumulators. So many that the loop over them is not unrolled before it is vectorized: whether
+/// LLVM vectorizes a hundred unrolled scalar instructions is uncertain. As it knows their number, it needs
+/// neither masks nor a remainder loop.
 const LANES: usize = 32;
-/// Those of what is left of a row, and of short ones.
+/// Accumulators for the remainder of a row, and for short rows.
 const REST: usize = 16;
-/// Those of loops of few instructions, which would be unrolled still.
+/// Accumulators for loops of few instructions, which would still be unrolled with fewer.
 const MANY_LANES: usize = 128;
-/// Those of rows that are shorter than [`MANY_LANES`].
+/// Accumulators for rows that are shorter than [`MANY_LANES`].
 const FEW_LANES: usize = 8;
-/// Elements that are added up in the computing type. Their sums go on in f64, so that a row of 100,000
-/// classes loses no more than one of 100.
+/// Elements that are summed in the computing type. These sums are added up in f64, so that a row of 100,000
+/// classes loses no more precision than one of 100.
 const BLOCK: usize = 512;
 /// As many for each of [`MANY_LANES`] as [`BLOCK`] has for each of [`LANES`].
 const LONG_BLOCK: usize = BLOCK / LANES * MANY_LANES;
@@ -33,7 +33,7 @@ pub fn max<F: Real>(row: &[F]) -> F {
     for chunk in chunks {
         most.take(chunk);
     }
-    // Values that are taken twice change nothing.
+    // Taking a value twice does not change the maximum.
     if rest.is_empty() {
     } else if let Some(last) = row.last_chunk::<LANES>() {
         most.take(last);
@@ -54,7 +54,7 @@ struct Most<F: Real> {
 }
 
 impl<F: Real> Most<F> {
-    /// One more value for each of the first lanes.
+    /// Takes one more value for each of the first `N` lanes.
     #[inline(always)]
     fn take<const N: usize>(&mut self, chunk: &[F; N]) {
         for k in 0..N {
@@ -70,7 +70,7 @@ impl<F: Real> Most<F> {
         reason = "a branch would keep it from vectorising"
     )]
     fn of_all(self) -> F {
-        // No number is further from 0 than infinity.
+        // Only NaN has a larger magnitude than infinity.
         let infinity = F::NEG_INFINITY.magnitude();
         let nan = self
             .magnitude
@@ -83,8 +83,8 @@ impl<F: Real> Most<F> {
     }
 }
 
-/// The first [`REST`] of the last `count` values of a row, and how many those are. Where there are fewer,
-/// the [`last`] ones of the row, of which only the last `count` were not taken yet.
+/// The first [`REST`] of the last `count` values of a row, and their number. If there are fewer, the [`last`]
+/// values of the row, of which only the last `count` have not been taken yet.
 #[inline(always)]
 fn left<'a, F: Real>(
     row: &'a [F],
@@ -97,9 +97,8 @@ fn left<'a, F: Real>(
     (last(row, room), count)
 }
 
-/// The last `N` values of a row, some of which are in the last whole chunk too. Those of a shorter one are
-/// the last of `room`. (To copy them always would be slow: what was written in small pieces is not yet
-/// there to be read in large ones.)
+/// The last `N` values of a row, which may overlap the last whole chunk. A shorter row is copied to the end of
+/// `room`. (Always copying would be slow: stores cannot be forwarded to a wider load.)
 #[inline(always)]
 fn last<'a, F: Real, const N: usize>(row: &'a [F], room: &'a mut [F; N]) -> &'a [F; N] {
     if let Some(last) = row.last_chunk::<N>() {
@@ -109,7 +108,7 @@ fn last<'a, F: Real, const N: usize>(row: &'a [F], room: &'a mut [F; N]) -> &'a 
     room
 }
 
-/// Writes what was computed of the values that [`left`] gave for this `count`.
+/// Writes the results for the values that [`left`] returned for this `count`.
 #[inline(always)]
 fn put<F: Real>(written: &[F; REST], out: &mut [F], count: usize) {
     let at = out.len() - count;
@@ -135,15 +134,15 @@ fn fold<T: Copy>(lanes: &mut [T], count: usize, f: impl Fn(T, T) -> T) {
     }
 }
 
-/// All lanes, folded in pairs. By value: lanes that are folded where they lie are written and read again at
-/// every step, which takes longer than the rest of a row of a hundred elements.
+/// All lanes, folded in pairs. By value: lanes that are folded in place are stored and reloaded at every step,
+/// which takes longer than everything else for a row of a hundred elements.
 #[inline(always)]
 fn folded<T: Copy>(lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
     let lanes: [T; 16] = halved(lanes, &f);
     folded_eight(halved(lanes, &f), f)
 }
 
-/// The same of eight.
+/// The same for eight lanes.
 #[inline(always)]
 fn folded_eight<T: Copy>(lanes: [T; 8], f: impl Fn(T, T) -> T) -> T {
     let lanes: [T; 4] = halved(lanes, &f);
@@ -151,7 +150,7 @@ fn folded_eight<T: Copy>(lanes: [T; 8], f: impl Fn(T, T) -> T) -> T {
     f(lanes[0], lanes[1])
 }
 
-/// The lower half of the lanes with the upper one.
+/// Combines the lower half of the lanes with the upper half.
 #[inline(always)]
 fn halved<T: Copy, const N: usize, const HALF: usize>(
     lanes: [T; N],
@@ -182,13 +181,13 @@ pub fn first<F: Real>(row: &[F], found: impl Fn(F) -> bool) -> usize {
     within.map_or(0, |k| start + k)
 }
 
-/// How many values stand before the first whole chunk of `N` that has one for which `found` holds.
+/// How many values precede the first whole chunk of `N` that has one for which `found` holds.
 #[inline(always)]
 fn before<const N: usize, F: Real>(row: &[F], found: &impl Fn(F) -> bool) -> usize {
     let (chunks, _) = row.as_chunks::<N>();
-    // A loop: a closure that an iterator calls may stay outside of what is compiled for an instruction set.
+    // A loop: a closure that an iterator calls may not be inlined into the code for an instruction set.
     for (at, chunk) in chunks.iter().enumerate() {
-        // Without an exit inside a chunk it is a few vector instructions.
+        // Without an early exit inside a chunk, this is a few vector instructions.
         if chunk.iter().fold(false, |any, &x| any | found(x)) {
             return at * N;
         }
@@ -235,7 +234,7 @@ pub fn sum_of<F: Real>(row: &[F], f: impl Fn(F) -> F) -> f64 {
     total
 }
 
-/// [`sum_of_pairs`] of as many rows as `sums` has places, all of one length.
+/// [`sum_of_pairs`] of each of `sums.len()` rows of equal length.
 #[inline(always)]
 pub fn sums_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F, sums: &mut [f64]) {
     let cols = x.len() / sums.len().max(1);
@@ -260,7 +259,7 @@ pub fn sum_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
                 acc[k] += f(x[k], y[k]);
             }
         }
-        // Where they lie: moved, they make slower code of all that is around.
+        // In place: by value, the surrounding code gets slower.
         fold(&mut acc, LANES, F::add);
         for (x, y) in x_rest.chunks(LANES).zip(y_rest.chunks(LANES)) {
             for ((acc, &x), &y) in acc.iter_mut().zip(x).zip(y) {
@@ -272,7 +271,7 @@ pub fn sum_of_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
     total
 }
 
-/// [`sum_of_pairs`] of a short row, where to clear and fold many lanes would take longer than the sum.
+/// [`sum_of_pairs`] of a short row, where clearing and folding many lanes would take longer than the sum.
 #[inline(always)]
 fn sum_of_few_pairs<F: Real>(x: &[F], y: &[F], f: impl Fn(F, F) -> F) -> f64 {
     let mut acc = [F::ZERO; FEW_LANES];

@@ -24,7 +24,7 @@ unsafe impl<E: Element> Send for Rows<'_, E> {}
 unsafe impl<E: Element> Sync for Rows<'_, E> {}
 
 impl<'a, E: Element> Rows<'a, E> {
-    /// A contiguous matrix. `None` where the slice has not `rows * cols` elements.
+    /// A contiguous matrix. `None` where the slice does not have `rows * cols` elements.
     pub fn contiguous(data: &'a [E], rows: usize, cols: usize) -> Option<Self> {
         (rows.checked_mul(cols) == Some(data.len())).then_some(Self {
             data: data.as_ptr(),
@@ -40,15 +40,15 @@ impl<'a, E: Element> Rows<'a, E> {
     ///
     /// # Safety
     /// For all `i < rows`, `j < cols` the address `data + i * strides.0 + j * strides.1` must be
-    /// inside one live allocation, aligned, initialised, and not written during `'a`.
+    /// inside one live allocation, aligned, initialized, and not written during `'a`.
     pub unsafe fn strided(data: *const E, shape: (usize, usize), strides: (isize, isize)) -> Self {
         Self {
             data,
             height: shape.0,
             cols: shape.1,
             row_stride: strides.0,
-            // torch takes a matrix of one column for contiguous whatever this stride, and so do
-            // kernels that ask for contiguous rows.
+            // torch considers a matrix of one column contiguous whatever this stride, and so do
+            // kernels that require contiguous rows.
             col_stride: if shape.1 > 1 { strides.1 } else { 1 },
             owner: PhantomData,
         }
@@ -104,7 +104,7 @@ impl<'a, E: Element> Rows<'a, E> {
         }
     }
 
-    /// `count` rows at a time as one long row, a rest of fewer left out. `None` unless the rows
+    /// Each group of `count` rows as one long row, without the remainder. `None` unless the rows
     /// follow each other in memory.
     pub fn grouped(&self, count: usize) -> Option<Self> {
         let (rows, cols) = (self.height / count.max(1), self.cols * count);
@@ -146,7 +146,7 @@ impl<'a, E: Element> Rows<'a, E> {
         if len == 0 {
             return Some(&[]);
         }
-        // The stride of a single row says nothing.
+        // The row stride of a single row is meaningless.
         let one_piece = self.adjacent() || (self.height == 1 && self.col_stride == 1);
         // SAFETY: the constructor's contract covers every element, and they are adjacent.
         one_piece.then(|| unsafe { std::slice::from_raw_parts(self.data, len) })
@@ -208,7 +208,7 @@ impl<'a, E: Element> Rows<'a, E> {
     }
 }
 
-/// Asks the processor to have the cache line of `address` at hand soon. Any address will do.
+/// Prefetches the cache line of `address`, which may be any address.
 #[inline(always)]
 pub fn prefetch<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]

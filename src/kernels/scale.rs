@@ -6,8 +6,8 @@ use super::parallel::{cut, run, split};
 use super::real::Real;
 use std::num::NonZeroUsize;
 
-/// `out = values * factor`, or `values * factor` in place where `values` is `None`: one factor for all, or one
-/// for each row.
+/// `out = values * factor`, or `out *= factor` where `values` is `None`: one factor for all, or one for each
+/// row.
 pub fn scale<E: Element>(
     values: Option<&[E]>,
     factors: &[f64],
@@ -38,7 +38,7 @@ struct Sweep<'a, E> {
     factors: &'a [f64],
     /// Of a row.
     width: usize,
-    /// Where the first element stands among all.
+    /// The index of the first element among all.
     start: usize,
     out: &'a mut [E],
 }

@@ -18,19 +18,19 @@ use super::reduce;
 use super::rows::Rows;
 use std::num::NonZeroUsize;
 
-/// No logarithm is taken for less.
+/// Lower bound of the logarithms.
 pub const LOG_FLOOR: f64 = -100.0;
-/// No divisor of the gradient is taken for less.
+/// Lower bound of the divisors of the gradient.
 pub const SLOPE_FLOOR: f64 = 9.999_999_960_041_972e-13;
-/// Narrow rows are taken several at a time, as one of about this width.
+/// Several narrow rows are processed at a time, as one of about this width.
 const WIDTH: usize = 128;
-/// Sums of a column that lies in one piece.
+/// Independent sums of a contiguous column.
 const SUMS: usize = 64;
-/// Columns whose sums stay in the nearest cache while the rows pass.
+/// Columns whose sums stay in the L1 cache while the rows are read.
 const TILE: usize = 1024;
 /// Columns whose terms are computed before they are added up.
 const BLOCK: usize = 512;
-/// Columns in which so much is to do that another thread pays.
+/// Columns that make another thread worthwhile.
 const GRAIN: usize = 1 << 13;
 
 /// The mean of each column; NaN over no rows.
@@ -136,7 +136,7 @@ fn wide_sum<F: Real>(numbers: &[F]) -> f64 {
     reduce::sum(&lanes)
 }
 
-/// Adds the rows from `start` on to `sums`, in f64 throughout: what a mean near 1 leaves of 1 is in
+/// Adds the rows from `start` on to `sums`, in f64 throughout: for a mean near 1, `1 - mean` is in
 /// the last digits.
 #[inline(always)]
 fn add_rows<E: Element>(p: Rows<'_, E>, start: usize, sums: &mut [f64]) {
@@ -189,8 +189,8 @@ impl Kernel for Balance<'_, '_> {
         }
         let (mut terms, mut total) = ([0.0; BLOCK], 0.0);
         for means in self.means.chunks(BLOCK) {
-            // Written out here: two logarithms are too much for a closure that is called in two places to
-            // become part of both, and apart it would not have the instruction set.
+            // Not in a closure: with two logarithms, one that is called in two places would not be inlined, and
+            // would then not be compiled for the instruction set.
             for (term, &m) in terms.iter_mut().zip(means) {
                 let rest = at_least(LOG_FLOOR, Real::ln::<I>(1.0 - m));
                 *term = u * at_least(LOG_FLOOR, Real::ln::<I>(m)) + (1.0 - u) * rest;

@@ -22,7 +22,7 @@ use super::rows::Rows;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-/// The own class's share of the queue, and the temperature.
+/// The number of keys per class, and the temperature.
 #[derive(Clone, Copy)]
 pub struct Shape {
     /// Keys per class, `K`.
@@ -181,7 +181,7 @@ impl<F: Element<Acc = F> + Real> Kernel for Backward<'_, F> {
     }
 }
 
-/// Whether all elements are.
+/// Whether all elements are finite.
 pub fn finite<E: Element>(rows: Rows<'_, E>) -> bool {
     dispatch(Finite(rows))
 }

@@ -1,4 +1,4 @@
-//! One softmax row: its largest probability, and the row seen from one of its classes.
+//! One softmax row: its largest probability, and its split into one class and the rest.
 //!
 //! `p = softmax(z)` splits into `p_a` of class `a` and the rest, which is summed on its own: `1 - p_a`
 //! and `p_a - 1` then keep their digits where `p_a` is near 1. Every loss that depends on `z` through
@@ -46,8 +46,8 @@ impl Split {
     }
 }
 
-/// The row `z` seen from class `label`; `max` is its maximum. Leaves in `p`, of the same length,
-/// `e^{z_c - max}` of the others and 0 in its place.
+/// Splits the row `z` at class `label`; `max` is the row's maximum. Leaves in `p`, of the same length,
+/// `e^{z_c - max}` of the other classes, and 0 at `label`.
 #[inline(always)]
 pub fn split<I: Isa, F: Real>(z: &[F], max: F, label: usize, p: &mut [F]) -> Split {
     reduce::exp_shifted::<I, _>(z, max, F::ONE, p);
@@ -76,8 +76,8 @@ pub fn split_with_gradient<I: Isa, E: Element>(
     split
 }
 
-/// [`split_with_gradient`] in the computing type. A function, not a closure: only functions can be made
-/// part of what is compiled for an instruction set.
+/// [`split_with_gradient`] in the computing type. A function, not a closure: only functions can be forced
+/// inline into the code for an instruction set.
 #[inline(always)]
 fn fill<I: Isa, F: Real>(
     z: &[F],

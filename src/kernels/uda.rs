@@ -125,7 +125,7 @@ impl<E: Element> Kernel for Sweep<'_, E> {
     }
 }
 
-/// What a row leaves between its steps.
+/// Intermediate results of a row.
 struct Buffers<F> {
     /// `e^{y_c - max y}`
     q: Vec<F>,
@@ -160,7 +160,7 @@ impl<F: Real> Buffers<F> {
         self.p_total = reduce::exp_shifted::<I, _>(z, z_max, inverse_t, &mut self.p);
         let rows = self.terms.iter_mut().zip(&self.q).zip(y.iter().zip(z));
         for ((term, &q), (&y, &z)) in rows {
-            // q ln q is 0 at q = 0; q ln p is not replaced, and NaN where p = 0 too, as in tllib.
+            // q ln q is defined as 0 at q = 0; q ln p is not, and NaN where p = 0 too, as in tllib.
             let ln_q = if q == F::ZERO { F::ZERO } else { y - y_max };
             *term = q * (ln_q - (z - z_max) * inverse_t);
         }

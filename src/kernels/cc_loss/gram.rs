@@ -1,5 +1,5 @@
-//! The way around the `C x C` matrix, in f64: it subtracts what is nearly equal. With `alpha = a / s`,
-//! `beta = b / s'`, `delta = a - b` and `epsilon = alpha - beta` (`n x C`, taken some classes at a time)
+//! The algorithm that avoids the `C x C` matrix, in f64 as it subtracts nearly equal numbers. With `alpha = a / s`,
+//! `beta = b / s'`, `delta = a - b` and `epsilon = alpha - beta` (`n x C`, a range of classes at a time)
 //!
 //! ```text
 //! D = delta^T alpha + b^T epsilon
@@ -8,9 +8,9 @@
 //! Y = (P' delta^T) alpha + (P' b^T) epsilon    P' = b / sqrt w'
 //! ```
 //!
-//! whose factors in brackets are made of the same `n x n` products, and say what
-//! `sum_k p'_ik X_ik = sum_k q'_ik Y_ik` is. `h` needs `Y` of all rows, and the gradient of any class the `h` of
-//! all: so there are three turns over the classes.
+//! The parenthesized factors are computed from the same `n x n` products, and give
+//! `sum_k p'_ik X_ik = sum_k q'_ik Y_ik`. `h` needs `Y` of all rows, and the gradient of any class needs `h` of all
+//! classes: hence three passes over the classes.
 
 mod classes;
 mod products;
@@ -27,15 +27,15 @@ use products::{Factors, Grams};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-/// Elements of each matrix of some classes: these are to be near the processor.
+/// Elements of each matrix for a range of classes, so that the matrices stay in cache.
 const ELEMENTS: usize = 1 << 15;
-/// Classes that are taken at a time, at least.
+/// Minimum number of classes that are processed at a time.
 const CLASSES: usize = 136;
-/// Rows up to which each thread has classes of its own, and products of rows with rows.
+/// Maximum number of rows for which each thread has its own classes and its own products of rows with rows.
 pub const FEW: usize = 32;
 
-/// The loss; with `grad` (contiguous, of the shape of the logits) also its gradient. The threads call
-/// `products` from all of them where rows are at most [`FEW`].
+/// The loss; with `grad` (contiguous, of the shape of the logits) also its gradient. With at most [`FEW`] rows,
+/// all threads call `products`.
 pub fn gram<E: Element, M>(
     pairs: Pairs<'_, E>,
     grad: Option<&mut [E]>,
@@ -107,14 +107,14 @@ struct Way<'a, E, M> {
     products: &'a M,
     found: &'a [Pair],
     inverse: &'a Inverse,
-    /// Those who take classes in turn, at least one.
+    /// The workers, at least one, that process classes in turn.
     workers: Vec<Worker>,
-    /// How many classes at a time.
+    /// How many classes each processes at a time.
     width: usize,
 }
 
 struct Worker {
-    /// At most as many compute the matrices.
+    /// Maximum number of threads that compute the matrices.
     threads: NonZeroUsize,
     matrices: Matrices,
     grams: Grams,
@@ -148,7 +148,7 @@ where
         }
     }
 
-    /// Has all classes taken, some at a time by each worker, and what comes of them kept, in order.
+    /// Calls `take` on all classes, a range per worker at a time, and `keep` on the results, in order.
     fn each<T: Send>(
         &mut self,
         take: impl Fn(&mut Worker, Range<usize>) -> Result<T, M::Error> + Sync,

@@ -1,5 +1,5 @@
-//! The way through the `C x C` matrix. It takes some rows at a time for two sums over all of them, `M` and
-//! `M'`, which say all. They are symmetric, so that
+//! The algorithm that forms the `C x C` matrix. A block of rows at a time, it accumulates two sums over all rows, `M`
+//! and `M'`, from which everything else follows. They are symmetric, so that
 //!
 //! ```text
 //! D_cd = M_cd / s_d - M'_cd / s'_d    D_dc = M_cd / s_c - M'_cd / s'_c
@@ -21,7 +21,7 @@ use super::{Inverse, NARROW, Pair, Pairs, Reader, Sums, exponentials};
 const ROWS: usize = 128;
 
 /// The loss, with products in `F`; with `grad` (contiguous, of the shape of the logits) also its gradient.
-/// `None` where a class is so rare that `F` has no number for what its gradient is made of.
+/// `None` where a class is so rare that a term of its gradient would be out of range of `F`.
 pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
     pairs: Pairs<'_, E>,
     grad: Option<&mut [E]>,
@@ -124,7 +124,7 @@ impl<E: Element, F: Real> Kernel for Block<'_, E, F> {
     }
 }
 
-/// `sum D^2`; where a gradient is `wanted` also `h_c / s'_c`, and `G` in the place of `M'`.
+/// `sum D^2`; where a gradient is `wanted` also `h_c / s'_c`, and `G` in place of `M'`.
 fn combine<E: Element, F: Real>(
     pairs: Pairs<'_, E>,
     inverse: &Inverse,
@@ -156,13 +156,13 @@ fn combine<E: Element, F: Real>(
         }
     }
     for (level, inverse) in level.iter_mut().zip(&inverse.strong) {
-        // One after the other: together they may be out of range.
+        // Two multiplications: the square of the inverse may be out of range.
         *level = *level * inverse * inverse;
     }
     (square, level)
 }
 
-/// Takes some rows of the matrices.
+/// Processes some rows of the matrices.
 struct Combine<'a, F> {
     weak: &'a [F],
     strong: &'a mut [F],
@@ -215,7 +215,7 @@ impl<F: Real> Kernel for Combine<'_, F> {
     }
 }
 
-/// What the gradient is made of.
+/// What the gradient is computed from.
 struct Slopes<'a, E, F> {
     pairs: Pairs<'a, E>,
     /// `G`
@@ -226,7 +226,7 @@ struct Slopes<'a, E, F> {
 }
 
 impl<E: Element, F: Real> Slopes<'_, E, F> {
-    /// Writes the gradient, some rows at a time, with `block` for what is in between.
+    /// Writes the gradient, some rows at a time, with `block` as scratch space.
     fn gradient<M: Multiply<F>>(
         &self,
         found: &[Pair],
@@ -291,7 +291,7 @@ impl<E: Element, F: Real> Slopes<'_, E, F> {
     }
 }
 
-/// Writes `p'` of some rows again.
+/// Recomputes `p'` of some rows.
 struct Again<'a, E, F> {
     pairs: Pairs<'a, E>,
     found: &'a [Pair],
@@ -318,7 +318,7 @@ impl<E: Element, F: Real> Kernel for Again<'_, E, F> {
     }
 }
 
-/// Writes the gradient of some rows, and zeros where none was chosen.
+/// Writes the gradient of some rows, and zeros in those that were not chosen.
 struct Gradient<'a, E, F> {
     found: &'a [Pair],
     p: &'a [F],

@@ -1,5 +1,5 @@
-//! The sweeps that read narrow rows, side by side. Those of the gradient are none of them: what they write
-//! would have to be transposed again, which took longer than it saved.
+//! The side-by-side sweeps that read narrow rows. The gradient has none: its output would have to be transposed back,
+//! which took longer than it saved.
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel};
@@ -46,7 +46,7 @@ struct Tiles<'a, E: Element, F> {
     p: Tile<f64>,
     /// What is written.
     out: Tile<F>,
-    /// `w p` of every lane.
+    /// The sum of `w p` in every lane.
     sums: Tile<f64>,
 }
 
@@ -78,7 +78,7 @@ impl<'a, E: Element, F: Real> Tiles<'a, E, F> {
         let reciprocal = total.map(|total| 1.0 / total);
         let mut weight = weights::<I, _>(&mut self.p, &reciprocal);
         let root = weight.map(f64::sqrt);
-        // The rest of the lanes repeat a row.
+        // The remaining lanes repeat a row.
         weight[chosen.len()..].fill(0.0);
         let columns = self.p.iter().zip(self.out.iter_mut());
         for ((p, out), sum) in columns.zip(self.sums.iter_mut()) {

@@ -14,7 +14,7 @@ struct Call {
     count: usize,
 }
 
-/// Which way, and the type of its products.
+/// Which algorithm, and the type of its products.
 #[derive(Clone, Copy)]
 enum Way {
     Matrix,

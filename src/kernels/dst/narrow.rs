@@ -38,7 +38,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
     }
 }
 
-/// The loss of each row, and [`Goal::slope`] over `sum_c e^{z_c - max}`.
+/// The loss of each row, and [`Goal::slope`] divided by `sum_c e^{z_c - max}`.
 #[inline(always)]
 fn agreement<I: Isa, F: Real>(max: &Lanes<F>, split: &Split<F>) -> (Lanes<f64>, Lanes<f64>) {
     let mut factors = [0.0; LANES];

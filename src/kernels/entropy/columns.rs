@@ -1,4 +1,4 @@
-//! The sweep over columns that lie in one piece.
+//! The sweep over contiguous columns.
 
 use super::super::columns::{Each, sweep};
 use super::super::element::Element;
@@ -8,7 +8,7 @@ use super::super::real::Real;
 use super::super::rows::Rows;
 use std::num::NonZeroUsize;
 
-/// As [`entropy`](super::entropy()), of a matrix whose columns lie in one piece; so do those of the gradient.
+/// As [`entropy`](super::entropy()), for a matrix with contiguous columns; the columns of the gradient are, too.
 pub fn entropy_by_columns<E: Element>(
     p: Rows<'_, E>,
     out: &mut [f64],

@@ -11,13 +11,13 @@ const CACHE_LINE: usize = 64;
 /// Rows and columns that are transposed at a time.
 const STEP: usize = 4;
 
-/// Room for the columns of a tile of rows, each at the start of a line of the cache: what crosses two lines takes
-/// twice as long to write and to read.
+/// Storage for the columns of a tile of rows, each aligned to a cache line: an access that crosses two lines takes
+/// twice as long.
 pub struct Tile<F> {
     room: Vec<F>,
     first: usize,
     cols: usize,
-    /// The rows one behind the other, where they are converted on their way.
+    /// The contiguous rows, where they have to be converted.
     rows: Vec<F>,
 }
 
@@ -34,11 +34,11 @@ impl<F: Real> Tile<F> {
         }
     }
 
-    /// Takes the columns of these rows. `rows(k)` has a number for every column, of which there are enough for
-    /// [`Tile::takes_rows`].
+    /// Fills the tile with the columns of these rows. `rows(k)` has a number for every column, of which there are
+    /// enough for [`Tile::takes_rows`].
     ///
     /// # Panics
-    /// If there are fewer columns, or a row has not as many numbers: a mistake in a kernel.
+    /// If there are fewer columns, or a row has a different length: a mistake in a kernel.
     #[inline(always)]
     pub fn take_rows<'a>(&mut self, rows: impl Fn(usize) -> &'a [F])
     where
@@ -64,7 +64,7 @@ impl<F: Real> Tile<F> {
         }
     }
 
-    /// Room for [`LANES`] rows one behind the other, which comes back through [`Tile::take_converted`].
+    /// A buffer for [`LANES`] contiguous rows, which is returned to the tile by [`Tile::take_converted`].
     #[inline(always)]
     pub fn converted(&mut self) -> Vec<F> {
         let mut rows = std::mem::take(&mut self.rows);
@@ -72,7 +72,7 @@ impl<F: Real> Tile<F> {
         rows
     }
 
-    /// Takes the columns of rows that lie one behind the other in room of this tile.
+    /// Fills the tile with the columns of the rows in the buffer from [`Tile::converted`].
     #[inline(always)]
     pub fn take_converted(&mut self, rows: Vec<F>) {
         let cols = self.cols;
@@ -86,8 +86,8 @@ impl<F: Real> Tile<F> {
         self.cols >= STEP
     }
 
-    /// Writes the columns back as the rows of `range`, of which there are 1 to [`LANES`]; those of `out` lie one
-    /// behind the other.
+    /// Writes the columns back as the rows of `range`, of which there are 1 to [`LANES`]; the rows of `out` are
+    /// contiguous.
     ///
     /// # Panics
     /// If the range leaves `out`: a mistake in a kernel.
@@ -131,7 +131,7 @@ impl<F: Real> Tile<F> {
         }
     }
 
-    /// Writes [`STEP`] rows from lane `k` on, where there are as many columns.
+    /// Writes [`STEP`] rows from lane `k` on; there must be at least as many columns.
     #[inline(always)]
     fn write_quads(&self, k: usize, rows: &mut [F]) {
         assert!(k + STEP <= LANES, "lanes");
@@ -145,7 +145,7 @@ impl<F: Real> Tile<F> {
         }
     }
 
-    /// Writes [`LANES`] rows of fewer columns.
+    /// Writes [`LANES`] rows of fewer than [`STEP`] columns.
     #[inline(always)]
     fn write_narrow_rows(&self, out: &mut [F]) {
         let cols = self.cols;
@@ -159,8 +159,8 @@ impl<F: Real> Tile<F> {
     }
 }
 
-/// Where [`STEP`] columns begin, so that they cover all, of which there are so many at least: the last ones reach
-/// back.
+/// The starts of groups of [`STEP`] columns that together cover all `cols >= STEP` columns: the last group may overlap
+/// the one before.
 #[inline(always)]
 fn starts(cols: usize) -> impl Iterator<Item = usize> {
     (0..cols).step_by(STEP).map(move |c| c.min(cols - STEP))

@@ -1,4 +1,4 @@
-//! Both sweeps over narrow rows, side by side. The second one takes the probabilities from the logits again.
+//! Both sweeps over narrow rows, side by side. The second one recomputes the probabilities from the logits.
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel};
@@ -8,7 +8,7 @@ use super::super::lanes::{
 use super::super::real::Real;
 use super::{ENTROPY_EPSILON, FLUSH, Gradient, LN_2, Row, Sums, Sweep};
 
-/// Above this probability `1 - p` is taken from the others.
+/// Above this probability `1 - p` is computed from the others.
 const CERTAIN: f64 = 0.5;
 
 impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
@@ -45,7 +45,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                     lead: None,
                 });
             }
-            // The rest of the lanes repeat a row.
+            // The remaining lanes repeat a row.
             weight[rows.len()..].fill(E::Acc::ZERO);
             let most = reciprocal.iter().fold(E::Acc::ZERO, |a, &r| r.larger(a));
             let classes = p.iter().zip(s.iter_mut()).zip(e.iter_mut());

@@ -4,7 +4,7 @@ use super::super::isa::Isa;
 use super::super::real::Real;
 use super::{FLUSH, Lead, Row};
 
-/// Per class: `s_c` and `e_c`. Those of several batches add up to those of all their rows.
+/// `s_c` and `e_c` per class. The sums of several batches add up to those over all their rows.
 pub struct Sums {
     /// `s_c`
     pub s: Vec<f64>,
@@ -13,7 +13,7 @@ pub struct Sums {
 }
 
 impl Sums {
-    /// Those of more rows.
+    /// Adds the sums over more rows.
     pub(super) fn add(&mut self, other: &Self) {
         let s = self.s.iter_mut().zip(&other.s);
         for (sum, part) in s.chain(self.e.iter_mut().zip(&other.e)) {
@@ -24,10 +24,10 @@ impl Sums {
 
 /// The sums over rows, some rows at a time.
 pub(super) struct Totals<F> {
-    /// What has not gone to `sums` yet.
+    /// What has not been added to `sums` yet.
     s: Vec<F>,
     e: Vec<F>,
-    /// Rows in it.
+    /// The number of rows in these.
     rows: usize,
     sums: Sums,
 }
@@ -46,7 +46,7 @@ impl<F: Real> Totals<F> {
         }
     }
 
-    /// At most [`FLUSH`] rows with their probabilities.
+    /// Adds at most [`FLUSH`] rows with their probabilities.
     #[inline(always)]
     pub(super) fn add<I: Isa>(&mut self, rows: &[Row<F>], p: &[F]) {
         if self.rows + rows.len() > FLUSH {
@@ -75,7 +75,7 @@ impl<F: Real> Totals<F> {
             let Some(Lead { class, others }) = row.lead else {
                 continue;
             };
-            // What 1 - p has lost.
+            // What 1 - p has lost to rounding.
             let p = p[class];
             self.e[class] += row.weight * p * (others - (F::ONE - p));
         }

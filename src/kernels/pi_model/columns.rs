@@ -1,4 +1,4 @@
-//! The sweep over columns that lie in one piece.
+//! The sweep over contiguous columns.
 
 use super::super::columns::{Each, sweep};
 use super::super::element::Element;
@@ -8,7 +8,7 @@ use super::super::rows::Rows;
 use super::Outputs;
 use std::num::NonZeroUsize;
 
-/// As [`pi_model`](super::pi_model()), of matrices whose columns lie in one piece; so do those of the gradients.
+/// As [`pi_model`](super::pi_model()), for matrices with contiguous columns; the columns of the gradients are, too.
 pub fn pi_model_by_columns<E: Element>(
     a: Rows<'_, E>,
     b: Rows<'_, E>,
@@ -26,7 +26,7 @@ pub fn pi_model_by_columns<E: Element>(
     sweep::<E, Squares, 2>([a, b], &weights, out.distances, grads, threads);
 }
 
-/// `(a - b)^2`, of which the derivative is here without its 2.
+/// `(a - b)^2`; the factor 2 of its derivative is in the weights.
 struct Squares;
 
 impl Each<2> for Squares {

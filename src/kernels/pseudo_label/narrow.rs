@@ -42,7 +42,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             let split = split(p.z, p.exp, &label);
             let (mut values, mut factor) = (split.cross_entropy::<I>(&p.max), [0.0; LANES]);
             for k in 0..LANES {
-                // The mask multiplies: 0 times what is not finite is NaN, also of the gradient.
+                // The mask multiplies: 0 times a non-finite loss or gradient is NaN.
                 let mask = f64::from(mask[k]);
                 values[k] *= mask;
                 factor[k] = mask * (sweep.weight / (split.own[k] + split.others[k]));
@@ -57,8 +57,8 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
     }
 }
 
-/// The largest probability, as the storage type holds it, and the first class that has it; the first
-/// class where they are NaN. From exponentials and their sum.
+/// The largest probability, as the storage type holds it, and the first class that has it; class 0
+/// where they are NaN. From exponentials and their sum.
 #[inline(always)]
 fn predictions<E: Element>(
     e: &[Lanes<E::Acc>],

@@ -35,7 +35,7 @@ pub enum Targets<'a, E> {
     Logits(Rows<'a, E>),
     /// Smoothed labels.
     Smooth {
-        /// One below the number of columns for each row.
+        /// One label for each row, below the number of columns.
         labels: &'a [i64],
         /// `1 - e`
         hit: f64,

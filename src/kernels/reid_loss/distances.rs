@@ -1,4 +1,4 @@
-//! All distances between the rows of two matrices, and what their gradients are made of.
+//! All distances between the rows of two matrices, and what their gradients are computed from.
 //!
 //! ```text
 //! d_ij    = sqrt(max(|x_i|^2 + |y_j|^2 - 2 x_i . y_j, 1e-12))
@@ -7,7 +7,7 @@
 //! dL/dy_j = y_j sum_i f_ij - sum_i f_ij x_i
 //! ```
 //!
-//! The products are the caller's; here is what stands before and behind them.
+//! The caller computes the products; this module, what precedes and follows them.
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
@@ -18,7 +18,7 @@ use super::super::rows::Rows;
 use super::{CLAMP, RAISED};
 use std::num::NonZeroUsize;
 
-/// Turns the products `x_i . y_j` into distances, with the squares of the rows `x` and `y`.
+/// Turns the products `x_i . y_j` into distances; `x` and `y` are the squared norms of the rows.
 pub fn distances<F: Real>(products: &mut [F], x: &[F], y: &[F], threads: NonZeroUsize) {
     let ranges = split(x.len(), threads);
     let jobs: Vec<_> = cut(products, &ranges, y.len())

@@ -7,8 +7,8 @@
 //! negative_i = argmin_j d_ij + 1e7 s_ij
 //! ```
 //!
-//! evaluated in the storage type: in f32 the offset rounds the distance away, and which index then
-//! comes first is part of what tllib returns.
+//! evaluated in the storage type: in f32, adding the offset rounds the distance away, and which index
+//! then comes first is part of tllib's result.
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};

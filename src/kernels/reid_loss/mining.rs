@@ -6,11 +6,11 @@
 //! negative = argmin of d_ij over the others
 //! ```
 //!
-//! The products `u_i.v_j` come from outside, some rows at a time; nothing of size `N x N` is kept.
+//! The products `u_i.v_j` come from the caller, some rows at a time; nothing of size `N x N` is kept.
 //! `|u_i|^2` is constant in a row, so a row is searched by `key_j = |v_j|^2 - 2 u_i.v_j`. The formula
-//! cancels: rounding may put a near candidate first. Candidates within its error of the best one are
-//! compared again by their distance from differences, so that the pair, its distance and its gradient
-//! do not depend on how the product was rounded. Of equal distances the first index wins.
+//! cancels: rounding may reorder close candidates. Those within its error of the best one are compared
+//! again by distances computed from differences, so that the pair, its distance and its gradient do not
+//! depend on how the product was rounded. Of equal distances the first index wins.
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
@@ -26,8 +26,8 @@ use std::ops::Range;
 /// Error of a key, in units of epsilon times the squared norms, within which candidates are
 /// compared again.
 pub const ERROR: f64 = 16.0;
-/// Candidates of one anchor that are compared again, so that features which collapsed into a point
-/// do not cost `N^2 F`.
+/// Maximum number of candidates of one anchor that are compared again, so that features that
+/// collapsed to a point do not cost `N^2 F`.
 const COMPARED: usize = 16;
 const LANES: usize = 16;
 

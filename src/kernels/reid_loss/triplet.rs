@@ -12,7 +12,7 @@
 //! `dl/da = -dl/db = dl/dt`, only these `2N` pairs carry gradient: with `d = |u - v|`,
 //! `dd/du = -dd/dv = (u - v) / d`, and 0 where the squared distance was clamped.
 //!
-//! With normalisation `u = x / max(|x|, 1e-12)` the gradient goes on as
+//! With normalization `u = x / max(|x|, 1e-12)` the gradient propagates as
 //! `dL/dx = (g - u (u.g)) / |x|`, and as `g / 1e-12` where the norm was raised.
 
 use super::super::Loss;
@@ -43,7 +43,7 @@ fn term(objective: Objective, t: f64, reference: f64) -> (f64, f64) {
     let r = match objective {
         Objective::Hinge(margin) => {
             let hinge = t + margin;
-            // The derivative is 1 at 0, as torch's clamp_min has it. NaN is neither.
+            // The derivative at 0 is 1, as in torch's clamp_min. NaN propagates.
             return if hinge < 0.0 {
                 (0.0, 0.0)
             } else {
@@ -114,8 +114,8 @@ impl<F: Element<Acc = F> + Real> Kernel for Teacher<'_, '_, F> {
     }
 }
 
-/// The distance of row `i` from what was found for it. A function: a closure would be compiled apart from
-/// the kernel, and without its instruction set.
+/// The distance of row `i` from what was found for it. A function: a closure would be compiled separately
+/// from the kernel, without its instruction set.
 #[inline(always)]
 fn between<F: Element<Acc = F> + Real>(features: Rows<'_, F>, i: usize, found: Found) -> f64 {
     let (x, y) = (features.row(i, &mut []), features.row(found.index, &mut []));
@@ -159,7 +159,7 @@ pub fn loss(
         total += value;
         let slope = slope / count as f64;
         for (found, slope) in [(positive, slope), (negative, -slope)] {
-            // Neither a clamped distance nor a pair without weight; NaN is both and goes on.
+            // Skips clamped distances and pairs without weight; NaN is neither, and propagates.
             if !(found.square < CLAMP) && slope != 0.0 {
                 let weight = slope / distance(found.square);
                 pairs.push(Pull {
@@ -316,7 +316,7 @@ fn starts(starts: &[u32], k: usize) -> Range<usize> {
     starts[k] as usize..starts[k + 1] as usize
 }
 
-/// What the sum of a row's pulls goes through last: `factor (sum - along u)`.
+/// The last step for the sum of a row's pulls: `factor (sum - along u)`.
 #[derive(Clone, Copy)]
 struct Last {
     along: f64,
@@ -332,7 +332,7 @@ impl Last {
     }
 }
 
-/// `sum = sum_k weight_k (x - y_k)`, a few `y_k` at a time: `sum` is what takes the time.
+/// `sum = sum_k weight_k (x - y_k)`, a few `y_k` at a time: accesses to `sum` take most of the time.
 #[inline(always)]
 fn add_all<I: Isa, F: Element<Acc = F> + Real>(
     sum: &mut [f64],
@@ -359,7 +359,7 @@ fn add_all<I: Isa, F: Element<Acc = F> + Real>(
     }
 }
 
-/// `sum_k weight_k (x - y_k)` added to `sum`, or put in its place where it is the `FIRST`. Returns `N`.
+/// Adds `sum_k weight_k (x - y_k)` to `sum`, or overwrites `sum` with it if it is the `FIRST`. Returns `N`.
 #[inline(always)]
 fn add<I: Isa, F: Real, const N: usize, const FIRST: bool>(
     sum: &mut [f64],

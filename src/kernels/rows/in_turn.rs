@@ -1,8 +1,8 @@
 //! Rows read one after the other: narrow ones are converted, or gathered from strides, several at a time.
 //!
-//! Where the elements of a column lie one behind the other, whole lines of the cache are transposed if those of a
-//! row would be gone before the next row needs them. A batch is a power of two as a rule, and so is then the way from
-//! column to column: such lines have few places in the cache.
+//! Where columns are contiguous, whole cache lines are transposed if the lines of a row would be evicted before the
+//! next row needs them. Batch sizes are usually powers of two, and so is then the stride between columns: such lines
+//! map to few cache sets.
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
@@ -11,16 +11,16 @@ use super::super::real::Real;
 use super::{Rows, prefetch};
 use std::ops::Range;
 
-/// Bytes of the next rows that a sweep asks for while it computes these. Rows that are longer keep the
-/// processor's own prefetcher busy, which stops at each page and starts slowly.
+/// Bytes of the next rows that a sweep prefetches while it computes these. Beyond that, long rows are left to
+/// the hardware prefetcher, which stops at each page and starts slowly.
 const AHEAD: usize = 4096;
 const CACHE_LINE: usize = 64;
 /// Elements that are converted at a time where rows are narrow.
 const GROUP: usize = 4096;
-/// The nearest cache: sets, and lines that each has room for, at least.
+/// The L1 cache: its minimum number of sets, and of lines per set.
 const SETS: usize = 64;
 const WAYS: usize = 8;
-/// Columns that are transposed at a time: their lines stay, though all may be of one set.
+/// Columns that are transposed at a time: their lines stay cached even if all map to one set.
 const AT_ONCE: usize = WAYS;
 
 /// Room for converted rows of one matrix, and which ones it holds.
@@ -36,13 +36,13 @@ impl<E: Element> Rows<'_, E> {
     }
 
     /// How many rows make a group of some thousand elements, at least one, and room for what
-    /// [`Rows::block`] converts of so many.
+    /// [`Rows::block`] converts of such a group.
     pub fn groups(&self) -> (usize, Scratch<E::Acc>) {
         let count = self.at_a_time().min(self.height.max(1));
         (count, self.room(count))
     }
 
-    /// Room for what is converted together; none where `count` rows at a time never are.
+    /// Room for the rows that are converted together; none if `count` rows at a time can be read in place.
     fn room(&self, count: usize) -> Scratch<E::Acc> {
         let converted = if self.in_place(count) {
             0
@@ -55,24 +55,24 @@ impl<E: Element> Rows<'_, E> {
         }
     }
 
-    /// Whether `count` rows lie in memory as a sweep wants them.
+    /// Whether `count` rows can be read in place.
     #[inline(always)]
     fn in_place(&self, count: usize) -> bool {
         E::exact(&[]).is_some() && self.col_stride == 1 && (count == 1 || self.adjacent())
     }
 
-    /// How many rows are converted together, for the sake of the loop over them, and of lines that are read once.
+    /// How many rows are converted together, to amortize the loop over them and to read each cache line once.
     fn at_a_time(&self) -> usize {
         let least = if self.transposes() { LANES } else { 1 };
         (GROUP / self.cols.max(1)).max(least)
     }
 
-    /// Whether columns in one piece are read by the line, and not by the row.
+    /// Whether contiguous columns are read by the cache line, and not by the row.
     fn transposes(&self) -> bool {
         let apart = self.col_stride.unsigned_abs() * size_of::<E>() / CACHE_LINE;
-        // The largest power of two that divides it: so many sets are passed over.
+        // The largest power of two that divides it: only every `step`-th set is used.
         let step = (apart & apart.wrapping_neg()).clamp(1, SETS);
-        // Half precision is converted in vectors, where it lies in one piece.
+        // Half precision is converted in vectors where it is contiguous.
         let converted = E::exact(&[]).is_none() && self.cols >= AT_ONCE;
         self.column_major() && (converted || self.cols > SETS / step * WAYS)
     }
@@ -87,9 +87,9 @@ impl<E: Element> Rows<'_, E> {
         self.block(i..i + 1, scratch)
     }
 
-    /// The rows of `range`, one behind the other, in the computing type: the memory itself where that is
-    /// possible, else a copy in `scratch`, which comes from this matrix and has room for so many. What
-    /// follows is on its way to the cache when its turn comes.
+    /// The rows of `range`, contiguous, in the computing type: the memory itself where that is possible, else
+    /// a copy in `scratch`, which comes from this matrix and has room for so many. The rows that follow are
+    /// prefetched where they are adjacent.
     ///
     /// # Panics
     /// If the range leaves the matrix or the room: a mistake in a kernel.
@@ -124,7 +124,7 @@ impl<E: Element> Rows<'_, E> {
         &scratch.values[first * self.cols..(first + range.len()) * self.cols]
     }
 
-    /// Asks for `count` rows from `i` on, which need not be there.
+    /// Prefetches `count` rows from `i` on, which need not exist.
     #[inline(always)]
     fn ask_for(&self, i: usize, count: usize) {
         let next = self.start_of(i);
@@ -135,7 +135,7 @@ impl<E: Element> Rows<'_, E> {
     }
 }
 
-/// Writes rows, at least one, one behind the other.
+/// Writes rows, at least one, contiguously.
 struct Convert<'a, 'b, E: Element> {
     rows: Rows<'a, E>,
     out: &'b mut [E::Acc],
@@ -163,11 +163,10 @@ impl<E: Element> Kernel for Convert<'_, '_, E> {
 }
 
 impl<E: Element> Rows<'_, E> {
-    /// Writes all rows, one behind the other, where the elements of a column lie in one piece and the matrix is
-    /// no smaller than a tile.
+    /// Writes all rows contiguously. The columns must be contiguous, and the matrix no smaller than a tile.
     #[inline(always)]
     fn transpose_into(&self, out: &mut [E::Acc]) {
-        // The last tiles reach back over what is there already.
+        // The last tiles overlap the ones before.
         for i in (0..self.height).step_by(LANES) {
             let i = i.min(self.height - LANES);
             for j in (0..self.cols).step_by(AT_ONCE) {
@@ -194,7 +193,7 @@ impl<E: Element> Rows<'_, E> {
         for (c, lanes) in tile.iter_mut().enumerate() {
             let column = first.wrapping_offset(c as isize * self.col_stride);
             for (k, lane) in lanes.iter_mut().enumerate() {
-                // SAFETY: of row `i + k` and column `j + c`, which are there: the constructor's contract covers it.
+                // SAFETY: row `i + k` and column `j + c` exist: the constructor's contract covers the element.
                 *lane = unsafe { *column.wrapping_add(k) }.load();
             }
         }

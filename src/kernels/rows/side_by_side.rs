@@ -11,7 +11,7 @@ impl<E: Element> Rows<'_, E> {
     /// Lanes without a row repeat the last one.
     ///
     /// # Panics
-    /// If the range leaves the matrix, or the tile has not a place for every column: a mistake in a kernel.
+    /// If the range leaves the matrix, or the tile has a different number of columns: a mistake in a kernel.
     #[inline(always)]
     pub fn side_by_side(&self, range: Range<usize>, out: &mut Tile<E::Acc>) {
         let count = range.len();
@@ -27,7 +27,7 @@ impl<E: Element> Rows<'_, E> {
         }
     }
 
-    /// The same of any rows, of which there are 1 to [`LANES`].
+    /// The same for any rows, of which there are 1 to [`LANES`].
     ///
     /// # Panics
     /// As above.
@@ -41,8 +41,8 @@ impl<E: Element> Rows<'_, E> {
         self.columns_into(out, |k| picked[k.min(last)], None);
     }
 
-    /// Writes every column, in lane `k` the element of row `row(k)`, which is there. `whole` are those rows as a
-    /// single one, where they lie in one piece.
+    /// Writes every column, in lane `k` the element of row `row(k)`, which must exist. `whole` is those rows as a
+    /// single one, if they are contiguous.
     #[inline(always)]
     fn columns_into(
         &self,
@@ -55,7 +55,7 @@ impl<E: Element> Rows<'_, E> {
                 out.take_rows(|k| E::exact(self.adjacent_row(row(k))).unwrap_or_default());
             } else {
                 let mut rows = out.converted();
-                // All at once where possible: short rows would be short vectors.
+                // All at once where possible: short rows would not fill vectors.
                 match whole {
                     Some(whole) => whole.copy_row(0, &mut rows),
                     None => self.convert_rows(row, &mut rows),
@@ -71,7 +71,7 @@ impl<E: Element> Rows<'_, E> {
         }
     }
 
-    /// Writes rows one behind the other, row `row(k)` in place `k`.
+    /// Writes rows contiguously, row `row(k)` in place `k`.
     #[inline(always)]
     fn convert_rows(&self, row: impl Fn(usize) -> usize, out: &mut [E::Acc]) {
         for (k, out) in out.chunks_exact_mut(self.cols).enumerate() {
@@ -80,8 +80,8 @@ impl<E: Element> Rows<'_, E> {
     }
 }
 
-/// The columns of rows that do not lie in one piece each, or are too short to gain by it. Apart from the kernels, which
-/// it would take registers from.
+/// The columns of rows that are not contiguous, or too short to be transposed. Compiled separately from the kernels,
+/// which would otherwise lose registers to it.
 struct Gather<'a, 'b, E: Element, R> {
     rows: Rows<'a, E>,
     row: R,
@@ -95,7 +95,7 @@ impl<E: Element, R: Fn(usize) -> usize> Kernel for Gather<'_, '_, E, R> {
     fn run<I: Isa>(self) {
         let Self { rows, row, out } = self;
         if rows.row_stride == 1 {
-            // Said in so many words, a column is read in one piece.
+            // With a constant stride of 1, a column is read in one piece.
             rows.gather(out, |k| row(k) as isize);
         } else {
             rows.gather(out, |k| row(k) as isize * rows.row_stride);

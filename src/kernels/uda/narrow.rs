@@ -32,7 +32,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             let mut cross = [0.0; LANES];
             for ((y, e), z) in q.z.iter().zip(&*q.exp).zip(p.z) {
                 each_lane(|k| {
-                    // q ln q is 0 at q = 0; q ln p is not replaced, and NaN where p = 0 too, as in tllib.
+                    // q ln q is defined as 0 at q = 0; q ln p is not, and NaN where p = 0 too, as in tllib.
                     let log = y[k] - q.max[k];
                     let ln_q = if e[k] == E::Acc::ZERO {
                         E::Acc::ZERO
@@ -47,7 +47,7 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             let factor = sweep.scale / sweep.temperature;
             for k in 0..LANES {
                 let norms = Real::ln::<I>(p.total[k]) - Real::ln::<I>(q.total[k]);
-                // The mask multiplies: 0 times what is not finite is NaN, also of the gradient.
+                // The mask multiplies: 0 times a non-finite loss or gradient is NaN.
                 values[k] = mask[k] * (cross[k] / q.total[k] + norms);
                 of_p[k] = mask[k] * (factor / p.total[k]);
                 of_q[k] = mask[k] * (factor / q.total[k]);

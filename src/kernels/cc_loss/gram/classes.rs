@@ -1,4 +1,4 @@
-//! The matrices of some classes, and the sweeps over them.
+//! The matrices for a range of classes, and the sweeps over them.
 
 use super::super::super::element::Element;
 use super::super::super::isa::{Isa, Kernel, dispatch};
@@ -9,7 +9,7 @@ use super::super::{Inverse, Pair, Pairs, Reader};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-/// The matrices of some classes: rows of as many elements.
+/// The matrices for a range of classes: each row has one element per class.
 pub(super) struct Matrices {
     delta: Vec<f64>,
     b: Vec<f64>,
@@ -33,7 +33,7 @@ impl Matrices {
         [&self.delta, &self.b, &self.alpha, &self.epsilon].map(|of| &of[..size])
     }
 
-    /// Computes those of `classes`.
+    /// Computes the matrices for `classes`.
     pub(super) fn load<E: Element>(
         &mut self,
         pairs: Pairs<'_, E>,
@@ -112,7 +112,7 @@ impl<E: Element> Kernel for Load<'_, E> {
     }
 }
 
-/// `h_c = sum_i w'_i q'_ic Y_ic` of some classes, and `sum_c q'_ic h_c` over them.
+/// `h_c = sum_i w'_i q'_ic Y_ic` for a range of classes, and `sum_c q'_ic h_c` over them.
 pub(super) struct Levels<'a> {
     pub(super) found: &'a [Pair],
     pub(super) alpha: &'a [f64],
@@ -149,7 +149,7 @@ impl Kernel for Levels<'_> {
     }
 }
 
-/// The gradient of the chosen rows with respect to some classes.
+/// The gradient of the chosen rows with respect to a range of classes.
 pub(super) struct Gradient<'a, E> {
     pub(super) found: &'a [Pair],
     pub(super) b: &'a [f64],
@@ -176,7 +176,7 @@ impl<E: Element> Kernel for Gradient<'_, E> {
             .zip(self.y.chunks_exact(width))
             .zip(self.out.chunks_exact_mut(width));
         for ((pair, &mean), (((b, x), y), out)) in self.found.iter().zip(self.means).zip(rows) {
-            // b has one of the two roots of the weight.
+            // b already includes one of the two factors sqrt(w').
             let factor = self.factor * pair.strong.root;
             let levels = self.h.iter().zip(self.inverse);
             for ((((o, b), x), y), (h, inverse)) in out.iter_mut().zip(b).zip(x).zip(y).zip(levels)

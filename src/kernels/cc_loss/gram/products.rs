@@ -1,11 +1,11 @@
-//! The products of rows with rows, and what is made of them.
+//! The products of rows with rows, and what is computed from them.
 
 use super::super::super::isa::{Isa, Kernel, dispatch};
 use super::super::super::product::{Multiply, mirror};
 use super::super::super::reduce;
 use super::super::Pair;
 
-/// What is needed of the products of rows with rows, `n x n`.
+/// The products of rows with rows that are needed, `n x n`.
 #[derive(Default)]
 pub(super) struct Grams {
     rows: usize,
@@ -23,7 +23,7 @@ pub(super) struct Grams {
     pub(super) ee: Vec<f64>,
 }
 
-/// The factors in brackets.
+/// The parenthesized factors of `X` and `Y`.
 pub(super) struct Factors {
     /// `Q' alpha^T`
     x_delta: Vec<f64>,
@@ -50,7 +50,7 @@ impl Grams {
         }
     }
 
-    /// Those of other classes.
+    /// Adds the products over other classes.
     pub(super) fn add(&mut self, other: &Self) {
         let sums = [
             &mut self.dd,
@@ -70,7 +70,7 @@ impl Grams {
         }
     }
 
-    /// Gives the symmetric ones their lower halves.
+    /// Fills the lower triangles of the symmetric products.
     pub(super) fn mirror(&mut self) {
         for of in [&mut self.dd, &mut self.bb, &mut self.aa, &mut self.ee] {
             mirror(of, self.rows);
@@ -82,7 +82,7 @@ impl Grams {
         inner(&self.dd, &self.aa) + 2.0 * inner(&self.db, &self.ae) + inner(&self.bb, &self.ee)
     }
 
-    /// In the same memory.
+    /// Computes the factors, reusing the memory.
     pub(super) fn factors(self, found: &[Pair]) -> Factors {
         let Self {
             rows,
