@@ -1,6 +1,7 @@
 """Every loss under ``torch.compile``: an opaque operator where a kernel serves, and what it is composed of where none
 does. What keeps state is in test_compile.py."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.losses import LOSSES
 from tests.test_losses import assert_agree, every_loss, leaves, run
 from tllib_rs import _core, _library
-from tllib_rs.vision.models.reid.loss import hard_examples_mining
+from tllib_rs.self_training.cc_loss import CCConsistency
+from tllib_rs.self_training.dst import WorstCaseEstimationLoss
+from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
+from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
+from tllib_rs.vision.models.reid.loss import (
+    CrossEntropyLossWithLabelSmooth,
+    SoftTripletLoss,
+    TripletLoss,
+    hard_examples_mining,
+)
 
 transparent = _library.or_transparent(
     None, "test_entropy", "(Tensor p, str reduction) -> Tensor", _core.entropy
@@ -216,3 +227,45 @@ def test_inductor_mines_a_matrix_that_it_masks(generator):
     labels = torch.randint(3, (32,), generator=generator)[::2]
     for ours, eager in zip(torch.compile(call)(distances, labels), call(distances, labels), strict=True):
         assert torch.equal(ours, eager)
+
+
+LOGITS, FEATURES = (9, 5), (9, 4)
+#: A module, the number that a schedule changes, and the shapes of its inputs (labels where there are none).
+VARIED = {
+    "mcc": (MinimumClassConfusionLoss(1.0), "temperature", [LOGITS]),
+    "pseudo_label": (ConfidenceBasedSelfTrainingLoss(0.5), "threshold", [LOGITS, LOGITS]),
+    "uda": (StrongWeakConsistencyLoss(0.3, 1.0), "threshold", [LOGITS, LOGITS]),
+    "cc_loss": (CCConsistency(1.0, 0.3), "temperature", [LOGITS, LOGITS]),
+    "dst": (WorstCaseEstimationLoss(1.0), "eta_prime", [LOGITS] * 4),
+    "triplet": (TripletLoss(1.0), "margin_loss.margin", [FEATURES, None]),
+    "soft_triplet": (SoftTripletLoss(1.0), "margin", [FEATURES, FEATURES, None]),
+    "label_smooth": (CrossEntropyLossWithLabelSmooth(5, 0.1), "epsilon", [LOGITS, None]),
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", VARIED)
+def test_a_number_that_changes_is_compiled_for_once(name, backend, generator):
+    """As a schedule changes a threshold or a temperature: a graph for the first value, and one for all others."""
+    module, attribute, shapes = VARIED[name]
+    module = copy.deepcopy(module)
+
+    def call(*x):
+        found = module(*x)
+        return found[0] if isinstance(found, tuple) else found
+
+    inputs = [
+        torch.arange(9) // 3 if shape is None else torch.randn(shape, generator=generator) for shape in shapes
+    ]
+    wanted = [x.requires_grad_() for x in inputs if x.is_floating_point()]
+    *owner, attribute = attribute.split(".")
+    owner = module.get_submodule(".".join(owner))
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for step in range(12):
+        setattr(owner, attribute, 0.2 + 0.05 * step)
+        value, expected = compiled(*inputs), call(*inputs)
+        torch.testing.assert_close(value.detach(), expected.detach())
+        grads = [torch.autograd.grad(x, wanted, materialize_grads=True) for x in (value, expected)]
+        torch.testing.assert_close(*grads)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -5,23 +5,26 @@ the graph, so each method registers the same function here as an opaque operator
 implementation (shapes and dtypes only). :func:`register` is for losses, whose backward scales the stored
 gradients, as the eager autograd node does; :func:`define` for everything else.
 
-Where no kernel serves, the loss is transparent (:func:`or_transparent`): the compiler sees its composite in
-torch's operations, and fuses them with each other and with what is around.
+If there is no kernel for the device, the loss is transparent (:func:`or_transparent`): the compiler sees its
+composite in torch's operations, and fuses them with each other and with the surrounding operations.
 """
 
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 
-from tllib_rs import __version__, _core
+from tllib_rs import __version__, _core, _derivatives
+from tllib_rs._derivatives import Backward, SetUp
 
 _library = torch.library.Library("tllib_rs", "DEF")
+_OF_TENSORS = "_of_tensors"
 _file = os.stat(_core.__file__)
-#: torch keeps compiled graphs on the disk, by the operators in them. What a transparent one is composed of is
-#: no part of that, so this is: another for each version and build.
+#: torch caches compiled graphs on disk, keyed by the operators in them. The composition of a transparent one
+#: is not part of the key, so this tag, unique to each version and build, is.
 _BUILD = f"{__version__}-{_file.st_size:x}-{_file.st_mtime_ns:x}"
 
 
@@ -35,16 +38,48 @@ def define(
 ) -> Callable[..., Any]:
     """Define the opaque operator ``tllib_rs::name``, without a gradient, and return it.
 
+    With a float among its arguments there is a second operator, ``tllib_rs::name_of_tensors``, which takes a
+    tensor for it. What is returned calls that one where the compiler has made the float a symbol, because it
+    changes from call to call: the first operator would be compiled again for each value.
+
     Args:
         name: begins with the method's stem.
         schema: arguments and outputs, as in ``(Tensor h_k, Tensor(a!) queue_list) -> ()``.
         compute: what it does to real tensors.
         fake: empty tensors like the outputs of ``compute``, from fake inputs.
-        ordered: for operators on state that is no argument: such calls stay, in the order of the program, and
-            are never recorded.
+        ordered: for operators on state that is not an argument: such calls are neither removed nor reordered,
+            and never captured in CUDA graphs.
         recorded: False for operators that keep memory between calls: the CUDA graphs of
-            ``torch.compile(mode="reduce-overhead")`` end before them, and go on behind.
+            ``torch.compile(mode="reduce-overhead")`` are split around them.
     """
+    operator = _define(name, schema, compute, fake, ordered, recorded)
+    numbers = _numbers(schema)
+    if not numbers:
+        return operator
+
+    def compute_of_tensors(*args):
+        return compute(*(float(x) if k in numbers and x is not None else x for k, x in enumerate(args)))
+
+    schema = re.sub(r"\bfloat\b", "Tensor", schema)
+    of_tensors = _define(f"{name}{_OF_TENSORS}", schema, compute_of_tensors, fake, ordered, recorded)
+
+    def compiled(*args):
+        if _vary(args, numbers):
+            return of_tensors(*(_as_tensor(x) if k in numbers else x for k, x in enumerate(args)))
+        return operator(*args)
+
+    return compiled
+
+
+def _define(
+    name: str,
+    schema: str,
+    compute: Callable[..., Any],
+    fake: Callable[..., Any],
+    ordered: bool,
+    recorded: bool,
+) -> Callable[..., Any]:
+    """One operator of :func:`define`."""
     apart = ordered or not recorded
     _library.define(f"{name}{schema}", tags=(torch.Tag.cudagraph_unsafe,) if apart else ())
     _library.impl(name, compute, "CompositeExplicitAutograd")
@@ -63,9 +98,40 @@ def define(
     return getattr(torch.ops.tllib_rs, name).default
 
 
-def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give the operator ``tllib_rs::name`` a gradient."""
-    torch.library.register_autograd(f"tllib_rs::{name}", backward, setup_context=setup_context, lib=_library)
+def _numbers(schema: str) -> list[int]:
+    """The places of the floats among the arguments."""
+    arguments, _, _ = schema.partition(" -> ")
+    return [k for k, argument in enumerate(arguments[1:].split(", ")) if argument.startswith("float")]
+
+
+def _vary(args: Sequence[Any], numbers: Sequence[int]) -> bool:
+    """Whether the compiler has made a symbol, or :func:`_as_tensor` a tensor, of one of the numbers."""
+
+    def varies(number):
+        if isinstance(number, torch.Tensor):
+            return True
+        if number is None or not torch.compiler.is_compiling():
+            return False
+        return not torch.fx.experimental.symbolic_shapes.has_static_value(number)
+
+    return any(varies(args[k]) for k in numbers)
+
+
+def _as_tensor(number: float | torch.Tensor | None) -> torch.Tensor | None:
+    """Multiplication is one of the few operations that torch does not compile for each value of a symbol."""
+    if number is None or isinstance(number, torch.Tensor):
+        return number
+    return torch.ones((), dtype=torch.float64) * number
+
+
+def differentiate(
+    name: str, backward: Backward, setup_context: SetUp, composed: Callable[..., Any] | None
+) -> None:
+    """Give the operator ``tllib_rs::name``, and the one that takes tensors for numbers, derivatives: see
+    :func:`tllib_rs._derivatives.differentiate`."""
+    for each in (name, f"{name}{_OF_TENSORS}"):
+        if hasattr(torch.ops.tllib_rs, each):
+            _derivatives.differentiate(_library, each, backward, setup_context, composed)
 
 
 def register(
@@ -88,25 +154,30 @@ def register(
         fake: empty tensors like the outputs of ``call``, from fake inputs; always a tuple.
         differentiable: how many arguments the loss is differentiable with respect to.
         extra: how many tensors ``call`` returns after the loss.
-        widened: where an autocast region makes a half-precision loss float32. By the time that the operator
-            runs the region is over, so it has one more argument, which says whether there was one.
+        widened: where autocast makes a half-precision loss float32. Autocast is no longer active when the
+            operator runs, so it has one more argument, which says whether it was.
     """
-    count = differentiable
+    count, numbers = differentiable, _numbers(schema)
+
+    def outputs_of(*args):
+        # The extension itself checks whether autocast is active.
+        with torch.autocast(args[0].device.type) if args[-1] else nullcontext():
+            outputs = call(*args[:-1])
+        return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def compute(*args):
-        # The extension looks for a region of its own accord.
-        with torch.autocast(args[0].device.type) if args[-1] else nullcontext():
-            return compute_here(*args[:-1])
-
-    def compute_here(*args):
-        # The extension stores gradients only for tensors that require them: ask it with leaves.
+        # The extension stores gradients only for tensors that require them: call it with leaves.
         with _recorded():
             leaves = [x.detach().requires_grad_() for x in args[:count]]
             others = [x.detach() if isinstance(x, torch.Tensor) else x for x in args[count:]]
-            outputs = call(*leaves, *others)
-            loss, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss, *rest = outputs_of(*leaves, *others)
             grads = _gradients(loss, leaves) if leaves else ()
         return (loss.detach(), *grads, *rest)
+
+    def composed(*args):
+        args = [float(x) if k in numbers and x is not None else x for k, x in enumerate(args)]
+        loss, *rest = outputs_of(*args)
+        return (loss, *(x.new_empty(x.shape, dtype=_kept(x)) for x in args[:count]), *rest)
 
     def fake_compute(*args):
         loss, *rest = fake(*args[:-1])
@@ -119,22 +190,22 @@ def register(
         )
 
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*output[1 : 1 + count])
         ctx.dtypes = [x.dtype for x in inputs[:count]]
         ctx.arguments = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
+        return output[1 : 1 + count]
 
-    def backward(ctx, incoming, *_):
+    def backward(ctx, grads, incoming, *_):
         def scaled(grad, dtype):
-            # A loss for each row scales what is along dimension 1.
+            # The incoming gradient of an unreduced loss, one per row, broadcasts along dimension 1.
             each = incoming.unsqueeze(1) if 0 < incoming.dim() < grad.dim() else incoming
             return (grad * each).to(dtype)
 
-        return tuple(map(scaled, ctx.saved_tensors, ctx.dtypes)) + (None,) * (ctx.arguments - count)
+        return tuple(map(scaled, grads, ctx.dtypes)) + (None,) * (ctx.arguments - count)
 
     outputs = ", ".join(["Tensor"] * (1 + count + extra))
     operator = define(name, f"{schema[:-1]}, bool autocast) -> ({outputs})", compute, fake_compute)
-    differentiate(name, backward, setup_context)
+    differentiate(name, backward, setup_context, composed)
 
     def region(device):
         nowhere = {"never": (device,), "on devices": ("cpu", "meta"), "everywhere": ("meta",)}[widened]
@@ -151,10 +222,10 @@ def register(
 def or_transparent(
     opaque: Callable[..., Any], name: str, schema: str, call: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define the operator ``tllib_rs::name_composite``, in whose place a graph has what ``call`` is composed
-    of. Return a function that takes it where no kernel serves, and ``opaque`` elsewhere.
+    """Define the operator ``tllib_rs::name_composite``, which graphs decompose into the operations of
+    ``call``. Return a function that uses it if there is no kernel for the device, and ``opaque`` otherwise.
 
-    The composites take sizes for numbers, so that graphs of any size have the opaque operator.
+    The composites treat sizes as constants, so graphs with dynamic shapes contain the opaque operator.
     """
 
     def composed(*args):
@@ -164,7 +235,7 @@ def or_transparent(
                 continue
             if any(isinstance(n, torch.SymInt) for n in x.shape):
                 return opaque(*args)
-            # Only strides and offset are symbols: those of a copy, which the compiler leaves out, are not.
+            # Only strides and offset are symbols: those of a copy, which the compiler elides, are not.
             args[place] = x.clone(memory_format=torch.contiguous_format)
         return call(*args)
 
@@ -172,8 +243,12 @@ def or_transparent(
     _library.impl(f"{name}_composite", composed, "CompositeImplicitAutograd")
     transparent = getattr(torch.ops.tllib_rs, f"{name}_composite").default
 
+    numbers = _numbers(schema)
+
     def compiled(*args):
-        return opaque(*args) if _has_kernels(args[0].device.type) else transparent(*args, _BUILD)
+        if _has_kernels(args[0].device.type) or _vary(args, numbers):
+            return opaque(*args)
+        return transparent(*args, _BUILD)
 
     return compiled
 
@@ -182,31 +257,32 @@ def _has_kernels(device: str) -> bool:
     return _core.has_kernels(device)
 
 
-# What torch.compiler.assume_constant_result does, which imports the whole compiler: a second more for who
-# only imports a loss.
+# What torch.compiler.assume_constant_result does, but that imports the whole compiler: a second more for
+# users who only import a loss.
 _has_kernels._dynamo_marked_constant = True
 
 
 def _gradients(loss: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The gradients with respect to the leaves, contiguous, as :func:`_kept` says."""
+    """The gradients with respect to the leaves, contiguous, in the dtype of :func:`_kept`."""
     grads = _core.gradients(loss, len(leaves))
     if grads is None:
-        # Of a composite. In this thread: in another, a graph that is captured knows nothing of their memory.
+        # The loss is a composite. Backward in this thread: a graph being captured does not track memory that
+        # another thread allocates.
         with torch.autograd.set_multithreading_enabled(False):
             grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
     return [grad.to(_kept(leaf)).contiguous() for grad, leaf in zip(grads, leaves, strict=True)]
 
 
 def _kept(x: torch.Tensor) -> torch.dtype:
-    """The dtype in which a gradient with respect to ``x`` waits for the incoming one: many would be 0 in
-    float16 before a loss scale reaches them."""
+    """The dtype in which a gradient with respect to ``x`` is stored until backward: in float16, many would
+    underflow to 0 before the loss scale is applied."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 @contextmanager
 def _recorded() -> Iterator[None]:
-    """As outside of any operator: what libtorch computes has a gradient. Where an operator has one of its
-    own, torch leaves out all others while it runs."""
+    """Enable autograd for libtorch's operations, as outside of an operator: while an operator with its own
+    gradient runs, torch excludes the autograd dispatch keys."""
     key, excluded = torch._C.DispatchKey, torch._C._SetExcludeDispatchKeyGuard
     with excluded(key.AutogradFunctionality, False), excluded(key.AutogradOther, False), torch.enable_grad():
         yield

@@ -87,14 +87,14 @@ class SelfTuning(nn.Module):
         s_i = \left[\, q_i \cdot k_i,\; q_i \cdot Q_{y_i},\; q_i \cdot Q_{c \ne y_i} \,\right], \qquad
         \mathrm{pgc\_logits}_i = \log \mathrm{softmax}(s_i / T)
 
-    The key and the :math:`K` entries of the own class come first and are the positives, the other classes
-    follow in order. All rows see the queue as it was before the batch; then its keys replace the oldest
-    of their classes, one by one.
+    The key and the :math:`K` entries of the row's own class come first and are the positives; the other
+    classes follow in order. All rows see the queue as it was before the batch; then the keys of the batch
+    replace the oldest keys of their classes, one by one.
 
-    The queue is written in place. Several forwards may come before a backward, as when labelled and
-    unlabelled batches share one. On the CPU only the replaced columns are kept for backward, and any other
-    write to ``queue_list`` in between that torch sees (not through ``.data`` or numpy) makes that backward
-    raise; other devices keep a copy of the queue.
+    The queue is written in place. Several forwards may come before a backward, as when labeled and
+    unlabeled batches share one. On the CPU only the replaced columns are kept for backward, and any other
+    write to ``queue_list`` in between that bumps its version counter (not through ``.data`` or numpy) makes
+    that backward raise; other devices keep a copy of the queue.
 
     Args:
         encoder_q (Classifier): query encoder.
@@ -119,18 +119,18 @@ class SelfTuning(nn.Module):
         - y_q: predictions of the query encoder, (minibatch, num_classes).
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: shapes that differ; K or num_classes below 1, m outside [0, 1], T not above 0; encoders
-            that do not correspond or are in evaluation mode; this process is no member of the group.
-        IndexError: a label that is no class (on the CPU; on other devices the device raises).
+            that do not correspond or are in evaluation mode; this process is not a member of the group.
+        IndexError: a label that is not a class (on the CPU; on other devices the device raises).
         RuntimeError: devices that differ; the group was destroyed.
 
     With a group the rows of each rank see the queue as it was before the batch of all ranks, and then the
-    keys of all ranks are enqueued in the order of the ranks: the queues stay equal, and are those of one
-    process with the concatenated batch. Batches may differ in size and be empty. The sizes travel while the
-    encoders run, keys and labels in one message after. At the first forward the queue of the group's first
-    rank is broadcast; DistributedDataParallel around this module leaves the queue alone. The
-    log-probabilities are those of the own rows, so gradients are as in any other loss of a rank's rows.
+    keys of all ranks are enqueued in rank order: the queues stay equal, and are those of one process with
+    the concatenated batch. Batches may differ in size and be empty. The sizes are exchanged while the
+    encoders run, keys and labels afterwards in one message. At the first forward the queue of the group's
+    first rank is broadcast; DistributedDataParallel around this module leaves the queue alone. The
+    log-probabilities are those of the rank's own rows, so gradients are as for any other loss of these rows.
 
     Examples::
 
@@ -170,7 +170,7 @@ class SelfTuning(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
         self._history = _core.SelfTuningHistory()
         if self._ranks is not None:
-            # Its broadcast would write the queue, between forward and backward where a step has several.
+            # DDP's broadcast would write the queue, between forward and backward if a step has several.
             self._ddp_params_and_buffers_to_ignore = ["queue_list", "queue_ptr"]
 
     def forward(
@@ -196,13 +196,13 @@ class SelfTuning(nn.Module):
 
     @torch.no_grad()
     def _momentum_update_key_encoder(self) -> None:
-        """Move the key encoder. A subclass may do otherwise."""
+        """Update the key encoder. A subclass may override this."""
         with shards.resharded("SelfTuning", self.encoder_k, self.encoder_q):
             _core.ema_update(self.encoder_k, self.encoder_q, self.m)
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, h: torch.Tensor, label: torch.Tensor) -> None:
-        """Replace the oldest key of a class. A subclass may do otherwise: it is then called for each row."""
+        """Replace the oldest key of a class. If a subclass overrides it, it is called for each row."""
         self._settings().enqueue(h, label.reshape(1).expand(len(h)), self.queue_list, self.queue_ptr)
 
     def __init_subclass__(cls, **arguments: Any):
@@ -225,7 +225,7 @@ class SelfTuning(nn.Module):
     def _compiled_forward(
         self, im_q: torch.Tensor, im_k: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        # The same in operators: the graph keeps a copy of the queue for backward.
+        # The same steps as operators: the graph keeps a copy of the queue for backward.
         queue = (self.queue_list, self.queue_ptr)
         settings = (self.num_classes, self.K, self.m, self.T)
         h_q, y_q = _training_outputs("encoder_q", self.encoder_q(im_q))
@@ -246,7 +246,7 @@ class SelfTuning(nn.Module):
         return targets
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # What tllib pickled has none.
+        # Objects that tllib pickled have no history.
         super().__setstate__({"_history": _core.SelfTuningHistory()} | state)
 
     def extra_repr(self) -> str:
@@ -260,7 +260,7 @@ class SelfTuning(nn.Module):
         )
         if not self._alike:
             rows.counts()
-            # Drawn at random, on each rank from its own stream.
+            # Initialized at random, on each rank by its own generator.
             self._ranks.broadcast_(self.queue_list)
             self._ranks.broadcast_(self.queue_ptr)
             self._alike = True
@@ -313,8 +313,8 @@ def _fake_forward(h_q, h_k, labels, queue_list, num_classes, K, m, T, keep):
 def _setup_context(ctx, inputs, output):
     h_q, h_k, labels, _, *ctx.settings, _ = inputs
     pgc_logits, kept = output
-    ctx.save_for_backward(pgc_logits, h_q, h_k, labels, kept)
     ctx.mark_non_differentiable(kept)
+    return pgc_logits, h_q, h_k, labels, kept
 
 
 _log_probabilities = define(
@@ -332,8 +332,9 @@ _backward = define(
 )
 differentiate(
     "self_tuning",
-    lambda ctx, grad_output, _: (_backward(grad_output, *ctx.saved_tensors, *ctx.settings), *[None] * 8),
+    lambda ctx, kept, grad_output, _: (_backward(grad_output, *kept, *ctx.settings), *[None] * 8),
     _setup_context,
+    composed=None,
 )
 _enqueue = define(
     "self_tuning_enqueue",
@@ -353,7 +354,7 @@ def _copy_parameters(encoder_q: nn.Module, encoder_k: nn.Module) -> None:
 
 
 def _check_mode(name: str, encoder: nn.Module) -> None:
-    """Before anything changes, where a module says by its mode what it will return."""
+    """Raise before anything changes, for a module whose mode determines what it will return."""
     if isinstance(encoder, Classifier) and not encoder.training:
         raise ValueError(
             f"SelfTuning: {name} must return (projections, predictions), as in training mode, "

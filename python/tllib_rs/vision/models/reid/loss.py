@@ -52,8 +52,9 @@ _compiled_distances_backward = define(
 )
 differentiate(
     "distances",
-    lambda ctx, incoming: _compiled_distances_backward(incoming, *ctx.saved_tensors),
-    lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+    lambda ctx, kept, incoming: _compiled_distances_backward(incoming, *kept),
+    lambda ctx, inputs, output: (*inputs, output),
+    _core.distances,
 )
 _compiled_distances = or_transparent(
     _opaque_distances, "distances", "(Tensor x, Tensor y) -> Tensor", _core.distances
@@ -133,7 +134,7 @@ def hard_examples_mining(dist_mat: torch.Tensor, identity_mat: torch.Tensor, ret
     .. math::
         p_i = \arg\max_j\, d_{ij} - 10^7 (1 - s_{ij}), \qquad n_i = \arg\min_j\, d_{ij} + 10^7 s_{ij}
 
-    Of equal distances the first wins. A row without a positive has the distance
+    Among equal distances the first wins. A row without a positive has the distance
     :math:`\max_j d_{ij} - 10^7`, one without a negative :math:`\min_j d_{ij} + 10^7`, as in tllib.
 
     Args:
@@ -157,7 +158,7 @@ def hard_examples_mining(dist_mat: torch.Tensor, identity_mat: torch.Tensor, ret
     if not identity_mat.is_floating_point():
         identity_mat = identity_mat.to(at_least_float32(dist_mat.dtype))
 
-    # Both at once: backward then makes one matrix of zeros.
+    # Both in one gather: backward then makes one matrix of zeros.
     index = torch.stack((positive, negative), dim=1)
     d_ap, d_an = dist_mat.gather(1, index).unbind(1)
     s_ap, s_an = identity_mat.gather(1, index).unbind(1)
@@ -189,8 +190,8 @@ class CrossEntropyLossWithLabelSmooth(nn.Module):
     Raises:
         TypeError: y is not a floating-point tensor, or labels are neither int64 nor int32.
         ValueError: y is not (minibatch, C) with C > 0, or there is not one label for each row.
-        IndexError: a label is negative or not below C (on the CPU; a CUDA device stops, or the loss is
-            NaN where fused kernels run).
+        IndexError: a label is negative or not below C (on the CPU; on CUDA a device-side assertion fails
+            or, with fused kernels, the loss is NaN).
         RuntimeError: the devices differ.
 
     Examples::
@@ -228,8 +229,8 @@ class CrossEntropyLoss(nn.Module):
         \mathrm{loss} = \frac{1}{B} \sum_i \sum_c -q_{ic} \log p_{ic}
 
     Inputs:
-        - y (tensor): unnormalized predictions, (minibatch, C), floating point. Further dimensions, of
-          which the mean is taken too, are allowed.
+        - y (tensor): unnormalized predictions, (minibatch, C), floating point. Further dimensions are
+          allowed; the mean is taken over them, too.
         - labels (tensor): unnormalized predictions of the other network, same shape.
 
     Returns:
@@ -260,7 +261,7 @@ class CrossEntropyLoss(nn.Module):
 
 
 def _is_fused(ranking: nn.Module) -> bool:
-    """Whether it is what the constructors made; scripts may assign another."""
+    """Whether it is the module that the constructors made; scripts may assign another."""
     return type(ranking) is nn.MarginRankingLoss and ranking.reduction == "mean"
 
 
@@ -293,9 +294,9 @@ class TripletLoss(nn.Module):
         \mathrm{loss} = \frac{1}{B} \sum_i \max(0,\; a_i - b_i + m)
 
     Pairs are found by one matrix product and one scan, in blocks of rows, so that memory does not grow with
-    :math:`B^2`. Distance and gradient of these :math:`2B` pairs come from differences, which stay exact
-    where :math:`|x|^2 + |y|^2 - 2 x \cdot y` cancels. If all samples have one identity, :math:`b_i` is the
-    smallest distance plus :math:`10^7`, as in tllib.
+    :math:`B^2`. Distance and gradient of these :math:`2B` pairs are computed from differences, which stay
+    exact where :math:`|x|^2 + |y|^2 - 2 x \cdot y` cancels. If all samples have one identity, :math:`b_i` is
+    the smallest distance plus :math:`10^7`, as in tllib.
 
     Args:
         margin (float): :math:`m`.
@@ -341,7 +342,7 @@ class TripletLoss(nn.Module):
 
 
 class TripletLossXBM(nn.Module):
-    r""":class:`TripletLoss` whose pairs are looked for in a memory of earlier batches: `Cross-Batch Memory
+    r""":class:`TripletLoss` whose pairs are mined in a memory of earlier batches: `Cross-Batch Memory
     for Embedding Learning (CVPR 2020) <https://arxiv.org/abs/1912.06798>`_.
 
     A sample without a positive in the memory has the largest distance minus :math:`10^7` in place of
@@ -405,14 +406,14 @@ class SoftTripletLoss(nn.Module):
         \mathrm{loss} = \frac{1}{B} \sum_i -r_i \log \sigma_i - (1 - r_i) \log (1 - \sigma_i)
 
     where :math:`r_i` is the teacher's :math:`\sigma_i` for the same pairs, not differentiated, or the margin.
-    Of the teacher only these :math:`2B` distances are computed.
+    For the teacher, only these :math:`2B` distances are computed.
 
     Args:
         margin (float, optional): :math:`r` for all samples; ``None`` for the teacher's. Default: None
         normalize_feature (bool, optional): whether features are first divided by their norms.
             Default: False
-        process_group (ProcessGroup, optional): ranks over whose batches, taken as one, pairs are looked for
-            and the mean is. Default: ``None``, the batch of this process alone
+        process_group (ProcessGroup, optional): ranks over whose concatenated batches pairs are mined and the
+            mean is taken. Default: ``None``, the batch of this process alone
 
     Inputs:
         - features_1 (tensor): features to train, (minibatch, F), floating point.
@@ -425,15 +426,15 @@ class SoftTripletLoss(nn.Module):
     Raises:
         TypeError: an input is not a tensor, or features are not floating point.
         ValueError: features are not (minibatch, F) with at least one row and column, or there is not one
-            label for each, or the margin is not finite; this process is no member of the group; on every
-            rank, the ranks' features or labels differ in width or dtype.
+            label for each, or the margin is not finite; this process is not a member of the group; on every
+            rank, if the ranks' features or labels differ in width or dtype.
         RuntimeError: the devices differ; the group was destroyed; ``create_graph=True`` with a group.
 
-    With a group features and labels of all ranks, whose batches may differ in size and be empty as long as
-    not all are, are gathered in the order of the ranks: one small message with the sizes and one with the
-    rows. All get the same loss, and each the gradient with respect to its own features **times the number of
-    ranks**, so that the mean which DistributedDataParallel takes is the gradient of the loss. Backward sends
-    nothing, so the incoming gradient must be the same on every rank.
+    With a group, the features and labels of all ranks are gathered in rank order: one small message with the
+    sizes and one with the rows. Batches may differ in size and be empty as long as not all are. All ranks get
+    the same loss, and each the gradient with respect to its own features **times the number of ranks**, so
+    that the average that DistributedDataParallel takes is the gradient of the loss. Backward sends nothing,
+    so the incoming gradient must be the same on every rank.
 
     Examples::
 
@@ -479,7 +480,7 @@ class SoftTripletLoss(nn.Module):
             tensors["features_2"] = features_2
         alike = {"margin is None": int(self.margin is None)}
         for name in ("features_1", "features_2", "labels"):
-            # Without a teacher too: the message has one size whatever the margin.
+            # Also without a teacher: the message has one size whatever the margin.
             x = tensors.get(name)
             alike |= {f"the width of {name}": 0 if x is None else x.shape[1:].numel()}
             alike |= {f"the dtype of {name}": 0 if x is None else dtype_number(x.dtype)}

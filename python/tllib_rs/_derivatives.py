@@ -1,0 +1,96 @@
+"""Derivatives of the opaque operators of :mod:`tllib_rs._library`.
+
+An operator comes with a backward pass of its own, which torch can neither differentiate again nor turn into a
+forward derivative: both would be 0, in silence. Where one is asked for, and inside of the transforms of
+``torch.func``, the operator is replaced by what it is *composed* of, in operations that torch knows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
+
+#: From the context, what :data:`SetUp` saved and the incoming gradients: one gradient for each input.
+Backward = Callable[..., tuple[torch.Tensor | None, ...]]
+#: From the context, the inputs and the outputs: what the backward pass needs.
+SetUp = Callable[..., Sequence[torch.Tensor]]
+
+
+def differentiate(
+    library: torch.library.Library,
+    name: str,
+    backward: Backward,
+    setup_context: SetUp,
+    composed: Callable[..., Any] | None,
+) -> None:
+    """Give the operator ``name`` a gradient.
+
+    ``composed`` has the operator's arguments and outputs; outputs without a gradient may hold anything.
+    ``None`` for an operator whose inputs cannot be kept: other derivatives than the gradient raise.
+    """
+
+    def keep(ctx, inputs, output):
+        kept = setup_context(ctx, inputs, output)
+        ctx.kept = len(kept)
+        ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
+        ctx.places = [k for k, x in enumerate(inputs) if isinstance(x, torch.Tensor) and composed]
+        ctx.save_for_backward(*kept, *(inputs[k] for k in ctx.places))
+
+    def backward_or_again(ctx, *incoming):
+        kept, tensors = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
+        if not torch.is_grad_enabled():
+            return backward(ctx, kept, *incoming)
+        if composed is None:
+            raise _only_gradient(name)
+        inputs = list(ctx.inputs)
+        for place, x in zip(ctx.places, tensors, strict=True):
+            # One input may be another or come from it: what is asked for is the derivative by this one alone.
+            inputs[place] = x.view_as(x) if ctx.needs_input_grad[place] else x
+        return _again(composed(*inputs), inputs, incoming, ctx.needs_input_grad)
+
+    operator = getattr(torch.ops.tllib_rs, name).default
+    standard = make_autograd_impl(operator, Info(backward_or_again, keep))
+
+    def kernel(keys, *args):
+        if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+            return standard(keys, *args)
+        if composed is None:
+            raise _only_gradient(name)
+        return composed(*args)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
+    if composed is not None:
+        library.impl(name, composed, "FuncTorchBatched")
+
+
+def _only_gradient(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"tllib_rs::{name}: in a compiled graph there is the gradient, and no other derivative: no "
+        "create_graph, no forward mode and no transform of torch.func"
+    )
+
+
+def _again(
+    outputs: Any, inputs: Sequence[Any], incoming: Sequence[torch.Tensor | None], needed: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of ``outputs``, with graphs of their own."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, incoming, strict=True)
+        if grad is not None and output.requires_grad
+    ]
+    wanted = [k for k, need in enumerate(needed) if need]
+    found = torch.autograd.grad(
+        [output for output, _ in pairs],
+        [inputs[k] for k in wanted],
+        [grad for _, grad in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    grads: list[torch.Tensor | None] = [None] * len(inputs)
+    for k, grad in zip(wanted, found, strict=True):
+        grads[k] = grad
+    return tuple(grads)

@@ -1,0 +1,130 @@
+"""Derivatives of compiled and exported losses beyond the gradient: an operator of its own has none, and a wrong one
+would be 0 in silence."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
+
+from tests.test_losses import differentiated, every_loss
+from tllib_rs import _library
+from tllib_rs.vision.models.reid.loss import pairwise_euclidean_distance
+
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),)),
+    "grad": lambda f, x: torch.func.grad(lambda z: f(z).sum())(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "vmap": lambda f, x: torch.vmap(f)(torch.stack([x, 0.9 * x])),
+    "vmap of grad": lambda f, x: torch.vmap(torch.func.grad(lambda z: f(z).sum()))(torch.stack([x, 0.9 * x])),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def of_one(loss, generator):
+    """The loss as a function of the first input that is differentiated, and that input."""
+    inputs = loss.inputs(generator)
+    place = differentiated(loss)[0]
+
+    def function(x):
+        return loss.first(loss.ours(*inputs[:place], x, *inputs[place + 1 :]))
+
+    return function, inputs[place].detach()
+
+
+def assert_close(got, expected):
+    torch.testing.assert_close(tree_leaves(got), tree_leaves(expected), rtol=1e-6, atol=1e-9)
+
+
+@every_loss
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms(loss, transform, generator):
+    function, x = of_one(loss, generator)
+    transform = TRANSFORMS[transform]
+    compiled = torch.compile(lambda x: transform(function, x), backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x), transform(function, x))
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def compiled(function, x):
+    return torch.compile(function, backend="eager", fullgraph=True)
+
+
+def exported(function, x):
+    return torch.export.export(Exported(function), (x,)).module()
+
+
+graphs = pytest.mark.parametrize("graph", [compiled, exported])
+
+
+@every_loss
+@graphs
+def test_forward_mode(loss, graph, generator):
+    function, x = of_one(loss, generator)
+    _, expected = torch.func.jvp(function, (x,), (x.cos(),))
+    kept = graph(function, x)
+    if graph is exported:
+        # Dynamo itself takes no tensor of a transform that began outside.
+        assert_close(torch.func.jvp(kept, (x,), (x.cos(),))[1], expected)
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(kept(forward_ad.make_dual(x, x.cos()))).tangent
+    assert_close(got, expected)
+
+
+@every_loss
+@graphs
+def test_second_derivatives(loss, graph, generator):
+    function, x = of_one(loss, generator)
+    kept = graph(function, x)
+
+    def penalty(f):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(f(leaf).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)
+
+    assert_close(penalty(kept), penalty(function))
+
+
+def test_two_inputs_that_are_one(generator):
+    """Each derivative is by its own argument alone."""
+    x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+
+    def twice(call, z):
+        (grad,) = torch.autograd.grad(call(z, z).sum(), z, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), z)
+
+    def distances(x, y):
+        return pairwise_euclidean_distance(x, 2 * y)
+
+    graph = torch.compile(distances, backend="eager", fullgraph=True)
+    assert_close(twice(graph, x.clone().requires_grad_()), twice(distances, x.clone().requires_grad_()))
+
+
+def test_an_operator_whose_inputs_are_not_kept_refuses(generator):
+    _library.define("test_cube", "(Tensor x) -> Tensor", lambda x: x.detach() ** 3, torch.empty_like)
+    _library.differentiate(
+        "test_cube",
+        lambda ctx, kept, incoming: (incoming * 3 * kept[0] ** 2,),
+        lambda ctx, inputs, output: inputs,
+        composed=None,
+    )
+    cube = torch.ops.tllib_rs.test_cube
+    x = torch.randn(3, generator=generator, requires_grad=True)
+    (grad,) = torch.autograd.grad(cube(x).sum(), x)
+    torch.testing.assert_close(grad, 3 * x.detach() ** 2)
+    with pytest.raises(RuntimeError, match="test_cube: in a compiled graph there is the gradient"):
+        torch.autograd.grad(cube(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no other derivative"):
+        torch.func.jvp(cube, (x.detach(),), (x.detach(),))
