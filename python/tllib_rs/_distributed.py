@@ -1,7 +1,7 @@
-"""What the methods that work across ranks share: the group, sums over it, and rows gathered from it.
+"""Shared by the methods that work across ranks: the process group, all-reduced sums, and gathered rows.
 
-Every rank must make the same calls in the same order. Each call here makes the same number of collectives
-whatever the data, a batch without rows included; nothing is sent for arguments that raise.
+Every rank must make the same calls in the same order. Each call here issues the same number of collectives
+whatever the data, even for an empty batch; invalid arguments raise before anything is sent.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Ranks:
 
         Raises:
             TypeError: not a process group.
-            ValueError: this process is no member of it.
+            ValueError: this process is not a member of it.
             RuntimeError: the group was destroyed, or torch is built without torch.distributed.
         """
         return None if group is None else cls(owner, group)
@@ -51,7 +51,7 @@ class Ranks:
         dist.broadcast(values, group=self.group, group_src=0)
 
     def rows(self, count: int, device: torch.device, **alike: int) -> "Rows":
-        """Starts to tell the ranks that this one has ``count`` rows to give, and what must be ``alike``."""
+        """Start to exchange the numbers of rows, ``count`` on this rank, and what must be ``alike``."""
         return Rows(self, count, device, alike)
 
 
@@ -72,14 +72,14 @@ def _check(owner: str, group: Any) -> None:
 
 
 class Rows:
-    """Rows of all ranks in the order of the ranks, of which each may have another number.
+    """Rows of all ranks in rank order; the number of rows may differ between ranks.
 
-    Two messages: first the numbers of rows, because what is gathered must have one size on all ranks and
-    none knows the largest; it travels while the caller goes on until :meth:`gather`. Then all tensors, as
-    the bytes of their rows, in one message.
+    Two messages: first the row counts, because an all-gather needs the same size on all ranks and none knows
+    the largest; this one is asynchronous until :meth:`gather`. Then all tensors, as the bytes of their rows,
+    in one message.
 
-    The first message also holds integers that must be alike, so that ranks which differ raise, all of them,
-    where messages of different sizes would leave them waiting or with garbage.
+    The first message also holds integers that must be the same on all ranks, so that a mismatch raises on
+    every rank; messages of different sizes would hang or return garbage.
     """
 
     def __init__(self, ranks: Ranks, count: int, device: torch.device, alike: dict[str, int]):
@@ -90,10 +90,10 @@ class Rows:
         self._work = dist.all_gather_into_tensor(self._headers, self._sent, group=ranks.group, async_op=True)
 
     def counts(self) -> list[int]:
-        """How many rows each rank has to give.
+        """The number of rows on each rank.
 
         Raises:
-            ValueError: on every rank, where they differ in what must be alike.
+            ValueError: on every rank, if values that must be alike differ between ranks.
         """
         if self._counts is not None:
             return self._counts
@@ -110,7 +110,7 @@ class Rows:
         same on every rank.
 
         Raises:
-            ValueError: on every rank, where they differ in what must be alike.
+            ValueError: on every rank, if values that must be alike differ between ranks.
         """
         counts = self.counts()
         ranks, largest = self._ranks, max(counts)
@@ -127,13 +127,13 @@ class Rows:
 
 
 class Gathered:
-    """``tensors``: what was gathered, without a gradient; this rank's rows begin at ``start``."""
+    """``tensors``: the gathered tensors, without a gradient; this rank's rows begin at ``start``."""
 
     def __init__(self, ranks: Ranks, tensors: list[torch.Tensor], start: int):
         self._ranks, self.tensors, self.start = ranks, tensors, start
 
     def through(self, index: int, own: torch.Tensor) -> torch.Tensor:
-        """The tensor at ``index``, with the gradient of ``own``, this rank's rows of it."""
+        """The tensor at ``index``, differentiable with respect to ``own``, this rank's rows of it."""
         tensor = self.tensors[index]
         if not (own.requires_grad and torch.is_grad_enabled()):
             return tensor
@@ -141,8 +141,8 @@ class Gathered:
 
 
 class _OwnRows(torch.autograd.Function):
-    """All rows in forward, the gradient of one rank's rows in backward, times the number of ranks: that of
-    the sum of the ranks' losses, which are equal. Nothing is sent in backward."""
+    """All rows in forward; in backward the gradient of this rank's rows times the number of ranks, which is
+    the gradient of the sum of the ranks' equal losses. Nothing is sent in backward."""
 
     @staticmethod
     def forward(ctx, own, tensor, start, ranks):
@@ -164,7 +164,7 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
 
 
 def _of_bytes(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    # Of its own: a column among others begins anywhere, and a view of it must be aligned.
+    # A copy: the column starts at an arbitrary byte, and a view as another dtype must be aligned.
     rows = rows.clone(memory_format=torch.contiguous_format)
     return rows.view(like.dtype).reshape(len(rows), *like.shape[1:])
 

@@ -1,7 +1,7 @@
-"""Checkpoints that a run can be stopped and continued from, at any moment and to the last bit.
+"""Checkpoints from which a run resumes bit for bit, whenever it was stopped.
 
-:func:`save` never leaves half a file, whenever the process dies; :func:`random_states` holds what the random
-numbers of torch, numpy and Python go on from. Everything loads with ``weights_only=True``.
+:func:`save` is atomic even if the process dies; :func:`random_states` holds the RNG states of torch, numpy
+and Python. Everything loads with ``weights_only=True``.
 """
 
 import os
@@ -17,16 +17,16 @@ __all__ = ["load", "random_states", "save", "set_random_states"]
 
 
 def save(state: Any, path: str | os.PathLike[str]) -> None:
-    """Write ``state`` to ``path`` so that the file is, at every moment, the old one or the new one, whole.
+    """Write ``state`` to ``path`` atomically: at every moment the file is the complete old or new one.
 
-    The bytes go to ``<path>.part`` beside it, reach the disk, and take the name in one step. After a kill a
-    ``.part`` may be left over; the next save overwrites it. A path has one writer: with several processes
-    let one of them save, or give each its own path.
+    The bytes are written to ``<path>.part``, synced to disk, and renamed. If the process is killed, a
+    ``.part`` may be left over; the next save overwrites it. A path must have one writer: with several
+    processes let one of them save, or give each its own path.
 
     Args:
-        state: what :func:`torch.save` takes. What is made of tensors, numbers, strings, lists and dicts (any
-            ``state_dict``) loads again with ``weights_only=True``.
-        path: the file; folders that are missing are made.
+        state: anything :func:`torch.save` takes. Tensors, numbers, strings, lists and dicts (any
+            ``state_dict``) load again with ``weights_only=True``.
+        path: the file; missing folders are created.
 
     Examples::
 
@@ -49,7 +49,7 @@ def save(state: Any, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
-    """What :func:`save` wrote, by ``torch.load(..., weights_only=True)``: loading runs no code of the file's.
+    """Load what :func:`save` wrote, by ``torch.load(..., weights_only=True)``: no code in the file is run.
 
     Raises:
         FileNotFoundError: nothing was saved yet.
@@ -59,9 +59,9 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of the global random numbers of torch (CPU and, once used, CUDA), numpy and Python.
+    """The states of the global RNGs of torch (CPU and, once used, CUDA), numpy and Python.
 
-    Generators of your own (``torch.Generator``, ``numpy.random.default_rng``) have a state of their own:
+    Your own generators (``torch.Generator``, ``numpy.random.default_rng``) have their own state:
     save ``generator.get_state()``, ``rng.bit_generator.state``.
     """
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 (the one whose state is global)
@@ -71,18 +71,18 @@ def random_states() -> dict[str, Any]:
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
         "python": random.getstate(),
     }
-    # Asking would start CUDA, and cost memory on every device, for a run that does not use it.
+    # The call would initialize CUDA, and take memory on every device, for a run that does not use it.
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Go on from what :func:`random_states` returned. Do it last: making networks and loaders draws numbers.
+    """Restore what :func:`random_states` returned. Call it last: creating networks and loaders draws numbers.
 
     Raises:
         KeyError: ``states`` has another form.
-        RuntimeError: more CUDA devices than there are here.
+        RuntimeError: ``states`` has more CUDA devices than this machine.
     """
     name, keys, *rest = states["numpy"]
     version, internal, gauss = states["python"]
@@ -94,7 +94,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
-    """Make the new name last through a loss of power, where folders can be opened (not on Windows)."""
+    """Make the rename survive a power loss, where folders can be opened (not on Windows)."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

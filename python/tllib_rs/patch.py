@@ -1,17 +1,17 @@
 """tllib with our classes inside: ``patch_tllib()``.
 
-A module that tllib has not imported yet is ours from the start: ``sys.modules`` gets it under tllib's name,
-so that tllib's own file never runs and its packages need not import. In a module that is imported already
-the public names are replaced.
+A module of tllib that is not imported yet is ours from the start: it is put into ``sys.modules`` under
+tllib's name, so that tllib's own file never runs and its packages need not be importable. In a module that is
+already imported, the public names are replaced.
 
 Python finds ``tllib.vision.models.reid.loss`` in ``sys.modules`` without importing the packages above it,
 which is why ``from tllib.vision.models.reid.loss import SoftTripletLoss`` works although
-``tllib.vision.models`` does not import today. ``import tllib.vision.models.reid.loss`` also asks for the
-attributes on the way, and those are added to tllib's packages here. A package that breaks still breaks with
-its own error wherever it is imported for itself; only as a step on the way to one of our modules a
-placeholder stands in for it. Where ``tllib`` itself does not import, ``import tllib...`` fails as without us
-(the name that it binds is ``tllib``), and so does ``from tllib.self_training import mcc``, which asks the
-package; ``from tllib.self_training.mcc import ...`` works.
+``tllib.vision.models`` cannot be imported today. ``import tllib.vision.models.reid.loss`` also reads the
+attributes along the path, and those are added to tllib's packages here. A package that fails to import still
+raises its own error wherever it is imported directly; a placeholder replaces it only on the path to one of
+our modules. If ``tllib`` itself cannot be imported, ``import tllib...`` fails as it does unpatched (the name
+that it binds is ``tllib``), and so does ``from tllib.self_training import mcc``, which imports the package;
+``from tllib.self_training.mcc import ...`` works.
 """
 
 import importlib
@@ -53,7 +53,7 @@ _PACKAGES = frozenset(parent for name in _MODULES for parent in _parents(name))
 
 
 class Patch(Mapping[str, Any]):
-    """What :func:`patch_tllib` replaced, by dotted name, and the way back.
+    """What :func:`patch_tllib` replaced, by dotted name, with :meth:`undo`.
 
     Also a context manager, which undoes the patch at its end.
     """
@@ -86,11 +86,11 @@ class Patch(Mapping[str, Any]):
         return tuple(self._served)
 
     def undo(self) -> None:
-        """Put back what was replaced. Does nothing where it is undone already.
+        """Restore what was replaced. Does nothing if it is already undone.
 
-        tllib's modules that were imported meanwhile were made with our classes inside: they are forgotten,
-        and the next import loads them afresh. Where :func:`patch_tllib` was called several times, the last
-        undo counts.
+        tllib's modules that were imported meanwhile contain our classes: they are removed from
+        ``sys.modules``, and the next import loads them again. If :func:`patch_tllib` was called several
+        times, only the last undo takes effect.
         """
         if not self._uses:
             return
@@ -134,14 +134,14 @@ class Patch(Mapping[str, Any]):
         return replacements
 
     def _rebind(self, replacements: Mapping[int, tuple[Any, Any]]) -> None:
-        """Replace what tllib's modules took from each other by ``from ... import``."""
+        """Replace names that tllib's modules imported from each other by ``from ... import``."""
         for name in self._before:
             module = sys.modules[name]
             for bound, value in list(vars(module).items()):
                 original, own = replacements.get(id(value), (None, None))
                 if original is None or getattr(original, "__module__", None) == name:
-                    # Where it was defined the original stays a global: its methods say
-                    # ``super(ItsName, self)``, and must go on to find themselves.
+                    # In the defining module the original stays a global: its methods call
+                    # ``super(ItsName, self)``, which must still find the original.
                     continue
                 self._rebound.append((module, bound, original))
                 self._originals[f"{name}.{bound}"] = original
@@ -165,9 +165,9 @@ class Patch(Mapping[str, Any]):
 
 
 class _Replaced:
-    """A public name of an imported module: whoever asks the module for it gets ours.
+    """A public name of an imported module: attribute access on the module returns ours.
 
-    The module's own functions look in its ``__dict__``, which keeps the original.
+    The module's own functions look it up in its ``__dict__``, which keeps the original.
     """
 
     def __init__(self, value: Any):
@@ -189,7 +189,7 @@ class _PackageFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec that the other finders give, with a hand in how the module is created."""
+        """The spec that the other finders give, with module creation hooked."""
         if name not in _PACKAGES:
             return None
         for finder in list(sys.meta_path):
@@ -207,7 +207,7 @@ class _PackageFinder:
         return {name.rpartition(".")[2]: _Child(name, self) for name in names}
 
     def child(self, name: str) -> Any:
-        """One of our modules, or a package on the way to one."""
+        """One of our modules, or a package on the path to one."""
         if name in sys.modules or name in self._broken:
             return sys.modules.get(name) or self._broken[name]
         try:
@@ -217,7 +217,7 @@ class _PackageFinder:
             return self._broken.setdefault(name, kind(name))
 
     def _create_with_attributes(self, spec: importlib.machinery.ModuleSpec) -> None:
-        # Not a loader around the loader: its frame would stand in the traceback of every error that tllib
+        # Not a wrapper around the loader: its frame would appear in the traceback of every error that tllib
         # raises while it is imported.
         loader = spec.loader or _NamespaceLoader()
         create = loader.create_module
@@ -246,13 +246,13 @@ class _Child:
     def __get__(self, package: ModuleType | None, kind: type | None = None) -> Any:
         if sys._getframe(1).f_globals is vars(importlib._bootstrap):  # type: ignore[attr-defined]
             # ``from package import name``: without the attribute Python imports the module itself, and a
-            # package that breaks then raises its own error, with its own traceback.
+            # package that fails to import raises its own error, with its own traceback.
             raise AttributeError(self.name)
         return self.finder.child(self.name)
 
 
 class _Broken(ModuleType):
-    """Stands for a package that does not import, on the way to one of our modules below it."""
+    """Placeholder for a package that fails to import, on the path to one of our modules below it."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -291,22 +291,22 @@ _patch = Patch()
 def patch_tllib() -> Patch:
     """Replace the classes and functions of tllib that we provide by ours.
 
-    In modules that are imported already their names are replaced, also where other modules of tllib took
+    In modules that are already imported the names are replaced, also where other modules of tllib imported
     them by ``from ... import``; modules that are imported later are ours from the start (see
-    :mod:`tllib_rs.patch`). Names that your own code took out of tllib before stay what they were: patch
-    first, import then.
+    :mod:`tllib_rs.patch`). Names that your own code imported from tllib earlier are not replaced: patch
+    first, then import.
 
-    The classes are other classes than tllib's. Objects made before keep working and keep their class, so
-    ``isinstance`` of an old object and a new class is False, as it is for subclasses that tllib made of its
-    own class before; state dicts load in both directions.
+    The classes are not tllib's classes. Existing objects keep working and keep their class, so
+    ``isinstance`` of an old object and a new class is False, as it is for existing subclasses of tllib's
+    own class; state dicts load in both directions.
 
     Returns:
         What was replaced in imported modules, ``{"tllib.self_training.mcc.ImageClassifier": <class ...>}``,
-        with ``undo()``; also a context manager. A second call returns the same object and wants a second
+        with ``undo()``; also a context manager. A second call returns the same object and needs a second
         ``undo()``.
 
     Raises:
-        ImportError: one of our modules does not import. Nothing is replaced then.
+        ImportError: one of our modules cannot be imported. Nothing is replaced then.
 
     Examples::
 

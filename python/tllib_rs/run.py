@@ -47,14 +47,14 @@ def main() -> None:
 
 
 def _set_path(folder: str) -> None:
-    """Replace the working directory, which ``python -m`` put in front, by ``folder``."""
+    """Replace the working directory, which ``python -m`` put first in ``sys.path``, by ``folder``."""
     if sys.flags.isolated or getattr(sys.flags, "safe_path", False):
         return  # nothing was put there
     sys.path[0] = folder
 
 
 def _patch_children() -> None:
-    """Have processes that start afresh patched too, before they import the script."""
+    """Patch spawned processes too, before they import the script."""
     prepare = multiprocessing.spawn.get_preparation_data
 
     def get_preparation_data(name: str) -> dict[str, object]:
@@ -87,7 +87,7 @@ def _run_file(path: str, module: ModuleType) -> None:
 
 
 def _call(run: Callable[..., object], *arguments: object) -> None:
-    """Call ``run``. An error leaves through Python's own exit, and is shown without our frames."""
+    """Call ``run``. An uncaught error exits as in Python, but its traceback is shown without our frames."""
     try:
         run(*arguments)
     except SystemExit:

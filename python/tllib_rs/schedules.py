@@ -1,6 +1,6 @@
 """Schedules of a decay factor, for the ``schedule`` of
-:class:`~tllib_rs.self_training.mean_teacher.EMATeacher`: any callable from the number of the update, 1 at the
-first, to the factor."""
+:class:`~tllib_rs.self_training.mean_teacher.EMATeacher`: any callable from the number of the update, starting
+at 1, to the factor."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,10 @@ class WarmUp:
 
     and 0, which copies the student, as long as k <= 0. With ``power`` 2/3 the factor reaches 0.999 after
     31,600 updates and 0.9999 after a million; with 3/4 after 10,000 and 215,000; ``gamma = power = 1`` is the
-    plain mean of all students since then.
+    plain mean of all students from the last copied one on.
 
     Args:
-        alpha (float): where the factor ends.
+        alpha (float): the final factor.
         gamma (float): positive; larger is slower.
         power (float): positive; larger is faster.
         min_alpha (float): the least factor once k > 0.

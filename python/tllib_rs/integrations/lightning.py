@@ -16,15 +16,15 @@ __all__ = ["EMATeacherCallback"]
 class EMATeacherCallback(Callback):
     """Keeps an :class:`~tllib_rs.self_training.mean_teacher.EMATeacher` of the module that is trained.
 
-    The teacher is in evaluation mode, there from the start of the fit on (:meth:`of` finds it), moves after
-    each step of the optimizer, which with gradient accumulation is not each batch, and is saved in the
-    checkpoints and loaded from them, with alpha and step. A checkpoint's ``state_dict`` stays the student's.
+    The teacher is in evaluation mode and exists from the start of the fit (:meth:`of` finds it). It is
+    updated after each optimizer step, which with gradient accumulation is not each batch, and is saved in and
+    loaded from the checkpoints, with alpha and step. A checkpoint's ``state_dict`` stays the student's.
 
     Args:
         alpha (float): decay factor in [0, 1].
         network (str): the sub-module of the LightningModule to average; all of it by default.
-        evaluate (bool): validate and test with the teacher's parameters and buffers, which the student holds
-            meanwhile. Its own values wait in a copy and come back to the last bit.
+        evaluate (bool): validate and test with the teacher's parameters and buffers, copied into the student.
+            The student's own values are saved before and restored bit for bit afterwards.
         buffers (str): as for :class:`~tllib_rs.self_training.mean_teacher.EMATeacher`; the default is "copy".
         options: further keyword arguments of :class:`~tllib_rs.self_training.mean_teacher.EMATeacher`.
 
@@ -67,7 +67,7 @@ class EMATeacherCallback(Callback):
         return self._generate_state_key(network=self._network)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the teacher, now that the module is on its device and has what a checkpoint held."""
+        """Create the teacher, now that the module is on its device and any checkpoint is loaded."""
         self._prepare(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,14 +79,14 @@ class EMATeacherCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the teacher, if the optimizer made a step."""
+        """Update the teacher, if the optimizer made a step."""
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
             self.teacher.update()
 
     def _prepare(self, pl_module: LightningModule) -> None:
         network = pl_module.get_submodule(self._network)
-        # What is made in inference mode could not be updated outside of it.
+        # Tensors created in inference mode could not be updated outside of it.
         with torch.inference_mode(False):
             if self.teacher is None or self.teacher.model is not network:
                 self.teacher = EMATeacher(network, **self._arguments)
@@ -96,23 +96,23 @@ class EMATeacherCallback(Callback):
                 self._loaded = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the student hold the teacher's values."""
+        """Copy the teacher's values into the student."""
         self._show_teacher(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the student its own values back."""
+        """Restore the student's own values."""
         self._show_student()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have the student hold the teacher's values."""
+        """Copy the teacher's values into the student."""
         self._show_teacher(pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the student its own values back."""
+        """Restore the student's own values."""
         self._show_student()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the student its own values back."""
+        """Restore the student's own values."""
         self._show_student()
 
     def _show_teacher(self, pl_module: LightningModule) -> None:
@@ -135,7 +135,7 @@ class EMATeacherCallback(Callback):
         self._student = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the callback: the teacher's state."""
+        """The callback's part of a checkpoint: the teacher's state."""
         return self._loaded or ({} if self.teacher is None else {"teacher": self.teacher.state_dict()})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class EMATeacherCallback(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Have a checkpoint that is written in the middle of an evaluation hold the student, too."""
+        """Put the student's own values into a checkpoint that is written during an evaluation."""
         prefix = f"{self._network}." if self._network else ""
         for name, (_, value) in self._student.items():
             if prefix + name in checkpoint["state_dict"]:
@@ -154,7 +154,7 @@ class EMATeacherCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say so where a checkpoint has no teacher."""
+        """Warn if a checkpoint has no teacher."""
         if not checkpoint.get("callbacks", {}).get(self.state_key):
             warnings.warn(
                 f"{self.state_key}: the checkpoint holds no teacher; it starts as a copy of the student",

@@ -1,7 +1,7 @@
 """FlexMatch's thresholds inside USB (the package ``semilearn``), without its recount of all samples.
 
-USB's hook copies the labels of all unlabelled samples to the host and counts them in Python, at every step.
-The hook here gives the same masks and keeps the counts up to date by the update itself::
+USB's hook copies the labels of all unlabeled samples to the host and counts them in Python, at every step.
+The hook here gives the same masks and updates the counts incrementally::
 
     algorithm = get_algorithm(args, net_builder, tb_log, logger)
     replace_hook(algorithm)
@@ -22,9 +22,9 @@ def _as_it_is(status: torch.Tensor) -> torch.Tensor:
 
 
 class FlexMatchThresholdingHook(Original):
-    r"""In place of ``semilearn.algorithms.flexmatch.FlexMatchThresholdingHook``, whose arguments it takes.
+    r"""Drop-in replacement for ``semilearn.algorithms.flexmatch.FlexMatchThresholdingHook``.
 
-    With :math:`\beta` the ``classwise_acc`` of the steps before and :math:`\tau` the ``p_cutoff``, a sample
+    With :math:`\beta` the ``classwise_acc`` of the previous steps and :math:`\tau` the ``p_cutoff``, a sample
     with probabilities :math:`p` passes where
 
     .. math::
@@ -32,10 +32,10 @@ class FlexMatchThresholdingHook(Original):
 
     ``selected_label`` and ``classwise_acc`` may be read, written and assigned, and USB's checkpoints hold
     them under the same keys. Two things differ: ``masking`` with ``softmax_x_ulb=True`` works (USB's raises,
-    as the hook has no ``compute_prob``), and the state moves to any other device than the CPU, not CUDA only.
+    as the hook has no ``compute_prob``), and the state moves to any device other than the CPU, not just CUDA.
 
     Args:
-        ulb_dest_len (int): number of unlabelled samples.
+        ulb_dest_len (int): number of unlabeled samples.
         num_classes (int): number of classes.
         thresh_warmup (bool): whether samples that were never selected take part in the maximum of the
             counts. Default: True
@@ -51,7 +51,7 @@ class FlexMatchThresholdingHook(Original):
 
     @selected_label.setter
     def selected_label(self, labels: torch.Tensor) -> None:
-        # The status itself is what is wanted of it: times 1.
+        # A threshold of 1 and the identity: get_threshold then returns the status itself.
         state = DynamicThresholdingModule(
             1.0, self.thresh_warmup, _as_it_is, self.num_classes, self.ulb_dest_len, labels.device
         )
@@ -63,7 +63,7 @@ class FlexMatchThresholdingHook(Original):
         """Bring ``classwise_acc`` up to date."""
         everyone = torch.arange(self.num_classes, device=self.classwise_acc.device)
         status = self._state.get_threshold(everyone)
-        # USB keeps what it had where one value fills all samples. Not asked for: the device need not wait.
+        # USB keeps the old values if all samples have the same one. No branch on it: that would synchronize.
         kept = self._state.class_counts().max() == self.ulb_dest_len
         self.classwise_acc.copy_(torch.where(kept, self.classwise_acc, status))
 
@@ -77,7 +77,7 @@ class FlexMatchThresholdingHook(Original):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The mask of the batch, (minibatch,), in the dtype of the probabilities; then the update with it."""
+        """The mask of the batch, (minibatch,), in the dtype of the probabilities. Also updates the state."""
         self._follow(logits_x_ulb.device)
         probabilities = logits_x_ulb.detach()
         if softmax_x_ulb:
@@ -90,7 +90,7 @@ class FlexMatchThresholdingHook(Original):
         return mask.to(confidence.dtype)
 
     def _follow(self, device: torch.device) -> None:
-        """USB's hooks start on the CPU and move to where the first batch is."""
+        """USB's hooks start on the CPU and move to the device of the first batch."""
         if self.classwise_acc.device != device:
             self.classwise_acc = self.classwise_acc.to(device)
         if self._state.device != device:
@@ -98,7 +98,7 @@ class FlexMatchThresholdingHook(Original):
 
 
 def replace_hook(algorithm: Any) -> FlexMatchThresholdingHook:
-    """Put our hook in the place of USB's in ``algorithm``, with the state that it has; returns ours.
+    """Replace USB's hook in ``algorithm`` by ours, which takes over its state; returns ours.
 
     Args:
         algorithm: any algorithm of USB whose hook ``"MaskingHook"`` is FlexMatch's.
@@ -113,7 +113,7 @@ def replace_hook(algorithm: Any) -> FlexMatchThresholdingHook:
             f"got {type(hook).__name__}"
         )
     ours = FlexMatchThresholdingHook(hook.ulb_dest_len, hook.num_classes, hook.thresh_warmup)
-    # Copies: memory that the old hook still held would have to be counted at every step.
+    # Copies: labels that share memory with the old hook's would have to be recounted at every step.
     ours.selected_label, ours.classwise_acc = hook.selected_label.clone(), hook.classwise_acc.clone()
     ours.name, ours.priority = hook.name, hook.priority
     algorithm.hooks_dict["MaskingHook"] = ours

@@ -24,8 +24,8 @@ class Classifier(nn.Module):
         - x (tensor): input of the backbone, (minibatch, ...).
 
     Returns:
-        predictions (minibatch, num_classes); with them the features (minibatch, features_dim) in training
-        mode or where ``return_feat``.
+        predictions (minibatch, num_classes); in training mode or with ``return_feat`` also the features
+        (minibatch, features_dim).
 
     Raises:
         AssertionError: a bottleneck without its width, as in tllib (also a ValueError).
@@ -85,4 +85,4 @@ class BottleneckError(ValueError, AssertionError):
 
 
 class ImageClassifier(Classifier):
-    """The same under the name that scripts for images use."""
+    """The same class, under the name that image scripts use."""

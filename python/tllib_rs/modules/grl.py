@@ -20,7 +20,7 @@ class GradientReverseFunction(Function):
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See the class."""
-        # torch.func wants another form, and torch takes twice as long to call that.
+        # torch.func needs setup_context, and torch takes twice as long to call such a function.
         transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
         if transformed and cls is GradientReverseFunction:
             return _Transformed.apply(*args, **kwargs)
@@ -28,7 +28,7 @@ class GradientReverseFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, coeff: float | None = 1.0) -> torch.Tensor:
-        """A copy, so that what follows may write to it in place."""
+        """A copy, so that later operations may write to it in place."""
         ctx.coeff = coeff
         return input * 1.0
 
@@ -80,7 +80,7 @@ class WarmStartGradientReverseLayer(nn.Module):
         \mathcal{R}(x) = x, \qquad \frac{d\mathcal{R}}{dx} = -\lambda I, \qquad
         \lambda = \frac{2 (hi - lo)}{1 + \exp(-\alpha i / N)} - (hi - lo) + lo
 
-    The count :math:`i` is no part of the ``state_dict``, as in tllib.
+    The count :math:`i` is not part of the ``state_dict``, as in tllib.
 
     Args:
         alpha (float, optional): :math:`\alpha`, how fast. Default: 1.0
@@ -140,10 +140,10 @@ class WarmStartGradientReverseLayer(nn.Module):
 
     @iter_num.setter
     def iter_num(self, value: int) -> None:
-        # torch.compile makes every number on a module a constant of the graph, and would compile again
-        # at each step; a tensor is an argument. A new one each time: a backward may still need the old.
+        # torch.compile specializes on the numbers of a module, and would recompile at each step; a tensor
+        # is a graph input. A new one each time: a backward may still need the old one.
         iterations = torch.scalar_tensor(value, dtype=torch.float64, device="cpu")
-        # Past Module.__setattr__, which looks for parameters, modules and buffers first.
+        # Bypasses Module.__setattr__, which looks for parameters, modules and buffers first.
         self.__dict__.update(_iter_num=value, _iterations=iterations)
 
     def step(self) -> None:

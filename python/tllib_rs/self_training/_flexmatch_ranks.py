@@ -1,7 +1,7 @@
 """FlexMatch across the ranks of a process group: what is exchanged, and when.
 
-Every exchange runs on the CPU, over a gloo group of the module's own. Its collectives therefore keep one
-order on every rank, whenever a rank looks at the result, and whatever else runs on the caller's group.
+Every exchange runs on the CPU, over the module's own gloo group. Its collectives therefore run in the same
+order on every rank, whenever a rank reads the result, and whatever else runs on the caller's group.
 """
 
 import datetime
@@ -17,7 +17,7 @@ from tllib_rs import _core
 
 CLASS = "DynamicThresholdingModule"
 LAYOUTS = ("replicated", "sharded")
-#: Words that a rank has room for in the first exchange, and the step in which the room grows.
+#: Words that a rank has room for in the first exchange, and the increment by which the room grows.
 ROOM = 64
 
 
@@ -35,25 +35,25 @@ class Alone:
         """Finish the exchange that is under way, if there is one."""
 
     def settle(self) -> None:
-        """Make the labels what the steps so far have made of them."""
+        """Apply all steps so far to the labels."""
 
     def class_counts(self) -> torch.Tensor:
         """Counts over all samples."""
         return self._state.counts()
 
     def synchronize(self) -> None:
-        """Tell all ranks what was written from outside."""
+        """Share outside writes with all ranks."""
 
 
 class _Ranks(Alone):
     """What both layouts share. After a failed exchange every further one fails, too: the ranks may have
-    gone apart."""
+    diverged."""
 
     def __init__(self, state: _core.FlexMatch, group: dist.ProcessGroup):
         super().__init__(state)
         self._group = group
         self._size = dist.get_world_size(group)
-        #: Waits for the exchange under way and returns what it brought.
+        #: Waits for the pending exchange and returns its result.
         self._pending: Callable[[], torch.Tensor] | None = None
         self._broken: str | None = None
 
@@ -79,8 +79,8 @@ class _Ranks(Alone):
             raise self._fail(error) from error
 
     def _take(self) -> torch.Tensor | None:
-        """What the exchange under way has brought, or ``None`` where there is none. Where the wait is
-        interrupted, it stays under way."""
+        """The result of the pending exchange, or ``None`` if there is none. If the wait is interrupted, the
+        exchange stays pending."""
         self._check()
         if self._pending is None:
             return None
@@ -99,12 +99,12 @@ class Replicated(_Ranks):
     """Every rank holds all labels.
 
     A rank sends ``n, w_1 .. w_n`` with one word for each selected sample, in a buffer of a size that all
-    agree on. Where some rank had more, all ranks see it in the ``n`` and exchange the rest; from then on
-    the buffer has that room. The words are applied in rank order, as one process would apply the
+    agree on. If some rank has more, all ranks see it from the ``n`` and exchange the rest; from then on
+    the buffer has that size. The words are applied in rank order, as one process would apply the
     concatenated batch.
 
-    A thread of its own does this: a rank that looks at the state waits for a second exchange, too, and the
-    others must take part in it whatever they are waiting for themselves.
+    A background thread does this: a rank that reads the state also waits for a second exchange, in which the
+    others must take part whatever they are waiting for themselves.
     """
 
     def __init__(self, state: _core.FlexMatch, group: dist.ProcessGroup, words: int):
@@ -118,11 +118,11 @@ class Replicated(_Ranks):
         self.complete()
         self._pending = self._thread.submit(self._exchange, words).result
         if self._state.is_shared():
-            # Whoever holds net_outputs may look at any time, and may write to it after this step only.
+            # A holder of net_outputs may read it at any time, and may write to it only after this step.
             self.complete()
 
     def _exchange(self, words: torch.Tensor) -> torch.Tensor:
-        """The words of all ranks, in rank order. In the thread."""
+        """The words of all ranks, in rank order. Runs in the thread."""
         head, rest = words[: self._room], words[self._room :]
         table = self._gather(_padded(head, self._room, words.numel()))
         counts, gathered = table[:, :1], table[:, 1:]
@@ -259,7 +259,7 @@ def join(state: _core.FlexMatch, module: Settings) -> Alone:
 
 
 def _compare(settings: Mapping[str, Sequence[Any]]) -> None:
-    """The layout comes first: with shards of their own, ranks have different numbers of samples."""
+    """The layout is compared first: sharded ranks may have different numbers of samples."""
     for name, values in settings.items():
         if name == "n_unlabeled_samples" and settings["layout"][0] == "sharded":
             continue
@@ -282,7 +282,7 @@ def _code(value: Any) -> int:
 
 
 def _value(code: int, like: Any) -> Any:
-    """What :func:`_code` made 64 bits of."""
+    """The inverse of :func:`_code`."""
     for kinds in (_DTYPES, LAYOUTS):
         if like in kinds:
             return kinds[code]
@@ -290,7 +290,7 @@ def _value(code: int, like: Any) -> Any:
 
 
 def _own_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A gloo group of the same ranks with the same time-out."""
+    """A gloo group of the same ranks with the same timeout."""
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(
             f"{CLASS}: process_group must be a torch.distributed.ProcessGroup that this process is a member "
@@ -301,7 +301,7 @@ def _own_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
         members,
         timeout=_time_out(process_group),
         backend="gloo",
-        # Where some processes are no members, they do not take part.
+        # Processes that are not members do not take part.
         use_local_synchronization=len(members) < dist.get_world_size(),
     )
 

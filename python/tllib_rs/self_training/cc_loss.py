@@ -34,8 +34,8 @@ class CCConsistency(nn.Module):
         N_{ab} = \frac{M_{ab}}{\sum_k M_{kb}}, \quad M_{ab} = \sum_i w_i p_{ia} p_{ib}, \qquad
         \mathrm{loss} = \frac{n}{BC} \sum_{ab} (N_{ab} - N'_{ab})^2
 
-    where :math:`N` comes from the weak and :math:`N'` from the strong logits. Everything weak is a constant
-    to the gradient. Where at most :math:`C / 8` rows are selected (:math:`C / 4` in float64 and where
+    where :math:`N` comes from the weak and :math:`N'` from the strong logits. The weak side is not
+    differentiated. If at most :math:`C / 8` rows are selected (:math:`C / 4` in float64 and where
     :math:`B C^2` is small) no :math:`C \times C` matrix is formed.
 
     Args:
@@ -90,7 +90,7 @@ class CCConsistency(nn.Module):
         if torch.compiler.is_compiling():
             return _compiled(*arguments)
         loss, fraction, nothing = _core.cc_loss(*arguments)
-        # Numbers, not tensors: scripts tell by them that there is nothing to train on.
+        # Numbers, not tensors: scripts use them to detect that there is nothing to train on.
         return (0, 0) if nothing else (loss, fraction)
 
     def extra_repr(self) -> str:

@@ -74,7 +74,7 @@ class ImageClassifier(Classifier):
         ]
 
     def step(self) -> None:
-        """Move the gradient reverse layer one iteration on."""
+        """Advance the gradient reverse layer by one iteration."""
         self.grl_layer.step()
 
 
@@ -97,7 +97,7 @@ def shift_log(x: torch.Tensor, offset: float = 1e-6) -> torch.Tensor:
     Raises:
         TypeError: ``x`` is not a floating-point tensor.
 
-    :class:`WorstCaseEstimationLoss` does not go through it: the sum rounds away what is left of ``1 - p``.
+    :class:`WorstCaseEstimationLoss` does not use it: the sum would round away a small ``1 - p``.
     """
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"shift_log: x must be a torch.Tensor, got {type(x).__name__}")
@@ -128,15 +128,15 @@ class WorstCaseEstimationLoss(nn.Module):
         \mathrm{loss} = \frac{\eta'}{B_l} \sum_i -\log p^l_{i a^l_i}
         + \frac{1}{B_u} \sum_i -\log \min(1 - p^u_{i a^u_i} + 10^{-6}, 1)
 
-    :math:`1 - p` is summed over the other classes where :math:`p` is near 1, and so keeps the digits that
-    the difference loses: tllib's float32 gradient is 100% off at a logit gap of 20.
+    :math:`1 - p` is summed over the other classes where :math:`p` is near 1, which avoids the cancellation of
+    the difference: tllib's float32 gradient is 100% off at a logit gap of 20.
 
     Args:
         eta_prime (float): the trade-off :math:`\eta'`.
 
     Inputs:
         - y_l (tensor): logits of the main head on labeled samples, (minibatch, C), floating point. Further
-          dimensions, of which each place counts as a row, may follow, here and below.
+          dimensions may follow, here and below; each position in them counts as a row.
         - y_l_adv (tensor): logits of the worst-case head on them, same shape.
         - y_u (tensor): logits of the main head on unlabeled samples, (minibatch, C).
         - y_u_adv (tensor): logits of the worst-case head on them, same shape.

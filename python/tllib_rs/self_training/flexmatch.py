@@ -16,8 +16,8 @@ from tllib_rs.self_training import _flexmatch_ranks
 __all__ = ["DynamicThresholdingModule"]
 
 
-# torch.compile knows a module by a number: its operators take no object, and the labels of all samples
-# as an argument that is written would be copied at each step.
+# Compiled graphs refer to a module by number: operators cannot take the object, and the labels of all
+# samples as a mutated argument would be copied at each step.
 _modules: weakref.WeakValueDictionary[int, "DynamicThresholdingModule"] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
@@ -42,47 +42,48 @@ _compiled_update = define(
 class DynamicThresholdingModule:
     r"""A threshold for each class that follows how well the class is learned.
 
-    With :math:`n_c` the number of unlabelled samples whose latest confident pseudo label is :math:`c`,
+    With :math:`n_c` the number of unlabeled samples whose latest confident pseudo label is :math:`c`,
 
     .. math::
         \beta(c) = \frac{n_c}{\max_k n_k}, \qquad \tau(c) = \mathcal{M}(\beta(c)) \cdot \tau
 
-    The maximum runs over the classes and, with warm-up, over the samples without a label as well. Where
-    one single value fills all samples, every :math:`\beta` is 0.
+    The maximum runs over the classes and, with warm-up, over the samples without a label as well. If all
+    samples have the same value, every :math:`\beta` is 0.
 
-    The counts are kept up to date by :meth:`update`, so a step costs :math:`O(B)` however many samples
-    there are. Outside writes to :attr:`net_outputs` are noticed and counted, once; while you keep a
-    reference to it, once a call.
+    :meth:`update` maintains the counts incrementally, so a step costs :math:`O(B)` however many samples
+    there are. Outside writes to :attr:`net_outputs` are detected, and all labels are then recounted once;
+    while you keep a reference to it, they are recounted once per call.
 
     Args:
         threshold (float): the fixed threshold :math:`\tau`.
         warmup (bool): whether samples that were never selected take part in the maximum.
         mapping_func (callable): :math:`\mathcal{M}`, tensor to tensor, element by element.
         num_classes (int): number of classes.
-        n_unlabeled_samples (int): number of unlabelled samples.
+        n_unlabeled_samples (int): number of unlabeled samples.
         device (torch.device): where :attr:`net_outputs` lives.
-        process_group (ProcessGroup, optional): the ranks that train together, as in
+        process_group (ProcessGroup, optional): the ranks that train together, such as
             ``torch.distributed.group.WORLD``. Each then has the thresholds that one process would have with
             the batches of all ranks concatenated in rank order. Default: this process alone.
-        layout (str): ``"replicated"``: every rank holds the labels of all samples, and any sampler will do.
+        layout (str): ``"replicated"``: every rank holds the labels of all samples, and any sampler works.
             ``"sharded"``: ``n_unlabeled_samples`` is the number of this rank's own samples, indices count
             from 0 on each rank, and only counts are exchanged.
         dtype (torch.dtype): of :attr:`net_outputs`: int8 for at most 128 classes, int16 for at most
             32,768, int32, or int64, which tllib has.
 
-    With a process group, all ranks construct the module, call :meth:`update` (with an empty batch where
-    there is none), :meth:`load_state_dict` and :meth:`synchronize` equally often; the others need no
-    partner. ``update`` starts one exchange and returns; who needs its outcome first waits for it. It runs on
-    the CPU over a gloo group of the module's own, so labels on a device are waited for once a step. What
-    is written to :attr:`net_outputs` from outside must be written on every rank (replicated), or takes
-    part from this rank's next ``update`` or ``synchronize`` on (sharded). The module cannot be pickled.
+    With a process group, all ranks construct the module and call :meth:`update` (with an empty batch if they
+    have none), :meth:`load_state_dict` and :meth:`synchronize` equally often; the other methods are not
+    collective. ``update`` starts one asynchronous exchange and returns; the first call that needs the result
+    waits for it. It runs on the CPU over the module's own gloo group, so labels on a device cost one
+    synchronization per step. Outside writes to :attr:`net_outputs` must be made on every rank (replicated),
+    or take effect from this rank's next ``update`` or ``synchronize`` (sharded). The module cannot be
+    pickled.
 
     Raises:
-        TypeError: an argument is no tensor or has the wrong dtype.
+        TypeError: an argument is not a tensor or has the wrong dtype.
         ValueError: shapes that differ; no classes or samples; more classes than ``dtype`` holds; ranks
             that were constructed differently.
         IndexError: an index or label out of range (on the CPU; on other devices the device raises).
-        RuntimeError: devices that differ; a rank that died, or did not call within the group's time-out.
+        RuntimeError: devices that differ; a rank that died, or did not call within the group's timeout.
             Bad input raises before anything is sent: the rank may try again while the others wait.
 
     Examples::
@@ -155,8 +156,8 @@ class DynamicThresholdingModule:
         """Note the labels of the selected samples. With a process group all ranks call it.
 
         Args:
-            idxes (tensor): (minibatch,), int64, the samples' positions in the unlabelled set. Of equal
-                ones the last selected counts.
+            idxes (tensor): (minibatch,), int64, the samples' positions in the unlabeled set. Of duplicates,
+                the last selected one counts.
             selected_mask (tensor): (minibatch,), any numeric dtype, 1 where a sample is selected.
             pseudo_labels (tensor): (minibatch,), int64.
         """
@@ -166,13 +167,13 @@ class DynamicThresholdingModule:
             self._ranks.update(idxes, selected_mask, pseudo_labels)
 
     def class_counts(self) -> torch.Tensor:
-        """(num_classes + 1,), int64: samples without a label, then samples per class. A copy. Over the
-        samples of all ranks."""
+        """(num_classes + 1,), int64: samples without a label, then samples per class, over all ranks. A
+        copy."""
         return self._ranks.class_counts()
 
     def synchronize(self) -> None:
-        """Tell the other ranks what was written to :attr:`net_outputs` from outside (sharded), or check that
-        the counts are the same on all ranks (replicated). All ranks call it; alone it does nothing.
+        """Share outside writes to :attr:`net_outputs` with the other ranks (sharded), or check that the
+        counts are the same on all ranks (replicated). All ranks call it; without a group it does nothing.
 
         Raises:
             RuntimeError: the counts differ (replicated).
@@ -180,20 +181,20 @@ class DynamicThresholdingModule:
         self._ranks.synchronize()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """``{"net_outputs": ...}``, a copy; the arguments of the constructor are not part of it. Of this
-        rank's samples."""
+        """``{"net_outputs": ...}`` of this rank's samples, a copy; the arguments of the constructor are not
+        part of it."""
         return {"net_outputs": self.net_outputs.clone()}
 
     def load_state_dict(self, state_dict: Mapping[str, torch.Tensor] | torch.Tensor) -> None:
         """Load what :meth:`state_dict` returned, or a bare ``net_outputs`` as scripts for tllib save it.
 
         The tensor, of any of the dtypes that labels may have, is copied to :attr:`device` and ``dtype``.
-        State is unchanged after an error in it. With a process group all ranks load, and then
+        If it is invalid, the state is unchanged. With a process group all ranks call it; it ends with a
         :meth:`synchronize`.
 
         Raises:
             TypeError: neither a mapping nor a tensor, or of another dtype.
-            ValueError: other keys than ``net_outputs``, or the labels of another number of samples.
+            ValueError: other keys than ``net_outputs``, or another number of labels.
             IndexError: a label that is neither -1 nor a class.
         """
         if isinstance(state_dict, Mapping):
@@ -224,7 +225,7 @@ class DynamicThresholdingModule:
         del state["_state"], state["_ranks"], state["_number"]
         labels = self.net_outputs
         # An array, since torch sends a tensor to a spawned process as shared memory: a copy made here would
-        # be gone before the process opens it, and the labels themselves would be written by two.
+        # be freed before the process opens it, and the labels themselves would be written by both processes.
         return state | {"net_outputs": labels.cpu().numpy(), "labels_device": labels.device}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ class MinimumClassConfusionLoss(nn.Module):
 
     Args:
         temperature (float): :math:`T > 0`, divides the logits; 1 is the plain softmax.
-        process_group (ProcessGroup, optional): ranks over whose batches, taken as one, the loss is.
+        process_group (ProcessGroup, optional): ranks over whose concatenated batches the loss is computed.
             Default: ``None``, the batch of this process alone
 
     Inputs:
@@ -51,13 +51,13 @@ class MinimumClassConfusionLoss(nn.Module):
     Raises:
         TypeError: logits are not a floating-point tensor.
         ValueError: logits are not (minibatch, C) with C > 0, or the temperature is not above 0; this
-            process is no member of the group.
+            process is not a member of the group.
         RuntimeError: the group was destroyed; ``create_graph=True`` with a group.
 
-    With a group the ranks add up their :math:`\sum_i w_i p_{ic}` and
+    With a group the ranks all-reduce their :math:`\sum_i w_i p_{ic}` and
     :math:`\sum_i w_i p_{ic} (1 - p_{ic})`, :math:`2C` numbers in float64, in one message. Their batches may
-    differ in size, also be empty; classes and temperature may not. All get the same loss, and each the
-    gradient with respect to its own logits **times the number of ranks**, so that the mean which
+    differ in size and be empty; classes and temperature must be the same. All ranks get the same loss, and
+    each the gradient with respect to its own logits **times the number of ranks**, so that the average that
     DistributedDataParallel takes is the gradient of the loss. Backward sends nothing, so the incoming
     gradient must be the same on every rank.
 
@@ -70,7 +70,7 @@ class MinimumClassConfusionLoss(nn.Module):
         >>> loss(g_t).backward()
     """
 
-    _ranks: Ranks | None = None  # of those that tllib pickled, too
+    _ranks: Ranks | None = None  # also of losses that tllib pickled
 
     def __init__(self, temperature: float, *, process_group: ProcessGroup | None = None):
         super().__init__()
@@ -88,15 +88,15 @@ class MinimumClassConfusionLoss(nn.Module):
         return _core.mcc(logits, self.temperature)
 
     def confusion_matrix(self, logits: torch.Tensor) -> torch.Tensor:
-        r"""The matrix that the loss is about, for reading: which classes the predictions mix up.
+        r"""The class confusion matrix of the loss, for inspection: which classes the predictions mix up.
 
         Args:
             logits (tensor): as in a call, (minibatch, C).
 
         Returns:
             :math:`M_{ab} / \sum_k M_{kb}`, (C, C), without a gradient, in the dtype of the loss. Column
-            :math:`b` is what goes along with class :math:`b`: it sums to 1, or is 0 where no row predicts the
-            class. The loss is the mean over the columns of what is off the diagonal. It is always of these
+            :math:`b` is what class :math:`b` is confused with: it sums to 1, or is 0 if no row predicts the
+            class. The loss is the mean of the columns' off-diagonal sums. The matrix is always of these
             rows alone, whatever the process group.
         """
         return _core.confusion_matrix(logits, self.temperature)

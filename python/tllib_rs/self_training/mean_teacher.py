@@ -59,7 +59,7 @@ class EMATeacher:
     .. math::
         \theta' \leftarrow \alpha \theta' + (1 - \alpha) \theta
 
-    over the parameters of the moment; buffers are left alone (see :func:`update_bn`). The update is in
+    over the current parameters; buffers are left alone (see :func:`update_bn`). The update is in
     place: parameters keep their identity and storage. Student and teacher may differ in dtype and device;
     the teacher keeps its own. Either may be wrapped by DataParallel, DistributedDataParallel or
     ``torch.compile``. Parameters that are DTensors (``fully_shard``) are averaged shard by shard, without
@@ -68,16 +68,16 @@ class EMATeacher:
     Args:
         model (torch.nn.Module): the student. The teacher starts as a copy of it.
         alpha (float): decay factor in [0, 1].
-        teacher (torch.nn.Module, optional): the network that becomes the teacher and is given the values of
+        teacher (torch.nn.Module, optional): the network that becomes the teacher and receives the values of
             ``model``, for a model that cannot be copied: one that ``fully_shard`` was called on.
         dtype (torch.dtype, optional): of the teacher's floating-point values, say ``torch.float32`` for a
             student in half precision.
         device (torch.device or str, optional): of the teacher.
-        unwrap (bool): the teacher is a copy of what wrappers wrap; the keys of its state lack their names.
+        unwrap (bool): the teacher is a copy of the unwrapped module; its state has no wrapper prefixes.
         buffers (str): at each update ``"leave"`` buffers alone, ``"copy"`` the student's, or ``"average"``
             those with floating-point values and copy the others.
-        schedule (callable or "warmup", optional): gives the decay factor of each update from its number, 1 at
-            the first. ``"warmup"`` is :class:`tllib_rs.schedules.WarmUp` up to ``alpha``.
+        schedule (callable or "warmup", optional): gives the decay factor of each update from its number,
+            starting at 1. ``"warmup"`` is :class:`tllib_rs.schedules.WarmUp` up to ``alpha``.
         track (bool): count updates in ``step``, and save and load ``step`` and ``alpha`` with the state. A
             schedule implies it.
 
@@ -85,7 +85,7 @@ class EMATeacher:
         - x (tensor): input of the teacher network.
 
     Raises:
-        TypeError: ``model`` is no module; a parameter is neither floating point nor complex.
+        TypeError: ``model`` is not a module; a parameter is neither floating point nor complex.
         ValueError: ``alpha`` outside [0, 1]; parameters of teacher and student that do not correspond; an
             unknown policy or schedule.
 
@@ -96,7 +96,7 @@ class EMATeacher:
         >>> teacher.update()  # after each step of the optimizer
     """
 
-    # Of the class, for teachers that tllib pickled, and so that a subclass may have a method of this name.
+    # Class attributes, for teachers that tllib pickled, and so that a subclass may have a method named step.
     step: Any = 0
     _schedule: Callable[[int], float] | None = None
     _buffers = "leave"
@@ -162,7 +162,7 @@ class EMATeacher:
         self.train(False)
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's state, as ``teacher.state_dict()``. Where they are tracked, it carries step and alpha
+        """The teacher's state, as ``teacher.state_dict()``. If step and alpha are tracked, it carries them
         beside its keys."""
         state = self.teacher.state_dict()
         return progress.attach(state, self.step, self.alpha) if self._track else state
@@ -174,7 +174,7 @@ class EMATeacher:
             state_dict = networks.bare_state(state_dict, self.teacher)
         what = "the state carries no step and alpha"
         if found is not None and progress.is_own(state_dict, self.teacher.state_dict()):
-            # Written in place, it carries those of before.
+            # It was written in place, so it carries the previous step and alpha.
             found = None
             what = "the state is this teacher's own, written in place (torch.distributed.checkpoint does so)"
         self.teacher.load_state_dict(state_dict)
@@ -187,7 +187,7 @@ class EMATeacher:
 
     @property
     def module(self) -> nn.Module:
-        """What a DataParallel or DistributedDataParallel teacher wraps."""
+        """The module inside a DataParallel or DistributedDataParallel teacher."""
         return self.teacher if self._unwrap else self.teacher.module
 
 

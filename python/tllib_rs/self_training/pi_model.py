@@ -39,7 +39,7 @@ def sigmoid_warm_up(current_epoch: float, warm_up_epochs: int) -> float:
         raise WarmUpError(f"sigmoid_warm_up: warm_up_epochs must be at least 0, got {warm_up_epochs}")
     if warm_up_epochs == 0:
         return 1.0
-    # NaN comes first in both, and so passes through.
+    # NaN is the first argument of both, and so propagates.
     epoch = min(max(float(current_epoch), 0.0), float(warm_up_epochs))
     return math.exp(-5.0 * (1.0 - epoch / warm_up_epochs) ** 2)
 
@@ -66,7 +66,7 @@ class ConsistencyLoss(nn.Module):
 
     Raises:
         TypeError: the distance measure is not callable.
-        ValueError: an unknown reduction (tllib silently takes it for ``'none'``).
+        ValueError: an unknown reduction (tllib silently treats it as ``'none'``).
 
     Examples::
 
@@ -131,7 +131,7 @@ class L2ConsistencyLoss(ConsistencyLoss):
     .. math::
         l_i = m_i \sum_c (p_{1,ic} - p_{2,ic})^2
 
-    Gradients flow to both predictions, and to a mask that requires them.
+    Gradients flow to both predictions, and to a mask that requires grad.
 
     Args:
         reduction (str, optional): ``'mean'`` over all rows (whatever the mask), ``'sum'``, or ``'none'``.
@@ -144,13 +144,13 @@ class L2ConsistencyLoss(ConsistencyLoss):
         - mask (tensor or float): weights of the rows, :math:`(N,)`, of any real dtype. Default: 1.0
 
     Returns:
-        A scalar, or :math:`(N,)` for ``'none'``, in the dtype that the inputs promote to (on a
-        device float32 for half types in an autocast region). The mean of no rows is NaN.
+        A scalar, or :math:`(N,)` for ``'none'``, in the dtype that the inputs promote to (on devices other
+        than the CPU, float32 for half types under autocast). The mean of no rows is NaN.
 
     Raises:
         TypeError: a prediction is not a floating-point tensor, or the mask neither tensor nor number.
         ValueError: shapes differ, the mask does not broadcast to the rows, or an unknown reduction (tllib
-            silently takes it for ``'none'``).
+            silently treats it as ``'none'``).
         RuntimeError: the devices differ.
 
     Examples::

@@ -39,7 +39,7 @@ class ConfidenceBasedSelfTrainingLoss(nn.Module):
 
     Inputs:
         - y (tensor): unnormalized predictions to train, (minibatch, C), floating point. Further
-          dimensions, of which each place counts as a row, may follow.
+          dimensions may follow; each position in them counts as a row.
         - y_target (tensor): unnormalized predictions that give the labels, same shape. May be ``y``.
 
     Returns:
@@ -47,7 +47,7 @@ class ConfidenceBasedSelfTrainingLoss(nn.Module):
 
         - self_training_loss: scalar; float64 for float64 predictions, else float32.
         - mask: (minibatch, ...), float32, 1 where a row is selected.
-        - pseudo_labels: (minibatch, ...), int64; of equal probabilities the first class.
+        - pseudo_labels: (minibatch, ...), int64; among equal probabilities the first class.
 
     Raises:
         TypeError: an input is not a floating-point tensor.

@@ -27,7 +27,7 @@ _compiled = register(
 def _against(prior: torch.Tensor, p: torch.Tensor, num_classes: int) -> torch.Tensor:
     """The loss with the means compared with ``prior``."""
     if not torch.compiler.is_compiling():
-        # For what it raises.
+        # Only for the errors that it raises.
         _core.class_balance(p.detach() if isinstance(p, torch.Tensor) else p, num_classes)
     means = p.mean(dim=0, dtype=torch.promote_types(p.dtype, torch.float32))
     prior = prior.to(means)
@@ -37,7 +37,7 @@ def _against(prior: torch.Tensor, p: torch.Tensor, num_classes: int) -> torch.Te
 
 
 class ClassBalanceLoss(nn.Module):
-    r"""Penalty for predictions that favour some classes over a batch.
+    r"""Penalty for predictions that favor some classes over a batch.
 
     The mean probability of each class, :math:`m_c = \frac{1}{B} \sum_i p_{ic}`, against the uniform
     :math:`u = 1/C`:
@@ -45,12 +45,12 @@ class ClassBalanceLoss(nn.Module):
     .. math::
         \mathrm{loss} = -\frac{1}{C} \sum_c u \log m_c + (1 - u) \log(1 - m_c)
 
-    No logarithm is taken for less than -100, and the gradient's :math:`m_c (1 - m_c)` for no less than
+    Logarithms are clamped to at least -100, and :math:`m_c (1 - m_c)` in the gradient to at least
     :math:`10^{-12}`, as in ``torch.nn.functional.binary_cross_entropy``.
 
     Args:
         num_classes (int): :math:`C`, the number of classes.
-        process_group (ProcessGroup, optional): ranks over whose batches, taken as one, the means are.
+        process_group (ProcessGroup, optional): ranks over whose concatenated batches the means are taken.
             Default: ``None``, the batch of this process alone
 
     Inputs:
@@ -60,19 +60,19 @@ class ClassBalanceLoss(nn.Module):
         A scalar in the dtype of the probabilities (float32 in an autocast region). NaN for an empty batch.
 
     Raises:
-        TypeError: p is not a floating-point tensor, or num_classes no integer.
+        TypeError: p is not a floating-point tensor, or num_classes is not an integer.
         ValueError: p is not (minibatch, C), the mean of a column is below 0 or above 1, or num_classes is
-            below 1; this process is no member of the group. An assigned ``uniform_distribution`` is not (C,),
-            or there is a group.
+            below 1; this process is not a member of the group. An assigned ``uniform_distribution`` is not
+            (C,), or there is a group.
         RuntimeError: the group was destroyed; ``create_graph=True`` with a group.
 
-    With a group the ranks add up their sums over the columns and their numbers of rows, which may differ and
-    be 0, in one message of :math:`C + 1` numbers in float64. All get the same loss, or the same ValueError
-    for a mean outside [0, 1], and each the gradient with respect to its own probabilities **times the number
-    of ranks**, so that the mean which DistributedDataParallel takes is the gradient of the loss. Backward
+    With a group the ranks all-reduce their column sums and numbers of rows, which may differ and be 0, in one
+    message of :math:`C + 1` numbers in float64. All ranks get the same loss, or the same ValueError for a
+    mean outside [0, 1], and each the gradient with respect to its own probabilities **times the number of
+    ranks**, so that the average that DistributedDataParallel takes is the gradient of the loss. Backward
     sends nothing, so the incoming gradient must be the same on every rank.
 
-    The means are checked on the CPU only: elsewhere the check would wait for the device, and the loss is
+    The means are checked on the CPU only: elsewhere the check would synchronize the device, so the loss is
     NaN instead.
 
     Examples::
@@ -93,9 +93,9 @@ class ClassBalanceLoss(nn.Module):
 
     @property
     def uniform_distribution(self) -> torch.Tensor:
-        """The probabilities :math:`u` that the means are compared with, (C,); not a part of the state, as in
-        tllib. A tensor that was assigned, which takes the place of :math:`1/C` in torch's operations, or else
-        a copy."""
+        """The probabilities :math:`u` that the means are compared with, (C,); not part of the state, as in
+        tllib. The assigned tensor, which torch's operations then use in place of :math:`1/C`, or else a
+        copy."""
         if self._prior is None:
             return torch.full((self.num_classes,), 1 / self.num_classes)
         return self._prior

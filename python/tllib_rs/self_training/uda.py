@@ -37,7 +37,7 @@ class StrongWeakConsistencyLoss(nn.Module):
 
     Inputs:
         - y_strong (tensor): unnormalized predictions on strongly augmented samples, (minibatch, C),
-          floating point. Further dimensions, of which each place counts as a row, may follow.
+          floating point. Further dimensions may follow; each position in them counts as a row.
         - y (tensor): unnormalized predictions on weakly augmented samples, same shape; gets no gradient.
 
     Returns:

@@ -17,7 +17,7 @@ BUFFERS = ("leave", "copy", "average")
 
 
 def bare(net: nn.Module) -> nn.Module:
-    """What DataParallel, DistributedDataParallel and ``torch.compile`` wrap."""
+    """The module inside DataParallel, DistributedDataParallel and ``torch.compile`` wrappers."""
     while True:
         if isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             net = net.module
@@ -28,7 +28,7 @@ def bare(net: nn.Module) -> nn.Module:
 
 
 def bare_state(state: dict[str, Any], net: nn.Module) -> dict[str, Any]:
-    """``state`` without the prefixes that wrappers put before all of its keys and ``net`` has not."""
+    """``state`` without the wrapper prefixes that all of its keys have and ``net``'s keys do not."""
     for prefix in ("_orig_mod.", "module.") * 2:
         if _all_start(state, prefix) and not _all_start(net.state_dict(), prefix):
             metadata = getattr(state, "_metadata", None)
@@ -82,7 +82,7 @@ def _copy(model: nn.Module, dtype: torch.dtype | None, device: torch.device | st
         )
     memo = {}
     if dtype is not None or device is not None:
-        # Made in the final form at once: a teacher for the CPU never takes memory on the device.
+        # Converted while copying: a teacher for the CPU never takes memory on the device.
         memo = {id(t): _converted(t, dtype, device) for t in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, memo)
 
@@ -108,7 +108,7 @@ def _adopt(teacher: nn.Module, model: nn.Module) -> nn.Module:
 
 
 def _pairs(teacher: nn.Module, student: nn.Module, kind: str) -> list[tuple[Tensor, Tensor]]:
-    """The parameters or buffers of both, this rank's shards of them."""
+    """Corresponding parameters or buffers, as this rank's shards."""
     return shards.local_pairs(*(getattr(net, f"{kind}s")() for net in (teacher, student)), kind)
 
 

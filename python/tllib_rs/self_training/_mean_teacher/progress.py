@@ -1,9 +1,9 @@
 """How many updates a teacher has seen, and its decay factor, carried by its saved state.
 
-They travel in the attribute ``_metadata`` that ``torch.nn.Module.state_dict`` gives its dictionary:
-``torch.save`` keeps it, and who knows nothing of it, tllib's teacher and ``strict`` loading among them, does
-not see it. A state that was rebuilt from its keys and tensors alone has lost it, and one that was filled in
-place, tensor by tensor, carries what the teacher was before.
+They are stored in the attribute ``_metadata`` that ``torch.nn.Module.state_dict`` gives its dictionary:
+``torch.save`` keeps it, and code that does not know of it, such as tllib's teacher and ``strict`` loading,
+ignores it. A state that was rebuilt from its keys and tensors alone has lost it, and one that was filled in
+place, tensor by tensor, still carries the teacher's previous values.
 """
 
 from collections import OrderedDict
@@ -21,7 +21,7 @@ def attach(state: dict[str, Any], step: int, alpha: float) -> dict[str, Any]:
     """``state``, carrying both."""
     metadata = getattr(state, "_metadata", None)
     if metadata is None:
-        # A module with a `state_dict` of its own may return a dictionary that takes no attributes.
+        # A module that overrides `state_dict` may return a dictionary that takes no attributes.
         state = OrderedDict(state)
         metadata = state._metadata = OrderedDict()
     metadata[KEY] = {"step": step, "alpha": alpha}
@@ -47,13 +47,13 @@ def find(state: dict[str, Any]) -> tuple[int, float] | None:
 def is_own(state: dict[str, Any], own: dict[str, Any]) -> bool:
     """Whether the tensors of ``state`` are those of the module itself, whose state is ``own`` now."""
     addresses = {key: _address(value) for key, value in own.items()}
-    # What is empty is nowhere.
+    # Empty tensors have no address.
     addresses = {key: address for key, address in addresses.items() if address}
     return bool(addresses) and all(_address(state.get(key)) == address for key, address in addresses.items())
 
 
 def _address(value: Any) -> int:
-    """Of the values that this rank holds."""
+    """The address of the values that this rank holds."""
     if not isinstance(value, Tensor):
         return 0
     return (value.to_local() if hasattr(value, "to_local") else value).data_ptr()

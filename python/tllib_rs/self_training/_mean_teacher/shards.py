@@ -39,13 +39,14 @@ def _any_live() -> bool:
     return bool(_live())
 
 
-# What torch.compiler.assume_constant_result would set, which imports the compiler: traced code cannot look.
+# What torch.compiler.assume_constant_result would set, but that imports the compiler. Traced code cannot
+# look up the modules.
 _any_live._dynamo_marked_constant = True
 
 
 def among(net: nn.Module) -> bool:
-    """Whether parameters of ``net`` may be shards, or gathered from some; also in a function that is being
-    compiled."""
+    """Whether parameters of ``net`` may be shards, or gathered from shards; also works in a function that is
+    being compiled."""
     return possible() and (_any_live() or _held(net))
 
 
@@ -58,7 +59,7 @@ def owners(net: nn.Module) -> list[nn.Module]:
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Those whose parameters ``module`` shards."""
+    """The modules whose parameters ``module`` shards."""
     group = module._get_fsdp_state()._fsdp_param_group
     for parameter in group.fsdp_params if group is not None else ():
         yield parameter._module_info.module
@@ -66,11 +67,11 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def reshard(name: str, *nets: nn.Module) -> list[nn.Module]:
-    """Have the owners of ``nets`` hold their shards: what they have gathered for a forward they keep after it
-    until backward, and what is written into that is lost. Returned are those that had gathered.
+    """Reshard the owners of ``nets``: they keep parameters that were gathered for a forward until backward,
+    and writes to those are lost. Returns the owners that held gathered parameters.
 
     Raises:
-        RuntimeError: a forward is under way whose owner keeps what it has gathered.
+        RuntimeError: called within the forward of an owner that keeps its gathered parameters.
     """
     gathered = {module: None for net in nets for module in owners(net) if not _holds_shards(module)}
     for module in gathered:
@@ -90,8 +91,8 @@ def _holds_shards(owner: nn.Module) -> bool:
 
 @contextmanager
 def resharded(name: str, written: nn.Module, read: nn.Module) -> Iterator[None]:
-    """Within a forward: the owners of both networks hold their shards, and those around ``written`` what they
-    had gathered again afterwards.
+    """For use within a forward: the owners of both networks are resharded, and those outside of both networks
+    are unsharded again afterwards.
 
     Raises:
         RuntimeError: as :func:`reshard`.
@@ -109,7 +110,7 @@ def resharded(name: str, written: nn.Module, read: nn.Module) -> Iterator[None]:
 def local_pairs(
     teachers: Iterable[Tensor], students: Iterable[Tensor], kind: str
 ) -> list[tuple[Tensor, Tensor]]:
-    """Tensors that correspond, DTensors replaced by this rank's shards. No communication.
+    """Corresponding tensors, with DTensors replaced by this rank's shards. No communication.
 
     Raises:
         ValueError: numbers, shapes, meshes or placements differ.
