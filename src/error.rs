@@ -1,5 +1,6 @@
 //! The one error type. `src/python/mod.rs` maps it to Python exceptions, variant by variant.
 
+use std::any::Any;
 use thiserror::Error;
 
 /// Everything that can go wrong in an operation. Messages name the class, what was expected and
@@ -31,6 +32,34 @@ pub enum Error {
 
 /// The result of an operation.
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Of a caught panic. tch panics in a few calls that have no fallible form, and in every call that takes a number
+    /// and fails: it drops the number before it has read the error.
+    pub fn panicked(payload: &(dyn Any + Send)) -> Self {
+        let said = libtorchs(payload).and_then(|said| said.split("\\n").next());
+        Self::Bridge(
+            said.unwrap_or("a call failed; the lines above say which")
+                .to_owned(),
+        )
+    }
+}
+
+/// What libtorch said before tch panicked. `None` for any other panic.
+fn libtorchs(payload: &(dyn Any + Send)) -> Option<&str> {
+    let text = payload.downcast_ref::<String>()?;
+    text.split_once("Torch(\"").map(|(_, said)| said)
+}
+
+/// From now on panics of tch about what libtorch threw are not printed: [`Error::panicked`] reports them.
+pub fn silence_libtorchs_panics() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if libtorchs(panic.payload()).is_none() {
+            print(panic);
+        }
+    }));
+}
 
 fn first_line(error: &tch::TchError) -> String {
     error

@@ -140,7 +140,7 @@ def test_operators_keep_torchs_contract(name, generator):
     ("wrong", "error", "message"),
     [
         (lambda q, k, y: (q, k, y * 0 + CLASSES), IndexError, r"labels must be in \[0, 4\], got 5"),
-        (lambda q, k, y: (q, k, y.float()), TypeError, "labels must be int64, got float32"),
+        (lambda q, k, y: (q, k, y.float()), TypeError, "labels must be int64 or int32, got float32"),
         (lambda q, k, y: (q, k, y[1:]), ValueError, r"labels must have shape \(minibatch,\)"),
     ],
 )

@@ -1,6 +1,7 @@
 """FlexMatch's dynamic thresholds."""
 
 import copy
+import ctypes
 import io
 import math
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -190,6 +192,35 @@ def test_alias_written_behind_every_counter():
         assert module.class_counts().tolist() == [35, 5, *[10 if c == label else 0 for c in (1, 2, 3, 4)]]
 
 
+def _of_numpy(_):
+    return torch.from_numpy(np.full(10, -1))
+
+
+def _of_a_file(path):
+    np.full(10, -1).tofile(path)
+    return torch.from_file(str(path), shared=True, size=10, dtype=torch.int64)
+
+
+def _of_processes(_):
+    return torch.full((10,), -1).share_memory_()
+
+
+@pytest.mark.parametrize("make", [_of_numpy, _of_a_file, _of_processes])
+def test_labels_in_memory_that_torch_did_not_allocate(make, tmp_path):
+    """Whoever writes them holds no reference to the tensor: they are counted at every step."""
+    module = DynamicThresholdingModule(0.9, True, lambda x: x, 3, 10, "cpu")
+    labels = make(tmp_path / "labels")
+    address = labels.data_ptr()
+    module.net_outputs = labels
+    del labels
+    assert module.class_counts().tolist() == [10, 0, 0, 0]
+    (ctypes.c_int64 * 10).from_address(address)[:6] = [1] * 6
+    assert module.class_counts().tolist() == [4, 0, 6, 0]
+    index = torch.arange(10)
+    module.update(index, torch.ones(10), torch.zeros(10, dtype=torch.int64))
+    assert module.class_counts().tolist() == [0, 10, 0, 0]
+
+
 def test_counts_are_trusted_again_when_the_alias_is_gone():
     module = make()
     labels = module.net_outputs
@@ -228,8 +259,8 @@ def test_integer_types_negative_indices_and_shapes():
     ("change", "error", "message"),
     [
         ({"idxes": [0, 1]}, TypeError, "DynamicThresholdingModule: idxes must be a torch.Tensor, got list"),
-        ({"idxes": torch.zeros(2)}, TypeError, "idxes must be int64, got float32"),
-        ({"labels": torch.zeros(2)}, TypeError, "pseudo_labels must be int64, got float32"),
+        ({"idxes": torch.zeros(2)}, TypeError, "idxes must be int64 or int32, got float32"),
+        ({"labels": torch.zeros(2)}, TypeError, "pseudo_labels must be int64 or int32, got float32"),
         (
             {"idxes": torch.zeros(1, 2, dtype=torch.long)},
             ValueError,

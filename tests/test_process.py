@@ -155,3 +155,20 @@ def test_info(capsys):
     for word in ("tllib_rs", "torch", "numpy", "python", "instruction set", "threads", "devices"):
         assert word in printed
     assert torch.__version__ in printed
+
+
+def test_exceptions_of_libtorch_are_not_reported_as_panics_too():
+    """Activation checkpointing stops the second forward by an exception, inside of operations that take numbers."""
+    code = """if True:
+        import torch
+        from torch.utils.checkpoint import checkpoint
+        from torch.utils.flop_counter import FlopCounterMode
+        from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+        loss, linear = MinimumClassConfusionLoss(2.0), torch.nn.Linear(5, 5)
+        x = torch.randn(8, 5, requires_grad=True)
+        with FlopCounterMode(display=False):
+            checkpoint(lambda z: loss(linear(z)), x, use_reentrant=False).backward()
+        print(linear.weight.grad is not None)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (run.stdout, run.stderr) == ("True\n", "")

@@ -393,7 +393,7 @@ F, N = torch.zeros(4, 3), torch.arange(4)
             "num_classes must be an integer, got float",
         ),
         (lambda: CrossEntropyLossWithLabelSmooth(3, float("nan")), ValueError, "epsilon must be a finite"),
-        (lambda: CrossEntropyLossWithLabelSmooth(3)(F, F), TypeError, "labels must be int64, got float32"),
+        (lambda: CrossEntropyLossWithLabelSmooth(3)(F, F), TypeError, "labels must be int64 or int32, got float32"),
         (
             lambda: CrossEntropyLossWithLabelSmooth(3)(F, N),
             IndexError,
@@ -473,3 +473,26 @@ def test_repr_shows_the_settings():
     assert "margin=0.3, normalize_feature=True" in repr(reid.TripletLoss(0.3, True))
     assert "margin=0.3, normalize_feature=False" in repr(reid.TripletLossXBM())
     assert "num_classes=7, epsilon=0.1" in repr(reid.CrossEntropyLossWithLabelSmooth(7))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_features_of_an_autocast_region_against_a_float32_memory(compiled, generator):
+    linear, memory = torch.nn.Linear(6, 4), torch.randn(16, 4, generator=generator)
+    x, labels, xbm_labels = torch.randn(8, 6, generator=generator), torch.arange(8) // 2, torch.arange(16) % 4
+    loss = TripletLossXBM(0.3)
+
+    def step(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(linear(x), labels, memory, xbm_labels)
+
+    value = (torch.compile(step, backend="aot_eager") if compiled else step)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = linear(x)
+        assert features.dtype == torch.bfloat16
+        assert pairwise_euclidean_distance(features, memory).dtype == torch.float32
+    expected = loss(features.float(), labels, memory, xbm_labels)
+    torch.testing.assert_close(value, expected)
+    got, right = (torch.autograd.grad(v, linear.weight)[0] for v in (value, expected))
+    torch.testing.assert_close(got, right)
+    with pytest.raises(TypeError, match="xbm_f must have the dtype of f, bfloat16, got float32"):
+        loss(features, labels, memory, xbm_labels)

@@ -389,7 +389,7 @@ def snapshot(model):
             r"labels must .* = \[6\], got shape \[5\]",
         ),
         ((None, None, torch.zeros(6, 1, dtype=torch.int64)), ValueError, r"got shape \[6, 1\]"),
-        ((None, None, torch.zeros(6)), TypeError, "labels must be int64, got float32"),
+        ((None, None, torch.zeros(6)), TypeError, "labels must be int64 or int32, got float32"),
         ((None, None, torch.tensor([0, 1, 5, 0, 0, 0])), IndexError, r"labels must be in \[0, 4\], got 5"),
         ((None, None, torch.tensor([0, 1, -1, 0, 0, 0])), IndexError, r"labels must be in \[0, 4\], got -1"),
     ],

@@ -17,14 +17,13 @@ mod self_ensemble;
 mod self_tuning;
 mod uda;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, silence_libtorchs_panics};
 use crate::torch::input::Input;
 use crate::torch::team;
 use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyInt};
 use pyo3_tch::PyTensor;
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::Tensor;
 
@@ -96,27 +95,14 @@ fn without_gil<T: Send>(
     elements: usize,
     body: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
-    // tch panics in a few calls that have no fallible form, and in all that take a number and fail; Python gets an
-    // ordinary exception.
     let body = || {
-        catch_unwind(AssertUnwindSafe(body))
-            .unwrap_or_else(|panic| Err(Error::Bridge(said(&*panic))))
+        catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Error::panicked(&*panic)))
     };
     Ok(if elements >= GIL_WORTH {
         py.allow_threads(body)?
     } else {
         body()?
     })
-}
-
-/// The first line of what libtorch said before tch panicked.
-fn said(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map_or("", String::as_str);
-    let of_torch = text.split_once("Torch(\"").map(|(_, said)| said);
-    of_torch
-        .and_then(|said| said.split("\\n").next())
-        .unwrap_or("a call failed; the lines above say which")
-        .to_owned()
 }
 
 /// The number of elements; 0 for what is no dense tensor, which the checks will refuse. On a device more than any
@@ -134,6 +120,7 @@ fn elements(tensor: &Tensor) -> usize {
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     team::install();
+    silence_libtorchs_panics();
     m.add_class::<flexmatch::FlexMatch>()?;
     m.add_function(wrap_pyfunction!(dst::check_eta_prime, m)?)?;
     m.add_function(wrap_pyfunction!(dst::dst, m)?)?;

@@ -1,4 +1,4 @@
-use super::{elements, must_be, number, tensor, without_gil};
+use super::{elements, must_be, tensor, without_gil};
 use crate::ops::pi_model::{self as ops, Mask, Reduction};
 use pyo3::prelude::*;
 use pyo3::types::PyFloat;
@@ -24,7 +24,10 @@ pub fn pi_model(
     };
     let mask = match tensor {
         Some(tensor) => Mask::Tensor(tensor.0),
-        None => Mask::Number(number(CLASS, "mask", mask)?),
+        None => Mask::Number(
+            mask.extract()
+                .map_err(|_| must_be(CLASS, "mask", "a torch.Tensor or a number", mask))?,
+        ),
     };
     let reduction = parse(CLASS, reduction)?;
     without_gil(py, 2 * elements(&p1), move || {

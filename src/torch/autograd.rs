@@ -9,7 +9,7 @@
 use super::input::Input;
 use super::{Owned, Stored, by_dtype, check, max_threads};
 use crate::cuda;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::parallel::threads_for;
 use crate::kernels::real::Real;
@@ -272,12 +272,12 @@ pub fn gradients(loss: &Tensor, count: usize) -> Result<Option<Vec<Option<Tensor
 
 /// Runs `body`; an error or a panic becomes a message that the bridge throws and frees.
 fn guarded(body: impl FnOnce() -> Result<()>) -> *mut c_char {
-    let text = match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(())) => return std::ptr::null_mut(),
-        Ok(Err(error)) => error.to_string(),
-        Err(_) => "tllib_rs: internal error in backward".to_owned(),
+    let done =
+        catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Error::panicked(&*panic)));
+    let Err(error) = done else {
+        return std::ptr::null_mut();
     };
-    let text = CString::new(text.replace('\0', " ")).unwrap_or_default();
+    let text = CString::new(error.to_string().replace('\0', " ")).unwrap_or_default();
     // SAFETY: strdup copies a valid NUL-terminated string into memory that free() takes back.
     unsafe { strdup(text.as_ptr()) }
 }

@@ -154,6 +154,9 @@ int64_t tllib_version(const Tensor* t) { return t->is_inference() ? 0 : t->_vers
 // Asks Python for a reference count: needs the GIL.
 bool tllib_aliased(const Tensor* t) {
   const auto& storage = t->storage();
+  // Memory that torch did not allocate: numpy's, a mapped file, memory shared with another process. Whoever else has
+  // it holds no reference to the storage.
+  if (storage.allocator() == nullptr) return true;
   const bool idle_object = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference();
   return storage.use_count() > (idle_object ? 2u : 1u);
 }

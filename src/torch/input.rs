@@ -13,6 +13,7 @@ const CUDA: i32 = 1;
 const META: i32 = 14;
 /// `c10::ScalarType::Int`
 const INT32: i32 = 3;
+const INT64: i32 = 4;
 
 /// Mirror of `tllib_facts` in bridge.cpp: what the checks and kernels ask of a tensor. The pointers
 /// borrow from the tensor, for as long as nobody resizes it.
@@ -260,7 +261,7 @@ impl<'a> Input<'a> {
 
     /// `TypeError` unless the tensor holds integers of 64 bits.
     pub fn int64(&self) -> Result<()> {
-        self.of_type(4)
+        self.of_type(INT64)
     }
 
     /// `TypeError` unless the tensor's dtype is this `c10::ScalarType`.
@@ -306,15 +307,15 @@ impl<'a> Input<'a> {
 
     /// Labels and indices: `TypeError` unless the tensor holds integers of 64 or 32 bits.
     pub fn integer(&self) -> Result<()> {
-        if self.facts.kind == INT32 {
-            return Ok(());
+        match self.facts.kind {
+            INT32 | INT64 => Ok(()),
+            _ => Err(self.unsupported("int64 or int32")),
         }
-        self.int64()
     }
 
     /// Integers in 64 bits: the tensor itself where it has them.
     pub fn to_int64(&self) -> Result<Tensor> {
-        if self.int64().is_ok() {
+        if self.facts.kind == INT64 {
             return Ok(self.tensor.shallow_clone());
         }
         Ok(self.tensor.f_to_kind(Kind::Int64)?)

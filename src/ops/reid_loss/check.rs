@@ -51,11 +51,11 @@ impl<'a> Inputs<'a> {
                 }
                 if own != dtype {
                     return Err(Error::Type(format!(
-                        "{}: xbm_f must have the dtype of {}, {:?}, got {:?}",
+                        "{}: xbm_f must have the dtype of {}, {}, got {}",
                         call.class,
                         call.features.0,
-                        dtype.kind(),
-                        own.kind()
+                        features.dtype_name(),
+                        memory.dtype_name()
                     )));
                 }
                 identities_of(&memory_labels, &memory, rows)?;

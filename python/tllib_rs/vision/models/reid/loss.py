@@ -114,18 +114,31 @@ def pairwise_euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 
     Args:
         x (tensor): (N, F), floating point.
-        y (tensor): (M, F), the dtype of ``x``.
+        y (tensor): (M, F), the dtype of ``x``. In an autocast region they may differ, and both are
+            converted to the wider one.
 
     Returns:
-        (N, M), in the dtype of ``x``.
+        (N, M), in the dtype of ``x`` (the wider one).
 
     Raises:
-        TypeError: an argument is not a floating-point tensor, or the dtypes differ.
+        TypeError: an argument is not a floating-point tensor, or the dtypes differ outside of an autocast
+            region.
         ValueError: the shapes are not (N, F) and (M, F).
         RuntimeError: the devices differ.
     """
+    x, y = _of_one_dtype(x, y)
     distances = _compiled_distances if torch.compiler.is_compiling() else _core.distances
     return distances(x, y).to(x.dtype)
+
+
+def _of_one_dtype(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the wider dtype, in an autocast region: there, new features are compared with older ones of
+    another precision."""
+    both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+    if not both or x.dtype == y.dtype or not torch.is_autocast_enabled(x.device.type):
+        return x, y
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
 
 
 def hard_examples_mining(dist_mat: torch.Tensor, identity_mat: torch.Tensor, return_idxes: bool = False):
@@ -357,15 +370,16 @@ class TripletLossXBM(nn.Module):
     Inputs:
         - f (tensor): features, (minibatch, F), floating point.
         - labels (tensor): their identities, (minibatch,).
-        - xbm_f (tensor): features of the memory, (M, F) with M > 0, the dtype of ``f``. It gets a gradient
-          too if it requires one.
+        - xbm_f (tensor): features of the memory, (M, F) with M > 0, the dtype of ``f`` (in an autocast
+          region they may differ). It gets a gradient too if it requires one.
         - xbm_labels (tensor): their identities, (M,).
 
     Returns:
         A scalar; float64 for float64 features, else float32. NaN for an empty batch.
 
     Raises:
-        TypeError: an input is not a tensor, features are not floating point, or their dtypes differ.
+        TypeError: an input is not a tensor, features are not floating point, or their dtypes differ outside
+            of an autocast region.
         ValueError: the shapes do not match, the memory is empty, or the margin is not finite.
         RuntimeError: the devices differ.
 
@@ -390,6 +404,7 @@ class TripletLossXBM(nn.Module):
         """See the class."""
         if not _is_fused(self.ranking_loss):
             return _ranked(self.ranking_loss, (f, xbm_f), (labels, xbm_labels), self.normalize_feature)
+        f, xbm_f = _of_one_dtype(f, xbm_f)
         call = _compiled_triplet_xbm if torch.compiler.is_compiling() else _core.triplet_xbm
         return call(f, xbm_f, labels, xbm_labels, self.ranking_loss.margin, self.normalize_feature)
 
