@@ -58,7 +58,7 @@ fn bridge() {
     println!("cargo:rustc-env=TLLIB_RS_RUSTC={}", rustc_version());
 }
 
-/// Where `Python.h` is, asked of the interpreter that torch-sys asks for torch.
+/// Where `Python.h` is, according to the interpreter that torch-sys asks for torch.
 #[cfg(feature = "python")]
 fn python_include() -> String {
     println!("cargo:rerun-if-env-changed=VIRTUAL_ENV");

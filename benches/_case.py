@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 OURS, PLAIN, LIMIT, TLLIB, COMPILED, COPY = "ours", "plain", "limit", "tllib", "compiled", "copy"
-#: What ours takes the place of: it is never to be slower.
+#: What ours replaces: it must never be slower than these.
 REPLACED = (PLAIN, TLLIB, COMPILED)
 TOLERANCE = 1e-4
 
@@ -58,7 +58,7 @@ class Case:
     setting: str
     #: Makes the inputs and the providers. Called when the case runs, so that listing costs nothing.
     set_up: Callable[[], Mapping[str, Provider]]
-    #: Beside that ours is no slower than any of :data:`REPLACED`.
+    #: In addition to being no slower than any of :data:`REPLACED`.
     bars: Sequence[Bar] = ()
     #: Part of ``--quick``.
     quick: bool = True
@@ -70,7 +70,7 @@ class Case:
     loss: str = ""
     #: The numbers in the setting by their symbols, for the growth curves.
     sizes: Mapping[str, int] = field(default_factory=dict)
-    #: What :func:`check` accepts of a provider whose formula is slightly another.
+    #: What :func:`check` accepts of a provider whose formula differs slightly.
     tolerances: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -1,6 +1,6 @@
 """``python -m benches --device cuda``: the same cases on a device.
 
-By wall clock (with synchronisation) and by the device's events, with the launches that a step makes and the
+By wall clock (with synchronization) and by the device's events, with the launches that a step makes and the
 time that the host needs to make them. A copy, which reads and writes as many bytes as a loss and its
 gradients must, is one more limit.
 """
@@ -36,7 +36,7 @@ from benches._providers import prepare, reason
 
 #: Microseconds of the host: for a forward pass, and for a backward pass.
 FORWARD_HOST, BACKWARD_HOST = 30.0, 20.0
-#: How the acceptance of a device names cases: the bars that replace those of the CPU.
+#: The bars of acceptance on a device, by method and setting, which replace those of the CPU.
 BARS: Mapping[tuple[str, str], Sequence[Bar]] = {
     ("mcc", "(64, 100)"): [faster(PLAIN, 8)],
     ("mcc", "(4096, 1000)"): [faster(PLAIN, 50)],
@@ -46,12 +46,12 @@ BARS: Mapping[tuple[str, str], Sequence[Bar]] = {
     ("reid_loss", "soft triplet (256, 2048)"): [faster(PLAIN, 3)],
     ("self_tuning", "C = 200"): [faster(PLAIN, 50)],
 }
-#: Of every loss over rows, at a small shape, and at the largest against the copy.
+#: For every loss over rows: bars at a small shape, and at the largest against the copy.
 SMALL, SMALL_BARS = "(64, 100)", [faster(PLAIN, 4)]
 COPIED, COPY_BARS = "(65536, 1000)", [within(COPY, 1.5)]
 #: Losses that have no kernel on a device.
 COMPOSITES = ("cc_loss",)
-#: What may be the fault of one case.
+#: Errors that may be the fault of a single case.
 FAILURES = (Disagreement, torch.OutOfMemoryError)
 HEADS = ["", "", "", "wall", "device", "of ours", "launches", "host forward", "host backward"]
 
@@ -63,7 +63,7 @@ class Cost:
     #: Seconds between two events of the device around a step; ``None`` on the CPU.
     device: float | None
     launches: int
-    #: Seconds until a call returns: of the forward pass, where it can be told apart, and of the rest.
+    #: Seconds until a call returns: of the forward pass, where it can be run separately, and of the rest.
     forward: float | None
     rest: float
 
@@ -90,7 +90,7 @@ def run(methods: Iterable[Method], effort: Effort, device: str) -> list[Verdict]
 
 
 def failure(case: Case, error: Exception) -> Verdict:
-    """That a case could not be measured, which is no reason not to measure the others."""
+    """The verdict that a case could not be measured, which does not keep the others from being measured."""
     return Verdict(f"{case.setting}: not measured: {reason(error)}", False)
 
 
@@ -107,7 +107,7 @@ def _run_case(
 
 
 def _too_large(stem: str, case: Case) -> bool:
-    """Several matrices of C x C are more than a device holds."""
+    """Whether several matrices of C x C are more than a device holds."""
     return stem in COMPOSITES and case.sizes.get("C", 0) > MATRIX
 
 
@@ -139,7 +139,7 @@ def _host_verdicts(case: Case, cost: Cost) -> Iterable[Verdict]:
 
 
 def cost(provider: Provider, device: str, rounds: int = 30) -> Cost:
-    """Of one provider, after its first calls."""
+    """The cost of one provider, after its first calls."""
     cuda = torch.device(device).type == "cuda"
     wait = torch.cuda.synchronize if cuda else lambda: None
     for _ in range(3):
@@ -151,7 +151,7 @@ def cost(provider: Provider, device: str, rounds: int = 30) -> Cost:
 
 
 def _host(call: Callable, wait: Callable, rounds: int) -> float:
-    """Seconds until ``call`` returns, where nothing is queued before it."""
+    """Seconds until ``call`` returns, with nothing queued before it."""
     times = []
     for _ in range(rounds):
         wait()
@@ -174,7 +174,7 @@ def _events(step: Callable, rounds: int) -> float:
 
 
 def _launches(step: Callable) -> int:
-    """Kernels, copies and fills that a step puts on the device."""
+    """Kernels, copies and fills that a step launches on the device."""
     if not torch.cuda.is_available():
         return 0
     with profile(activities=[ProfilerActivity.CUDA]) as found:

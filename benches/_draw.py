@@ -27,7 +27,7 @@ STYLE = {
     LIMIT: ("|", "#222222"),
 }
 PACKAGE = ("o", "#f0a030")
-#: In curves, where each has a name, the second of a panel looks otherwise.
+#: In curves, where each has a name, the second package of a panel looks different.
 SECOND = ("v", "#8c6d31")
 NAMES = {OURS: "tllib_rs", PLAIN: "plain PyTorch", COMPILED: "torch.compile", TLLIB: "tllib", LIMIT: "limit"}
 
@@ -59,7 +59,7 @@ def draw(runs: Mapping[str, Any], folder: pathlib.Path = IMAGES) -> list[pathlib
     paths = [folder / OVERVIEW, folder / GROWTH]
     for path, picture in zip(paths, (_overview, _growth), strict=True):
         figure = picture(runs)
-        # The date of the file would change it at every drawing.
+        # Without matplotlib's version, which would change the file with every other one.
         figure.savefig(path, dpi=130, metadata={"Software": None})
         plt.close(figure)
     return paths

@@ -17,7 +17,7 @@ from benches._case import OURS, PLAIN, Method, Verdict
 from benches._measure import Effort, measure
 from benches._providers import prepare
 
-#: At most what a loaded machine may make of the quiet time: with one busy process a core, half the
+#: The most by which a loaded machine may multiply the quiet time: with one busy process per core, half the
 #: processor time is left, and the scheduler's time slices come on top.
 FEW = 4.0
 
@@ -50,7 +50,7 @@ def run(methods: Iterable[Method], effort: Effort) -> list[Verdict]:
             for name in compared:
                 before, after = quiet[name].median, loaded[name].median
                 slower = after / before
-                # A block's share of a core varies: the mean has what the median hides.
+                # A block's share of a core varies: the mean shows what the median hides.
                 durations = map(_report.seconds, (before, after, loaded[name].mean))
                 rows.append([method.stem, case.setting, name, *durations, f"{slower:.3g}"])
                 if name == OURS:

@@ -20,11 +20,11 @@ SHAPES = [
     (1024, 1000),
     (8, 100_000),
 ]
-#: On a device, besides.
+#: Additional shapes on a device.
 DEVICE_SHAPES = [(4096, 1000), (65_536, 1000)]
-#: Inductor takes ten seconds for each; a device gets all.
+#: Inductor takes ten seconds for each; on a device all are compiled.
 COMPILED_SHAPES = [(32, 31), (256, 1000)]
-#: Where memory is judged: large enough that a gradient is much more than what else a process does.
+#: Where memory is judged: large enough that a gradient is much more than what else a process allocates.
 LARGE = (1024, 8192)
 #: Formulas with C x C matrices are run up to this many classes.
 MATRIX = 10_000

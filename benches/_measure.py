@@ -23,7 +23,7 @@ class Effort:
     rounds: int
     #: Seconds for all blocks of one provider; three blocks are run whatever they take.
     budget: float
-    #: With what takes seconds to prepare: torch.compile, and memory.
+    #: Whether to include what takes seconds to prepare: torch.compile, and memory.
     thorough: bool = True
 
 
@@ -105,7 +105,7 @@ def measure(providers: Mapping[str, Provider], effort: Effort, **labels: str) ->
     plans = {name: _plan(timer, effort) for name, timer in timers.items()}
     blocks: dict[str, list[Measurement]] = {name: [] for name in timers}
     for round_ in range(effort.rounds):
-        # Another order each round, so that nobody always follows the same neighbour.
+        # Another order each round, so that no provider always follows the same one.
         names = list(timers)
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:

@@ -1,8 +1,9 @@
 """How much memory a step needs beyond what was there before it.
 
-Two measures, since neither sees all: :func:`peak` counts the tensors that live at once, to the byte, from
-the profiler's record of libtorch's allocator; :func:`resident` is what the process grows by, with whatever
-else is allocated (our kernels' own buffers), but to some pages only and in a fresh process.
+Two measures, since neither sees all: :func:`peak` counts the tensors that are alive at once, to the byte,
+from the profiler's record of libtorch's allocator; :func:`resident` is what the process grows by, with
+whatever else is allocated (our kernels' own buffers), but accurate only to some pages, and only in a fresh
+process.
 
 ``python -m benches._memory METHOD`` measures a method's footprints and prints them as JSON.
 """
@@ -57,7 +58,7 @@ def resident(footprint: Footprint) -> int:
     gc.collect()
     step = footprint.case.set_up()[OURS].step
     before = _status("VmRSS")
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is there
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the present size
     step()
     return _status("VmHWM") - before
 

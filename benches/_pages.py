@@ -25,7 +25,7 @@ def rewritten(text: str, runs: Mapping[str, Any]) -> str:
 
 
 def rewrite(runs: Mapping[str, Any], docs: pathlib.Path = DOCS) -> list[pathlib.Path]:
-    """Rewrite all pages; those that changed."""
+    """Rewrite all pages; return those that changed."""
     changed = []
     for page in sorted(docs.rglob("*.md")):
         text = page.read_text()

@@ -1,4 +1,4 @@
-"""Implementations that are not ours: the original, other packages, what torch.compile makes."""
+"""Implementations that are not ours: the original, other packages, the output of torch.compile."""
 
 import functools
 import importlib
@@ -19,8 +19,8 @@ def _tllib() -> Source | None:
 
 
 def original(module: str, name: str) -> Callable | None:
-    """A name out of a module of the original tllib, or ``None`` where there is none, or it does not run
-    beside this torch."""
+    """A name from a module of the original tllib, or ``None`` if there is none, or it does not run with
+    this torch."""
     source = _tllib()
     if source is None:
         return None
@@ -42,8 +42,8 @@ def package(name: str) -> ModuleType | None:
 
 
 def compiled(function: Callable) -> Callable:
-    """``function`` under ``torch.compile``, specialised to the shapes it sees. Compiles at its first call."""
-    # One function at a few shapes would reach dynamo's limit of versions and silently run uncompiled.
+    """``function`` under ``torch.compile``, specialized to the shapes it sees. Compiles at its first call."""
+    # One function at several shapes would reach dynamo's recompile limit and silently run uncompiled.
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
 
@@ -54,8 +54,8 @@ def reason(error: Exception) -> str:
 
 
 def prepare(case: Case, *, thorough: bool, device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]:
-    """Set a case up and compare its providers; those that run, and why the others do not (inductor does
-    not take every formula). Compiling takes seconds, so it is done only where ``thorough`` asks for it."""
+    """Set a case up and compare its providers; return those that run, and why the others do not (inductor
+    does not take every formula). Compiling takes seconds, so it is done only if ``thorough``."""
     with torch.device(device):
         providers, left_out = dict(case.set_up()), {}
     if not thorough and providers.pop(COMPILED, None):

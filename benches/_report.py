@@ -13,7 +13,7 @@ _SIZES = [("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0)]
 
 
 def seconds(value: float, *, spread: tuple[float, float] | None = None) -> str:
-    """A duration, and in brackets two others in the same unit."""
+    """A duration, and in parentheses two others in the same unit."""
     unit, size = next((u for u in _UNITS if value >= u[1]), _UNITS[-1])
     between = f" ({digits(spread[0] / size)}-{digits(spread[1] / size)})" if spread else ""
     return f"{digits(value / size)}{between} {unit}"
@@ -26,7 +26,7 @@ def size(value: float) -> str:
 
 
 def digits(value: float) -> str:
-    """Three of them, more only before the point."""
+    """Three significant digits, more only before the decimal point."""
     return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""What is kept: one file for each machine, with the last run of each method."""
+"""The kept results: one file for each machine, with the last run of each method."""
 
 import datetime
 import json
@@ -57,7 +57,7 @@ def _case(result: Result) -> dict[str, Any]:
 
 
 def latest() -> dict[str, Any]:
-    """The kept runs of the machine that ran last, by method; of none there is nothing."""
+    """The kept runs of the machine that ran last, by method; empty if there are none."""
     kept = [json.loads(path.read_text()) for path in RESULTS.glob("*.json")]
     return max(kept, key=lambda runs: max(run["date"] for run in runs.values()), default={})
 

@@ -22,7 +22,7 @@ from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 
 BATCH, CLASSES, FEW = 448, 100, 1_000
 SAMPLES, QUICK_SAMPLES = 100_000_000, 2_000_000
-#: At most: memory of a sample in its label's bytes, cost of a step in that at FEW samples, seconds.
+#: Upper bounds: memory of a sample over its label's bytes, cost of a step over that at FEW samples, seconds.
 MEMORY, FLAT, SECONDS = 1.1, 1.5, 10.0
 #: What the projection is for.
 SETTINGS = [(n, ranks) for n in (10**9, 10**10) for ranks in (8, 1024)]
@@ -87,7 +87,7 @@ def _step(samples: int, module: DynamicThresholdingModule) -> float:
         module.get_threshold(labels)
         module.update(idxes, mask, labels)
 
-    # The fastest block: the others also measure who else uses the cores.
+    # The fastest block: the others also measure what else uses the cores.
     return min(_times(step, 500))
 
 
@@ -162,7 +162,7 @@ def _size(count: float) -> str:
 def run(quick: bool) -> list[Verdict]:
     """Measure, print, project."""
     samples = QUICK_SAMPLES if quick else SAMPLES
-    _one(FEW * 100, torch.int8)  # what the first use brings into memory is no part of the state
+    _one(FEW * 100, torch.int8)  # what the first use brings into memory is not part of the state
     table, verdicts, per_row, recount = [], [], 0.0, 0.0
     for dtype in (torch.int8, torch.int16, torch.int64):
         found, row = _one(samples, dtype)

@@ -1,5 +1,5 @@
-"""``python -m benches --share [--device cuda]``: a whole training step of a small network with each method,
-plain against ours: the share of it that self-training takes, before and after.
+"""``python -m benches --share [--device cuda]``: the share that self-training takes of a whole training step
+of a small network, for each method, plain against ours.
 
 The network is a small convolutional one on a batch of 64 images of CIFAR's size, with its backward pass and
 an optimizer's step; the method's own step follows it, as in a training loop.
@@ -18,7 +18,7 @@ from benches._device import FAILURES, failure
 from benches._measure import Effort, measure
 from benches._providers import prepare
 
-#: The case of each method, by the end of its setting; the first of ``(64, 100)`` otherwise.
+#: The case of each method, by the end of its setting; those of ``(64, 100)`` otherwise.
 SETTINGS = {"flexmatch": "N = 50,000", "mean_teacher": "MobileNet v2", "self_tuning": "C = 100"}
 BASE = "network"
 HEADS = ["", "", "network alone", "with plain", "with ours", "share of plain", "share of ours"]
@@ -37,7 +37,7 @@ def run(methods: Iterable[Method], effort: Effort, device: str) -> None:
 
 
 def _figures(stem: str, case: Case, effort: Effort, device: str) -> list[str]:
-    """Of a row of the table."""
+    """The figures in a row of the table."""
     providers, _ = prepare(case, thorough=False, device=device)
     network = network_step(device)
     steps = {name: Provider(_both(network, providers[name].step), None) for name in (PLAIN, OURS)}

@@ -13,8 +13,8 @@ TEMPERATURE, THRESHOLD = 2.5, 0.7
 
 
 def gram_form(z: torch.Tensor, strong: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss through products of the chosen rows with one another, in float64 (it subtracts what is
-    nearly equal): what there is to compare with where a C x C matrix is out of the question."""
+    """The loss through products of the chosen rows with one another, in float64 (it subtracts nearly equal
+    numbers): the only one to compare with where a C x C matrix is out of the question."""
     z, strong = z.detach().double(), strong.double()
     chosen = F.softmax(z / TEMPERATURE, dim=1).amax(dim=1) >= THRESHOLD
 

@@ -15,7 +15,7 @@ SAMPLES = [1_000, 10_000, 50_000, 100_000, 1_000_000, 1_281_167, 10_000_000, 100
 COUNTED = 1_281_167
 BARS = {50_000: [faster(PLAIN, 10.0)], 1_281_167: [faster(PLAIN, 300.0)]}
 MAPPING_BAR = 3.0
-#: At most what a step at the most samples may cost of one at the fewest.
+#: The most that a step at the most samples may cost, relative to one at the fewest.
 FLAT = 1.5
 #: Different batches, so that the labels they touch do not all stay in the nearest cache.
 BATCHES = 64
@@ -43,7 +43,7 @@ def _case(samples: int) -> Case:
             return torch.randint(high, (size,), generator=generator)
 
         def distinct(size):
-            # Of equal indices it is left open, on a device, which one plain keeps.
+            # On a device it is undefined which of equal indices plain keeps.
             drawn = integers(samples, 2 * size).unique()
             return drawn[torch.randperm(len(drawn), generator=generator)[:size]]
 

@@ -14,7 +14,7 @@ BARS = {(32, 31): [faster(PLAIN, 5.0)], (256, 1000): [faster(PLAIN, 50.0)]}
 
 
 def closed_form(z: torch.Tensor) -> torch.Tensor:
-    """The loss without the C x C matrix in torch operations: what of the speed is the formula."""
+    """The loss without the C x C matrix in torch operations: how much of the speed is due to the formula."""
     p = F.softmax(z / TEMPERATURE, dim=1)
     weight = 1 + torch.exp((p * torch.log(p + 1e-5)).sum(dim=1).detach())
     weight = (weight * len(z) / weight.sum())[:, None]

@@ -16,9 +16,9 @@ from tllib_rs.self_training.mean_teacher import EMATeacher
 
 ALPHA = 0.99
 FOREACH = "foreach"
-#: At most what the walk over the modules and the sweep may cost of one flat sweep.
+#: The most that the walk over the modules and the sweep may cost, relative to one flat sweep.
 LIMIT_BAR = 1.1
-#: How much faster than ``foreach`` the thousand tiny tensors are, whose lists are made beforehand.
+#: How much faster than ``foreach``, whose lists are made beforehand, the thousand tiny tensors must be.
 TINY_BAR = 1.5
 
 
@@ -75,7 +75,7 @@ class VisionTransformer(nn.Module):
 
 
 def _averages(before: nn.Module, student: nn.Module) -> dict[str, tuple[Callable, Sequence[torch.Tensor]]]:
-    """Of each provider the update and the parameters it changes. All start from ``before`` and follow one
+    """For each provider the update and the parameters it changes. All start from ``before`` and follow one
     student."""
     found = {}
     tllib = original("self_training.mean_teacher", "EMATeacher")

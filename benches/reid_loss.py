@@ -77,7 +77,7 @@ def _triplet() -> Mapping[str, Callable | None]:
 
 
 def _metric_learning() -> Callable | None:
-    """Batch-hard triplets as that package's users build them, without the normalisation it begins with."""
+    """Batch-hard triplets as that package's users build them, without the normalization it begins with."""
     losses = package("pytorch_metric_learning.losses")
     if losses is None:
         return None

@@ -34,8 +34,8 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
-    /// Of a caught panic. tch panics in a few calls that have no fallible form, and in every call that takes a number
-    /// and fails: it drops the number before it has read the error.
+    /// The error of a caught panic. tch panics in the few calls without a fallible form, and whenever a call that
+    /// takes a number fails: it drops the number before it reads the error.
     pub fn panicked(payload: &(dyn Any + Send)) -> Self {
         let said = libtorchs(payload).and_then(|said| said.split("\\n").next());
         Self::Bridge(
@@ -45,13 +45,13 @@ impl Error {
     }
 }
 
-/// What libtorch said before tch panicked. `None` for any other panic.
+/// The libtorch message in a panic of tch. `None` for any other panic.
 fn libtorchs(payload: &(dyn Any + Send)) -> Option<&str> {
     let text = payload.downcast_ref::<String>()?;
     text.split_once("Torch(\"").map(|(_, said)| said)
 }
 
-/// From now on panics of tch about what libtorch threw are not printed: [`Error::panicked`] reports them.
+/// Stops printing those panics of tch that report a libtorch exception: [`Error::panicked`] reports them.
 pub fn silence_libtorchs_panics() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {

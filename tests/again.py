@@ -1,4 +1,4 @@
-"""Tests of ours once more, in a process of their own."""
+"""Runs tests of ours once more, in a separate process."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def passes_again(files, which, environment):
-    """Fails unless those tests of ``files`` that ``which`` selects (pytest's ``-k``) pass where the environment has
-    these variables besides."""
+    """Fails unless the tests of ``files`` that ``which`` selects (pytest's ``-k``) pass with these variables
+    added to the environment."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", *(f"tests/{file}" for file in files), "-k", which]
     root, variables = Path(__file__).parents[1], os.environ | environment
     done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True, check=False)

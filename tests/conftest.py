@@ -23,7 +23,7 @@ def generator():
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
 def precision(request):
-    """The precisions that golden values exist for, also as default dtype, as they were recorded."""
+    """Each precision of the golden values, also as the default dtype, as when they were recorded."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(request.param)
     yield request.param

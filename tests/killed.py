@@ -1,4 +1,4 @@
-"""Runs the digits demo once in peace and twice with stops by SIGKILL, each followed by ``--resume``.
+"""Runs the digits demo once undisturbed and twice with stops by SIGKILL, each followed by ``--resume``.
 
     python tests/killed.py FOLDER
 
@@ -28,7 +28,7 @@ ARGUMENTS = "--iterations 31 --seeds 0 --save-every 2 --resume --out"
 
 
 def fork(run):
-    """The process of a child that calls ``run`` and nothing else."""
+    """Fork a child that calls ``run`` and nothing else; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -105,7 +105,7 @@ def killing(stop):
 
 
 def in_peace(folder):
-    """Run once; the labels of all events in their order, each once."""
+    """Run once undisturbed; return the labels of all events in their order, each once."""
     log = folder / "events.json"
 
     def run():

@@ -1,5 +1,5 @@
 """Every loss with a call, inputs and its plain formulation: what the tests of properties that all
-losses share (types, transforms, strides, gradients) are parametrised over. A new method adds one line.
+losses share (types, transforms, strides, gradients) are parametrized over. A new method adds one line.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ class Loss:
     #: False where part of the formula is held constant, so that finite differences do not apply.
     gradcheck: bool = True
 
-    #: What an empty batch gives where that is not what the plain formulation gives: an error that is
-    #: clearer than its own, or a value.
+    #: What an empty batch gives if that differs from the plain formulation: an error that is clearer
+    #: than its own, or a value.
     empty: Any = None
 
     def first(self, outputs):

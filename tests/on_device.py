@@ -1,6 +1,6 @@
-"""What the tests on a device share. On a machine with a GPU they run there, with the kernels where TLLIB_RS_CUDA=1 asks
-for them. Without a GPU, tests/test_cuda_sources.py runs them on the CPU, where kernels are emulated, and
-tests/test_composites.py with libtorch's operations."""
+"""What the tests on a device share. On a machine with a GPU they run there, with the kernels if
+TLLIB_RS_CUDA=1. Without a GPU, tests/test_cuda_sources.py runs them on the CPU, where kernels are emulated,
+and tests/test_composites.py with libtorch's operations."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ inductor = pytest.mark.skipif(
     reason="NOT RUN: needs Triton and a C compiler",
 )
 
-#: What a result may be off by, of the largest number.
+#: The accepted error of a result, relative to its largest number.
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -37,18 +37,17 @@ def on_cpu(result):
 
 
 def placed(view):
-    """``view`` on the device with its strides, and as far into what it is a view of: ``to`` would lay out anew what
-    it copies."""
+    """``view`` on the device with its strides and storage offset: ``to`` would give a copy another layout."""
     whole = view.new_empty(0).set_(view.untyped_storage())
     return whole.to(DEVICE).as_strided(view.shape, view.stride(), view.storage_offset())
 
 
 @contextmanager
 def never_waiting():
-    """An error where something waits for the device."""
+    """Raises if anything inside waits for the device."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the mode is said to be a prototype
+            warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
             torch.cuda.set_sync_debug_mode("error")
         yield
     finally:

@@ -7,8 +7,9 @@
 
     assert run_ranks(4, sums, 10) == [46] * 4
 
-The function is one that a module defines at its top, so that the ranks can import it. It finds the default
-process group ready on all ranks, and leaves it alone: the processes end when the last rank's has returned.
+The function must be defined at the top level of a module, so that the ranks can import it. It finds the
+default process group ready on all ranks, and must not destroy it: the processes end when the last rank has
+returned.
 """
 
 import datetime
@@ -29,7 +30,7 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Died:
-    """What a rank that ended without a result leaves: its exit code, minus a signal's number."""
+    """The outcome of a rank that ended without a result: its exit code, the negative of a signal's number."""
 
     exit_code: int | None
 
@@ -38,8 +39,8 @@ class RankError(AssertionError):
     """A rank raised (its traceback is the message), died unexpectedly, or did not end in time."""
 
 
-# The ranks are forked from one clean process that has imported torch and never ran it, so that starting one
-# takes no import, and no thread of the test's own process is missing in it.
+# The ranks are forked from one clean process that has imported torch but never run it, so that starting one
+# takes no import, and does not depend on threads that a fork of the test's own process would lose.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed", "tests.ranks"])
 
@@ -83,7 +84,7 @@ def _start(rank: int, *arguments: Any) -> tuple[Any, Connection]:
     ours, its = _CONTEXT.Pipe()
     process = _CONTEXT.Process(target=_rank, args=(its, rank, *arguments), daemon=True)
     process.start()
-    its.close()  # so that a rank's death is the end of its pipe
+    its.close()  # so that a rank's death closes its pipe
     return process, ours
 
 
@@ -108,16 +109,16 @@ def _rank(
         outcome = False, traceback.format_exc()
     # By value: a tensor in shared memory would end with this process.
     connection.send_bytes(pickle.dumps(outcome))
-    # A rank that left now would be a closed connection to those that still work, whose errors may be reported
-    # before the one that explains them. Killed, or alone: the pipe ends either way.
+    # If a rank exited now, those still working would see a closed connection, and their errors might be
+    # reported before the one that explains them. The wait ends when the parent kills this rank or is gone.
     connection.poll(None)
-    # Not through the interpreter's end, which may wait for ranks that are gone.
+    # Skips the interpreter's shutdown, which may wait for ranks that are gone.
     os._exit(0)
 
 
 def _connect(rank: int, world_size: int, store: dist.Store, timeout: datetime.timedelta) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
-    # The first rank to be connected to all may be done, or dead, before another has heard from it.
+    # The first rank that is connected to all others may be done, or dead, before another has heard from it.
     store.set(f"connected/{rank}", "")
     store.wait([f"connected/{other}" for other in range(world_size)], timeout)
 

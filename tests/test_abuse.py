@@ -1,4 +1,4 @@
-"""Inputs that nobody means to pass: ordinary exceptions, no crash, and nothing half done."""
+"""Inputs that nobody passes on purpose raise ordinary exceptions: no crash, and nothing half done."""
 
 import copy
 
@@ -96,7 +96,7 @@ def test_flexmatch_resolves_pending_negations():
 
 
 def unaligned(x):
-    """The same numbers, one byte behind where they should begin."""
+    """The same numbers, one byte past an aligned address."""
     return torch.frombuffer(bytearray(1) + bytearray(x.numpy().tobytes()), dtype=x.dtype, offset=1).view(
         x.shape
     )

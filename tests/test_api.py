@@ -91,7 +91,7 @@ def test_signature(stem, name):
         static = isinstance(inspect.getattr_static(ours, method), staticmethod)
         got = _parameters(getattr(ours, method), 0 if static else 1)
         if issubclass(ours, torch.autograd.Function):
-            # torch hands the context in, to `forward` or to `setup_context`; callers of `apply` see the rest.
+            # torch passes the context, to `forward` or to `setup_context`; callers of `apply` pass the rest.
             got, parameters = ([p for p in each if p != ["ctx"]] for each in (got, parameters))
         assert _same(got, parameters), method
     for attribute in entry["properties"]:
@@ -179,7 +179,7 @@ def test_losses_have_no_state(stem, name, arguments):
 
 
 def test_importing_a_loss_does_not_import_the_compiler():
-    """Which takes a second: workers of a DataLoader import what the script imports."""
+    """The compiler takes a second, and workers of a DataLoader import what the script imports."""
     modules = ", ".join(f"tllib_rs.{path}" for path in PROVIDED)
     code = f"import sys, {modules}; assert 'torch._dynamo' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

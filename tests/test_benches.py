@@ -1,4 +1,4 @@
-"""The benchmark harness: it runs, keeps its results, and refuses to time what computes something else."""
+"""The benchmark harness: it runs, keeps its results, and refuses to time what computes other results."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 @pytest.fixture
 def one_thread():
-    """For whole runs: threads that wait for each other take minutes where the machine is busy."""
+    """For whole runs: threads that wait for each other take minutes on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,7 +57,7 @@ def test_device_run(capsys):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried to\nallocate"), Disagreement("off by 1")])
 @pytest.mark.parametrize("way", ["--device=cpu", "--share"])
 def test_a_case_that_cannot_be_measured_leaves_the_others(error, way, monkeypatch, capsys):
-    """And is no case that met its bars."""
+    """And does not count as having met its bars."""
 
     def fail():
         raise error
@@ -142,7 +142,7 @@ def test_a_wrong_provider_is_not_timed(wrong):
         check(case, case.set_up())
 
 
-# Only semilearn has no cases, where it is not installed.
+# A method has no cases only if it is semilearn and that is not installed.
 @pytest.mark.parametrize("stem", [stem for stem, method in methods().items() if method.cases])
 def test_a_disturbed_result_is_caught_in_every_method(stem):
     case = methods()[stem].cases[-1 if stem == "mean_teacher" else 0]

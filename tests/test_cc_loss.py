@@ -70,7 +70,7 @@ def test_bad_arguments():
 
 
 def _middle(weak, temperature):
-    """A threshold between the confidences of a batch, on none of them."""
+    """A threshold between the confidences of a batch, equal to none of them."""
     ordered = (weak / temperature).softmax(dim=1).amax(dim=1).sort().values
     return ordered[(len(ordered) - 1) // 2 :][:2].mean().item() if len(ordered) > 1 else 0.0
 
@@ -86,8 +86,8 @@ def _compare(weak, strong, temperature, thr, rtol=1e-10):
     assert (ours.grad.double() - theirs.grad).abs().max() <= rtol * theirs.grad.abs().max()
 
 
-# Few rows of many classes go around the C x C matrix, many rows of few classes through it; the last ones
-# with libtorch's products.
+# Few rows of many classes avoid the C x C matrix, many rows of few classes form it; the last ones use
+# libtorch's products.
 @pytest.mark.parametrize(
     "shape",
     [(1, 2), (13, 7), (257, 5), (5, 23), (7, 29), (11, 307), (2, 1009), (3, 1), (300, 80), (40, 700)],
@@ -108,7 +108,7 @@ def test_shapes_through_and_around_the_matrix(shape, dtype, generator):
         _compare(weak, strong, 1.0, thr, rtol)
 
 
-# The last two through libtorch's products.
+# The last two use libtorch's products.
 @pytest.mark.parametrize("shape", [(400, 53), (500, 130), (70, 900)])
 def test_products_in_float32_are_no_worse_than_those_of_the_plain_formula(shape, generator):
     weak, strong = (2 * torch.randn(shape, generator=generator) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Checkpoints go both ways, and into what tllib cannot save."""
+"""Checkpoints between tllib and us, in both directions, and of state that tllib cannot save."""
 
 import copy
 import importlib
@@ -165,7 +165,7 @@ def test_flexmatch_rejects_other_states_and_keeps_its_own(state, error, message)
 
 
 def _unpickled(stem, name, **attributes):
-    """An object of our class with the attributes that tllib's has, and so a pickle of it, and no others."""
+    """An object of our class with only the attributes that tllib's, and so a pickle of tllib's, has."""
     kind = _ours(stem, name)
     blank = kind.__new__(kind)
     if isinstance(blank, nn.Module):

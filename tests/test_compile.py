@@ -1,5 +1,5 @@
-"""``torch.compile(fullgraph=True)`` of what keeps state: self-tuning, FlexMatch and the teacher. The losses
-are in test_compiled_losses.py."""
+"""``torch.compile(fullgraph=True)`` of the methods that keep state: self-tuning, FlexMatch and the teacher.
+The losses are in test_compiled_losses.py."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ def self_tuning(dtype=torch.float64, **settings):
         backbone = nn.Linear(WIDTH, 6)
         backbone.out_features = 6
         model = Classifier(backbone, CLASSES, 8, bottleneck_dim=9, pool_layer=nn.Identity())
-        model.bottleneck[3].p = 0.0  # the backends draw other random numbers
+        model.bottleneck[3].p = 0.0  # the backends draw different random numbers
         return model
 
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def batch(generator, rows=ROWS, dtype=torch.float64):
 
 
 def train(model, call, batches):
-    """Steps of tllib's example script: two forwards, then their backward. What every step gave."""
+    """Steps of tllib's example script: two forwards, then their backward. Returns what every step gave."""
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.05, momentum=0.9)
     found = []
     for im_q, im_k, labels in batches:
@@ -64,7 +64,7 @@ def test_self_tuning_trains_as_without(backend, dtype, generator):
     storage = other.queue_list.data_ptr()
     expected = train(eager, eager, batches)
     got = train(other, torch.compile(other, fullgraph=True, backend=backend), batches)
-    # In float32 what the layers around the operators round otherwise is multiplied by 1 / T.
+    # In float32, rounding differences in the layers around the operators are multiplied by 1 / T.
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-3}[dtype]
     for step, (ours, theirs) in enumerate(zip(got, expected, strict=True)):
         for a, b in zip(ours, theirs, strict=True):
@@ -255,7 +255,7 @@ def test_teacher_in_a_compiled_step(backend, generator):
 
 
 def test_gradients_of_a_composite_are_laid_out_as_inductor_expects(generator):
-    """Which looks at the strides of what an operator gives."""
+    """Inductor checks the strides of an operator's outputs."""
     p1, p2 = (torch.rand(3, 8, generator=generator, dtype=d).t() for d in (torch.float32, torch.float64))
     loss, inputs = L2ConsistencyLoss(), (p1.requires_grad_(), p2.requires_grad_())
     compiled = torch.compile(lambda *p: loss(*(2 * x for x in p)), fullgraph=True)
@@ -267,7 +267,7 @@ def test_gradients_of_a_composite_are_laid_out_as_inductor_expects(generator):
 
 
 def test_operators_with_state_are_no_part_of_cuda_graphs():
-    """Their tag says so, and where inductor does not look at it, its own list."""
+    """By their tag and, where inductor does not look at the tag, by inductor's own list."""
     module = DynamicThresholdingModule(0.95, True, lambda x: x, CLASSES, 40, "cpu")
     torch.compile(module.get_threshold, backend="aot_eager")(torch.arange(CLASSES))
     for name in ("ema_update", "self_tuning_momentum", "flexmatch_status", "flexmatch_update"):

@@ -16,7 +16,7 @@ from tllib_rs.vision.models.reid.loss import pairwise_euclidean_distance
 MCC = MinimumClassConfusionLoss(2.0)
 
 
-# torch's own look at what it compiles.
+# From torch's own inspection of what it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
@@ -86,7 +86,7 @@ def test_outputs_that_are_no_losses(generator):
 
 
 def test_a_training_step(generator):
-    """Parameters gather gradients, and an input that wants none has none."""
+    """Parameters accumulate gradients, and an input that requires none gets none."""
     net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
     x = torch.randn(32, 6, generator=generator)
 
@@ -164,7 +164,7 @@ class Doubled(torch.autograd.Function):
 
 
 def test_nothing_outlives_the_graph(generator):
-    """A node that stays would keep what is before it."""
+    """A node that stayed alive would keep the graph before it alive."""
     z = torch.randn(16, 6, generator=generator, requires_grad=True)
     y = Doubled.apply(z)
     before = weakref.ref(y.grad_fn)

@@ -1,5 +1,5 @@
-"""Derivatives of compiled and exported losses beyond the gradient: an operator of its own has none, and a wrong one
-would be 0 in silence."""
+"""Derivatives of compiled and exported losses beyond the gradient: an opaque operator has none of its own,
+and a wrong one would silently be 0."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_forward_mode(loss, graph, generator):
     _, expected = torch.func.jvp(function, (x,), (x.cos(),))
     kept = graph(function, x)
     if graph is exported:
-        # Dynamo itself takes no tensor of a transform that began outside.
+        # Dynamo itself does not accept tensors of a transform that began outside.
         assert_close(torch.func.jvp(kept, (x,), (x.cos(),))[1], expected)
     with forward_ad.dual_level():
         got = forward_ad.unpack_dual(kept(forward_ad.make_dual(x, x.cos()))).tangent
@@ -98,7 +98,7 @@ def test_second_derivatives(loss, graph, generator):
 
 
 def test_two_inputs_that_are_one(generator):
-    """Each derivative is by its own argument alone."""
+    """Each derivative is with respect to its own argument alone."""
     x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
 
     def twice(call, z):

@@ -1,5 +1,5 @@
-"""Every loss under ``torch.compile``: an opaque operator where a kernel serves, and what it is composed of where none
-does. What keeps state is in test_compile.py."""
+"""Every loss under ``torch.compile``: an opaque operator if a kernel serves, and its composite if none does.
+The methods that keep state are in test_compile.py."""
 
 import copy
 from contextlib import contextmanager
@@ -48,7 +48,7 @@ def test_compile_without_graph_break(loss, generator):
 
 @every_loss
 def test_any_number_of_rows(loss, generator):
-    """Graphs whose sizes are symbols, which are no numbers to the composites."""
+    """Graphs whose sizes are symbols, which the composites cannot use as numbers."""
     compiled = torch.compile(lambda *x: loss.ours(*x), fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (7, 12):
         inputs = leaves(loss, loss.inputs(generator, rows), torch.float32)
@@ -95,13 +95,13 @@ def test_what_the_compiler_sees(loss, generator, dynamic):
         assert not ours
 
 
-#: Those that take inputs of two dtypes.
+#: The losses that take inputs of two dtypes.
 MIXED = "pseudo_label dst cc_loss pi_model pi_model_none pi_model_mask uda soft_triplet reid_cross_entropy"
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in MIXED.split()], ids=repr)
 def test_compile_without_a_kernel(loss, generator):
-    """What serves inputs of two dtypes here, and all inputs on devices without kernels."""
+    """The path for inputs of two dtypes here, and for all inputs on devices without kernels."""
     for first, second in ((torch.float32, torch.float64), (torch.float16, torch.float32)):
         inputs = leaves(loss, loss.inputs(generator), first)
         inputs[1] = inputs[1].detach().to(second).requires_grad_(inputs[1].requires_grad)
@@ -133,13 +133,13 @@ def test_autocast_compiled(loss, generator):
     got, expected = (run(loss, f, leaves(loss, inputs, torch.bfloat16)) for f in (compiled, in_region))
     assert got[0].dtype == expected[0].dtype
     assert_agree((got[0], []), (expected[0], []), torch.bfloat16, 1e-6)
-    # What is stored in bfloat16 is multiplied by what comes in, and rounded again.
+    # The gradient stored in bfloat16 is multiplied by the incoming one, and rounded again.
     assert_agree(got, expected, torch.bfloat16, 8e-3)
 
 
 @contextmanager
 def region_of_cuda(dtype):
-    """``torch.autocast("cuda", dtype)``, which needs a device."""
+    """Like ``torch.autocast("cuda", dtype)``, which needs a device."""
     torch.set_autocast_enabled("cuda", True)
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_dtype("cuda", dtype)
@@ -150,8 +150,8 @@ def region_of_cuda(dtype):
         torch.set_autocast_enabled("cuda", False)
 
 
-#: Of those the plain formulation waits for the device, is refused in the region, or is not what tllib does there, which
-#: raises for features in half precision.
+#: Losses whose plain formulation waits for the device, is refused in the region, or differs there from tllib,
+#: which raises for features in half precision.
 OTHERWISE = "cc_loss class_balance pairwise_distances"
 
 
@@ -159,7 +159,7 @@ OTHERWISE = "cc_loss class_balance pairwise_distances"
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("region", [torch.float16, torch.bfloat16], ids=str)
 def test_dtype_in_a_region_of_cuda(loss, dtype, region, generator):
-    """What the compiler is told, which needs no device."""
+    """The dtype that the compiler is told, which needs no device."""
     inputs = leaves(loss, loss.inputs(generator), dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), region_of_cuda(region):
         fake = [torch.empty_like(x, device="cuda", requires_grad=x.requires_grad) for x in inputs]
@@ -169,7 +169,7 @@ def test_dtype_in_a_region_of_cuda(loss, dtype, region, generator):
 
 
 def test_graphs_that_torch_keeps_on_the_disk_are_told_apart_by_the_build(monkeypatch, tmp_path):
-    """It finds them by the operators in them, and knows nothing of what ours is composed of."""
+    """torch finds them by the operators in them, and does not know what ours is composed of."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(_core, "has_kernels", lambda device: False)
     found = []
@@ -183,13 +183,13 @@ def test_graphs_that_torch_keeps_on_the_disk_are_told_apart_by_the_build(monkeyp
     assert found == [0, 0, 1]
 
 
-#: Those whose gradients a large batch makes small.
+#: The losses whose gradients a large batch makes small.
 LARGE = "mcc pseudo_label dst class_balance entropy_mean pi_model uda reid_cross_entropy label_smooth"
 
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in LARGE.split()], ids=repr)
 def test_float16_gradients_of_a_large_batch_keep_their_digits(loss, generator):
-    """A loss scale reaches them first, as it does in eager: float16 has few numbers for what they are without."""
+    """The loss scale is applied before rounding, as in eager mode: float16 has few values this small."""
 
     def scaled(*x):
         return loss.first(loss.ours(*x)).float() * 2.0**12
@@ -205,7 +205,7 @@ def test_float16_gradients_of_a_large_batch_keep_their_digits(loss, generator):
 
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if "triplet" in loss.name], ids=repr)
 def test_inductor_mines_with_strided_labels(loss, generator):
-    """It gets argmax wrong on the CPU where it fuses it with a mask that it makes of strided labels."""
+    """It gets argmax wrong on the CPU when it fuses it with a mask computed from strided labels."""
     labels = torch.arange(32).repeat_interleave(2)[::2] // 4
 
     def call(x):
@@ -230,7 +230,7 @@ def test_inductor_mines_a_matrix_that_it_masks(generator):
 
 
 LOGITS, FEATURES = (9, 5), (9, 4)
-#: A module, the number that a schedule changes, and the shapes of its inputs (labels where there are none).
+#: A module, the number that a schedule changes, and the shapes of its inputs (``None`` for labels).
 VARIED = {
     "mcc": (MinimumClassConfusionLoss(1.0), "temperature", [LOGITS]),
     "pseudo_label": (ConfidenceBasedSelfTrainingLoss(0.5), "threshold", [LOGITS, LOGITS]),

@@ -24,7 +24,7 @@ def _fresh():
 
 
 def without_dropout(pair):
-    """Compiled code draws other random numbers than eager code does."""
+    """Compiled code draws different random numbers than eager code."""
     for network in pair:
         for module in network.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -58,7 +58,7 @@ def test_network_and_loss_are_one_graph(task):
     check(task, step)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler, about itself
+@pytest.mark.filterwarnings("ignore")  # the compiler's, about itself
 @pytest.mark.parametrize("task", INDUCTOR, ids=repr)
 def test_whole_step_through_the_default_backend(task):
     check(task, whole_step("inductor"))
@@ -67,5 +67,5 @@ def test_whole_step_through_the_default_backend(task):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("task", [loss_task(LOSSES[1]), *OTHERS], ids=repr)
 def test_whole_step_with_graph_breaks(task):
-    """FlexMatch, mean teacher and self-tuning keep a state and break the graph; what they compute stays."""
+    """FlexMatch, mean teacher and self-tuning keep a state and break the graph, with unchanged results."""
     check(task, whole_step("aot_eager"))

@@ -1,5 +1,5 @@
-"""libtorch's operations in place of kernels: what serves CUDA unless TLLIB_RS_CUDA=1. They pass the methods' own tests,
-here on the CPU."""
+"""libtorch's operations in place of kernels: they serve CUDA unless TLLIB_RS_CUDA=1. They pass the methods'
+own tests, here on the CPU."""
 
 import os
 import subprocess
@@ -10,8 +10,9 @@ import pytest
 
 from tests.again import passes_again
 
-#: Of each method, the tests that are about a kernel or about the CPU: digits that the plain formulation loses too;
-#: products in a backward pass inside of an autocast region; values that the host would have to wait for.
+#: For each method, the tests to leave out, which are about a kernel or about the CPU: digits that the plain
+#: formulation loses too; products in a backward pass inside an autocast region; values that the host would
+#: have to wait for.
 EXCEPT = {
     "losses": "(changed_before_create_graph and pi_model_mask) or (layouts and float16 and triplet)"
     " or (test_autocast and pairwise)",
@@ -35,7 +36,7 @@ EXCEPT = {
     "mean_teacher_state": "",
     # Sums of half precision in another order.
     "on_device": "layouts and bfloat16",
-    # float32 means, next to the number that they are compared with.
+    # float32 means, close to the number that they are compared with.
     "self_ensemble_on_device": "parts_of_the_rows",
     "mcc_on_device": "",
     "reid_loss_on_device": "",
@@ -56,7 +57,7 @@ def test_they_serve_where_they_are_asked_for():
 
 
 def logarithms(environment):
-    """How many torch is asked for in a training step with entropy, in a process with ``environment``."""
+    """How many logarithms torch computes in a training step of entropy, in a process with ``environment``."""
     code = """
         import torch
         from tllib_rs.modules.entropy import entropy

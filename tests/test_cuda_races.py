@@ -1,5 +1,5 @@
-"""Races and accesses out of bounds are found: where the CUDA kernels run on the CPU (test_cuda_sources.py), each
-access is looked at, and here are some kernels that are wrong."""
+"""Races and accesses out of bounds are found: when the CUDA kernels run on the CPU (test_cuda_sources.py),
+each access is checked, and the kernels here are wrong on purpose."""
 
 import os
 import re
@@ -12,8 +12,8 @@ from tests.cuda import HERE, bounds_watch, build_emulator
 
 RACY = HERE / "racy"
 KERNELS = re.findall(r"^KERNEL\((\d+), (\w+)", (RACY / "racy.cu").read_text(), re.MULTILINE)
-#: What a process says of a kernel that is wrong, where it is not that it races: here the first thread comes
-#: first, and without a barrier it reads what the last one has not written yet.
+#: What a process reports of a wrong kernel, if not a race: here the first thread runs first, and without a
+#: barrier it reads what the last one has not written yet.
 FOUND = {
     "never_written": "read of what nobody wrote",
     "no_barrier": "read of what nobody wrote",

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a device: every source compiles for every architecture, and what it computes is
+"""The CUDA kernels without a device: every source compiles for every architecture, and its results are
 checked by the methods' own tests, on the CPU, through the same launches."""
 
 import os
@@ -18,11 +18,11 @@ DTYPES = ["float32", "float16", "bfloat16"]
 STEMS = sorted(path.stem for path in SOURCES.glob("*.cu"))
 #: The forms of a kernel, by the macro in common.cuh that makes them.
 FORMS = {"": (), "ROW_": ("128", "512", "1024", "4096", "any"), "FEW_ROWS_": ("128", "1024", "4096", "any")}
-#: What every loss goes through.
+#: The tests that every loss goes through.
 EVERY_LOSS = ["test_losses.py", "test_compiled_losses.py", "test_on_device.py"]
-#: The tests that are run once more through the kernels: files, and which of them.
+#: The tests that are run once more through the kernels: files, and the selection of tests in them.
 METHODS = {
-    # Not the labels that are no columns: on a device they are not looked for (tests/test_on_device.py).
+    # Not labels that are no columns: on a device they are not checked for (tests/test_on_device.py).
     "cross_entropy": (
         ["test_reid_loss.py", *EVERY_LOSS],
         "cross_entropy or label_smooth or targets_that_changed or empty_batches or nan",
@@ -32,10 +32,10 @@ METHODS = {
     "mcc": (["test_mcc.py", "test_mcc_on_device.py", *EVERY_LOSS], "mcc"),
     "pi_model": (["test_pi_model.py", *EVERY_LOSS], "pi_model"),
     "pseudo_label": (["test_pseudo_label.py", *EVERY_LOSS], "pseudo_label"),
-    # Values out of range stop a device, and are looked for on the CPU only.
+    # Values out of range abort a device, and are checked for on the CPU only.
     "flexmatch": (
         ["test_flexmatch.py", "test_states_on_device.py"],
-        # What the process takes there is the sanitizer's too.
+        # The memory of the process includes the sanitizer's here.
         "not bad_update and not bad_get_threshold and not hundred_million",
     ),
     "mean_teacher": (
@@ -48,13 +48,13 @@ METHODS = {
         "",
     ),
     "hardest": (["test_reid_loss.py", "test_reid_loss_on_device.py"], "mining or hard_examples"),
-    # To raise where a mean is no probability would wait for the device.
+    # Raising if a mean is not a probability would wait for the device.
     "self_ensemble": (
         ["test_self_ensemble.py", "test_self_ensemble_on_device.py", *EVERY_LOSS],
         "(self_ensemble or class_balance) and not (bad_probabilities or mean_above_1)",
     ),
     "self_tuning": (["test_self_tuning.py", "test_self_tuning_on_device.py"], ""),
-    # Bad input is told apart before any kernel is chosen, and that file's is of other losses too.
+    # Bad input is rejected before any kernel is chosen, and in that file includes that of other losses.
     "triplet": (
         ["test_reid_loss.py", "test_reid_loss_on_device.py", *EVERY_LOSS],
         "(triplet or test_reid_loss) and not bad_input",
@@ -68,7 +68,7 @@ def test_every_source_is_in_the_extension():
 
 
 def figures(log):
-    """(kernel, registers, bytes spilled) from what ptxas says."""
+    """(kernel, registers, bytes spilled) from the output of ptxas."""
     kernels = re.findall(r"Compiling entry function '(\w+)'", log)
     spills = re.findall(r"(\d+) bytes spill stores", log)
     registers = re.findall(r"Used (\d+) registers", log)
@@ -85,7 +85,7 @@ def test_compiles(stem, capability, capsys):
     for dtype in DTYPES:
         for kernel, registers, spilled in figures(_core.cuda_compile(stem, dtype, capability)):
             lines.append(f"{kernel} {dtype}: {registers} registers, {spilled} bytes spilled")
-            # ptxas gives a few bytes away for more threads at once; an array in memory would be many.
+            # ptxas spills a few bytes to run more threads at once; an array in memory would be many.
             assert spilled <= 64, lines[-1]
     with capsys.disabled():
         print(f"\nsm_{capability[0]}{capability[1]} {stem}.cu", *lines, sep="\n  ")
@@ -93,7 +93,7 @@ def test_compiles(stem, capability, capsys):
 
 @pytest.mark.parametrize("stem", ["uda", "triplet_gradient"])
 def test_compiles_for_the_oldest_device(stem):
-    """Where a maximum is not one instruction."""
+    """Which has no single instruction for the maximum."""
     if torch.version.cuda is None:
         pytest.skip("NOT RUN: this build of torch brings no NVRTC")
     assert figures(_core.cuda_compile(stem, "float32", (7, 5)))
@@ -118,7 +118,7 @@ def test_a_toolkit_on_the_path_is_not_taken(tmp_path):
 
 
 def test_what_nvrtc_needs_is_found_without_torch():
-    """torch opens it when it is imported, and goes on where it cannot."""
+    """torch opens it when it is imported, and carries on if it cannot."""
     if torch.version.cuda is None:
         pytest.skip("NOT RUN: this build of torch brings no NVRTC")
     code = """
@@ -147,9 +147,9 @@ def emulator(tmp_path_factory):
 
 @pytest.mark.parametrize("stem", sorted(METHODS))
 def test_methods_through_the_kernels(stem, emulator, tmp_path):
-    """The method's tests again, with CPU tensors sent the way of CUDA tensors; and each of its kernels (in
-    <stem>.cu and <stem>_*.cu), in each of its element types, was launched. A race ends the process, as does
-    an access out of bounds."""
+    """The method's tests pass again with CPU tensors treated as CUDA tensors, and launch each of its kernels
+    (in <stem>.cu and <stem>_*.cu) in each of its element types. A race ends the process, as does an access
+    out of bounds."""
     launches = tmp_path / "launches"
     environment = bounds_watch() | {
         "TLLIB_RS_CUDA": "1",

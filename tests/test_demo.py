@@ -35,11 +35,11 @@ def test_quick_demo(tmp_path):
     for method in ("supervised only", "FlexMatch"):
         accuracy, mean = map(float, re.search(rf"^{method} +([\d.]+) +([\d.]+) ±", report, re.M).groups())
         assert accuracy == mean  # one seed
-        assert 50 < accuracy <= 100  # chance is 10, the quick form comes to about 80
+        assert 50 < accuracy <= 100  # chance is 10, the quick form reaches about 80
     ratio = float(re.search(r"supervised only: ([\d.]+)$", report, re.M).group(1))
     assert 0 < ratio < 2
     picture = image.imread(tmp_path / "out" / "digits_flexmatch.png")
     height, width, _ = picture.shape
     assert (width, height) == (1700, 560)
     for panel in np.array_split(picture[..., :3], 3, axis=1):
-        assert (np.ptp(panel, axis=2) > 0.3).sum() > 200  # each panel has coloured curves
+        assert (np.ptp(panel, axis=2) > 0.3).sum() > 200  # each panel has colored curves

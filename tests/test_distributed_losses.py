@@ -31,7 +31,7 @@ CLASSES = 5
 
 
 def sizes(step, world):
-    """Ragged batches; a rank without rows in two of three steps, and all but one in some."""
+    """Ragged batches; in two of three steps one rank has no rows, and in some all but one have none."""
     generator = torch.Generator().manual_seed(step)
     drawn = torch.randint(1, 6, (world,), generator=generator).tolist()
     if step % 3:
@@ -43,7 +43,7 @@ def sizes(step, world):
 
 
 def split(step, rank, world):
-    """How many rows all ranks have, and which are those of this one."""
+    """How many rows all ranks have together, and which of them are this rank's."""
     counts = sizes(step, world)
     return sum(counts), slice(sum(counts[:rank]), sum(counts[: rank + 1]))
 
@@ -114,7 +114,7 @@ def test_values_and_gradients_are_those_of_one_process(world):
 
 
 class Encoder(nn.Module):
-    """Without batch norm, whose statistics are those of a rank."""
+    """Without batch norm, whose statistics would differ between ranks."""
 
     def __init__(self, projection_dim=4):
         super().__init__()
@@ -143,7 +143,7 @@ def same_encoders(ours, one):
 
 
 def queue_steps(rank, world):
-    # Every rank draws a queue of its own; the first rank's counts.
+    # Every rank draws a queue of its own; the first rank's is used.
     ours, one = self_tuning(rank, dist.group.WORLD), self_tuning(0)
     same_encoders(ours, one)
     for step in range(STEPS):
@@ -231,14 +231,14 @@ def ddp_queue(rank, world, forwards):
     one = self_tuning(0)
     ours = self_tuning(rank, dist.group.WORLD)
     same_encoders(ours, one)
-    # Inside of another module DDP broadcasts the queue: nothing changes, as it is the same everywhere.
+    # Inside another module DDP broadcasts the queue: nothing changes, as it is the same everywhere.
     model = ours if forwards > 1 else Nested(ours)
     ddp = DistributedDataParallel(model, broadcast_buffers=True)
 
     def objective(part):
         def loss(model, step):
             terms = []
-            # As tllib's example: a labelled and an unlabelled batch share one backward.
+            # As in tllib's example, a labeled and an unlabeled batch share one backward.
             for k in range(forwards):
                 total, own = split(forwards * step + k, rank, world)
                 x = views(forwards * step + k, total)
@@ -325,7 +325,7 @@ def refused(rank, world):
     y = torch.randn(4, 3, generator=torch.Generator().manual_seed(rank))
     values = [mcc(y), balance(y.softmax(dim=1)), triplet(y, y, labels)]
     tuning(images, images, labels)
-    # What only all ranks together can know raises on all of them, and they stay in step too.
+    # Errors that only all ranks together can detect are raised on all of them, which also stay in step.
     with pytest.raises(ValueError, match="column means"):
         balance(x.softmax(dim=1) + 5 * (rank == 0))
     with pytest.raises(ValueError, match="width of features_1 must be the same on every rank, got"):

@@ -1,4 +1,4 @@
-"""What is written about the code is true: stubs, README and documentation are compared with it."""
+"""What is written about the code is true: stubs, README and documentation are checked against it."""
 
 import os
 import pathlib

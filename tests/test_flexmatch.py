@@ -403,7 +403,7 @@ def test_counts_on_a_device_outlive_an_inference():
 
 @pytest.mark.parametrize("write", ["data", "set_"])
 def test_what_is_assigned_to_the_data_of_net_outputs_are_new_labels(write):
-    """tllib's is an attribute like any other."""
+    """tllib's ``net_outputs`` is an attribute like any other."""
     module, held = make(3, 6), make(3, 6)
     alias = held.net_outputs
     for labels in ([0, 0, 0, 1, 1, 2], [2, 2, 2, 2, 1, 1]):
@@ -439,7 +439,7 @@ def test_net_outputs_is_one_tensor_while_it_is_held():
 
 
 def test_threads_that_read_write_and_count_do_not_wait_for_each_other_for_ever():
-    """The end of a tensor that Python has seen lets go of the GIL, for whoever waits for the state."""
+    """Dropping a tensor that Python has seen may release the GIL to a thread that waits for the state."""
     code = """
         import threading, time, torch
         from tllib_rs.self_training.flexmatch import DynamicThresholdingModule

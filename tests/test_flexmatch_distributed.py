@@ -47,7 +47,7 @@ def shard(rank, ranks):
 
 
 def _own(parts, rank, ranks, layout):
-    """Rank's batch of this step: its own part, or all that is about samples of its shard."""
+    """A rank's batch of this step: its own part, or everything about samples of its shard."""
     if layout == "replicated":
         return parts[rank]
     begin, end = shard(rank, ranks)
@@ -73,9 +73,9 @@ def _steps(rank, layout, dtype):
         module.update(idxes, mask, labels)
         kept = module.net_outputs if step % 7 == 0 and rank == 0 else None
         if rank == step % ranks:
-            module.class_counts()  # a look of one rank's own needs no partner
+            module.class_counts()  # one rank may look on its own, without the others
         x = torch.ones(1)
-        dist.all_reduce(x)  # nor does it meet what else the group does
+        dist.all_reduce(x)  # and it does not interfere with other collectives of the group
         _outside_write(module, step, begin, end)
         if layout == "sharded" and step % 8 == 3:
             module.synchronize()

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tests.plain.mean_teacher import EMATeacher as Plain
 from tllib_rs.integrations.lightning import EMATeacherCallback
 
-# Advice on loaders' workers and the like, which this package turns into errors.
+# Advice on loaders' workers and the like, which the settings of these tests turn into errors.
 pytestmark = pytest.mark.filterwarnings("ignore:::lightning.*")
 ALPHA = 0.75
 

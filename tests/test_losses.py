@@ -19,7 +19,7 @@ HALF = [torch.float16, torch.bfloat16]
 
 
 def leaves(loss, inputs, dtype=torch.float64):
-    """Copies of the inputs in ``dtype`` that are differentiated where the loss is."""
+    """Copies of the inputs in ``dtype``; those that the loss differentiates require a gradient."""
     out = [x.detach().to(dtype) if x.is_floating_point() else x for x in inputs]
     for k, x in enumerate(out):
         if k not in loss.constant and x.is_floating_point():
@@ -28,7 +28,7 @@ def leaves(loss, inputs, dtype=torch.float64):
 
 
 def differentiated(loss):
-    """The places of the inputs that the loss is differentiated with respect to."""
+    """The positions of the inputs that the loss is differentiated with respect to."""
     inputs = loss.inputs(torch.Generator())
     return [k for k, x in enumerate(inputs) if x.is_floating_point() and k not in loss.constant]
 
@@ -120,7 +120,7 @@ def test_layouts(loss, generator, dtype):
 @every_loss
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (6, 1)], ids=str)
 def test_any_stride_where_it_does_not_matter(loss, generator, shape):
-    """torch takes a tensor for contiguous whatever the stride of a dimension of size 1."""
+    """torch considers a tensor contiguous whatever the stride of a dimension of size 1."""
     inputs = leaves(loss, loss.inputs(generator, *shape))
     expected = run(loss, loss.ours, inputs)
     laid = []
@@ -235,7 +235,7 @@ def test_backward_twice_accumulation_and_release(loss, generator):
 
 @every_loss
 def test_a_pass_that_fails_behind_the_loss_loses_nothing_in_silence(loss, generator):
-    """Our node has given the gradients away by then, and says so; torch's own, of a composite, have them still."""
+    """Our node has moved its gradients out by then, and says so; torch's own, of a composite, keep theirs."""
 
     def fails(*_):
         raise KeyError("behind the loss")
@@ -281,7 +281,7 @@ def test_one_input_alone_wants_a_gradient(loss, generator):
 
 @every_loss
 def test_elements_that_begin_anywhere_in_memory(loss, generator):
-    """As torch.frombuffer makes them of a file with a header."""
+    """As from torch.frombuffer of a file with a header."""
 
     def moved(x):
         raw = bytearray(1) + bytearray(x.numpy().tobytes())
@@ -339,7 +339,7 @@ def test_constants_under_func_transforms(loss, generator):
     torch.testing.assert_close(torch.vmap(weighted)(weight[None]), 2 * expected[None])
 
 
-#: Those that read columns in one piece as such.
+#: The losses that read contiguous columns as such.
 BY_COLUMNS = "entropy entropy_mean pi_model pi_model_none pi_model_mask class_balance"
 
 
@@ -347,7 +347,7 @@ BY_COLUMNS = "entropy entropy_mean pi_model pi_model_none pi_model_mask class_ba
 @pytest.mark.parametrize("shape", [(16, 5), (45, 45), (33, 70), (15, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_columns_in_one_piece(loss, generator, shape, dtype):
-    """Gradients are laid out as the inputs are, whatever comes in."""
+    """Gradients are laid out like the inputs, whatever the incoming gradient."""
     inputs = [x.to(dtype) for x in loss.inputs(generator, *shape)]
     columns = [x.t().contiguous().t() if x.dim() == 2 else x for x in inputs]
     value = loss.first(loss.ours(*inputs))
@@ -364,7 +364,7 @@ def test_columns_in_one_piece(loss, generator, shape, dtype):
     assert all(x.grad.stride() == x.stride() for x in kept if x.requires_grad)
 
 
-#: Those that take any number of dimensions, with classes along dimension 1.
+#: The losses that take any number of dimensions, with classes along dimension 1.
 ANY_SHAPE = "entropy entropy_mean pi_model pi_model_none reid_cross_entropy pseudo_label uda dst"
 
 
@@ -396,7 +396,7 @@ def test_autocast(loss, generator, dtype):
 
 @every_loss
 def test_copies(loss, generator):
-    """What users copy or save: the modules themselves, wherever the call that is tested keeps them."""
+    """Of what users copy or save: the modules themselves, wherever the tested call keeps them."""
     inputs = loss.inputs(generator)
     expected = loss.first(loss.ours(*inputs))
     if loss.module is None:

@@ -107,7 +107,8 @@ def test_confusion_matrix_dtypes_and_bad_logits():
 
 @pytest.mark.parametrize("classes", [5, 40, 160])
 def test_certain_rows_keep_their_digits(classes, generator):
-    # Each row is certain of a class of its own, to 1e-6 or so: a loss of 1 less something has no digits left.
+    # Each row is certain of a class of its own, to 1e-6 or so: computed as 1 minus a sum, the loss would have
+    # no digits left.
     logits = torch.randn(classes, classes, generator=generator) + 18 * torch.eye(classes)
     exact = logits.double().requires_grad_()
     logits.requires_grad_()

@@ -1,4 +1,4 @@
-"""What is particular to minimum class confusion on a device."""
+"""What is specific to minimum class confusion on a device."""
 
 import pytest
 import torch

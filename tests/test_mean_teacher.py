@@ -145,7 +145,7 @@ def frozen():
 
 
 class OwnParameters(nn.Module):
-    """Brings its own walk: only half of its parameters are shown."""
+    """Overrides ``parameters``, which shows only half of them."""
 
     def __init__(self):
         super().__init__()
@@ -319,7 +319,7 @@ def test_updates_inside_a_transform_of_torch_func():
 
 
 def test_half_precision_stays_where_the_student_stands():
-    """Also where the two are averaged alone, because their strides differ."""
+    """Even where the two are averaged on their own, because their strides differ."""
     for dtype in (torch.bfloat16, torch.float16):
         student = nn.Linear(4, 4, bias=False).to(dtype)
         with torch.no_grad():

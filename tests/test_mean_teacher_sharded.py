@@ -47,7 +47,7 @@ def made_before(student):
 
 
 def handed_in(student):
-    """The teacher is another network, sharded likewise, that starts elsewhere."""
+    """The teacher is another network, sharded likewise, with other initial parameters."""
     other = Net()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -138,7 +138,7 @@ def test_nothing_is_gathered_or_allocated():
     for ((allocated, collectives), gathered), largest in run_ranks(2, _costs):
         assert collectives == 0
         assert allocated < largest / 100
-        # The measurements would see it: one gathered weight is as large as two shards.
+        # The measurements would detect a gather: one gathered weight is as large as two shards.
         assert gathered[0] > 1.9 * largest
         assert gathered[1] == 1
 
@@ -166,7 +166,7 @@ def _messages(rank):
         "plain teacher": lambda: EMATeacher(student, 0.5, teacher=net()),
         "plain student": lambda: EMATeacher(net(), 0.5, teacher=sharded()),
     }
-    # Sharded on one side after the teacher was made: the next update says so, and changes nothing.
+    # Sharded on one side after the teacher was made: the next update raises, and changes nothing.
     late = net()
     teacher = EMATeacher(late, 0.5)
     before = teacher.teacher[0].weight.clone()

@@ -103,7 +103,7 @@ def test_a_state_with_wrong_progress_changes_nothing(progress):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_state_that_was_written_in_place_says_nothing_of_progress(tmp_path):
-    """torch.distributed.checkpoint fills the teacher's own state, which carries the step of before."""
+    """torch.distributed.checkpoint writes into the teacher's own state, which carries the old step."""
     teacher = _trained(5, track=True)
     checkpoint.save({"ema": teacher}, checkpoint_id=tmp_path)
     other = _trained(2, track=True)

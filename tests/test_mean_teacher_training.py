@@ -116,8 +116,8 @@ def _half_precision_run(steps, alpha=0.9999):
     """The relative distance of a float32 teacher to the float64 one, and of a bfloat16 teacher to its start."""
     student = nn.Linear(16, 8, dtype=torch.bfloat16)
     with torch.no_grad():
-        # Half a unit in the last place of w is at least w / 512, and the step 1e-4 of the way: what is less than
-        # 19 w away cannot move a bfloat16 teacher. Weights near 0 would move, so there are none.
+        # Half a unit in the last place of w is at least w / 512, and the step 1e-4 of the way: a student less
+        # than 19 w away cannot move a bfloat16 teacher. Weights near 0 would move, so there are none.
         for parameter in student.parameters():
             parameter.uniform_(0.5, 1)
     wide = EMATeacher(student, alpha, dtype=torch.float32)
@@ -127,7 +127,7 @@ def _half_precision_run(steps, alpha=0.9999):
     for _ in range(steps):
         with torch.no_grad():
             for parameter, weight in zip(student.parameters(), master, strict=True):
-                # Noise around a drift to 3, as of a float32 optimizer of bfloat16 weights.
+                # Noise around a drift to 3, as from a float32 optimizer of bfloat16 weights.
                 parameter.copy_(weight.mul_(0.999).add_(0.003 + 0.04 * torch.randn_like(weight)))
         wide.update()
         naive.update()

@@ -1,4 +1,4 @@
-"""The fused CUDA kernels: every form of each, in every element type, by the rule of the CPU."""
+"""The fused CUDA kernels: every form of each, in every element type, judged like the kernels of the CPU."""
 
 import os
 import subprocess
@@ -31,9 +31,9 @@ from tllib_rs.vision.models.reid.loss import CrossEntropyLossWithLabelSmooth
 pytestmark = somewhere
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 
-#: One for each form of a kernel over rows, and a batch that is more than the blocks of a grid.
+#: One for each form of a kernel over rows, and a batch with more rows than a grid has blocks.
 SHAPES = [(9, 100), (300, 7), (7, 345), (6, 1000), (5, 1500), (3, 5003)]
-#: The same for the grid of a GPU, which holds as many rows as thousands of blocks have warps.
+#: The same for the grid of a GPU, which holds a row for each warp of thousands of blocks.
 LARGE_SHAPES = [(40_000, 7), (20_000, 100), (9_000, 345), (6_000, 1000), (1_500, 5003)]
 every_form = pytest.mark.parametrize("shape", SHAPES, ids=str)
 #: Losses that are means over rows of logits.
@@ -41,7 +41,7 @@ LOGITS = ("uda", "pseudo_label", "reid_cross_entropy", "label_smooth", "dst")
 
 
 def made(loss, generator, dtype, *shape):
-    """The inputs as ``dtype`` holds them: in float64 on the CPU, and in ``dtype`` on the device."""
+    """The inputs, rounded to ``dtype``: in float64 on the CPU, and in ``dtype`` on the device."""
     held = [x.to(dtype) if x.is_floating_point() else x for x in loss.inputs(generator, *shape)]
     exact = leaves(loss, [x.double() if x.is_floating_point() else x for x in held])
     return exact, leaves(loss, [x.to(DEVICE) for x in held], dtype)
@@ -83,7 +83,7 @@ def check_form(loss, generator, dtype, shape):
 @every_loss
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_gradient_of_the_loss_itself(loss, generator, dtype):
-    """It is the stored one, which stays as it is."""
+    """It is the stored one, unchanged."""
     exact, typed = made(loss, generator, dtype, 9, 101)
     expected = run(loss, loss.plain, exact, weight=1.0)
     assert_agree(on_cpu(run(loss, loss.ours, typed, weight=1.0)), expected, dtype, 4 * ROUNDING[dtype])
@@ -91,7 +91,7 @@ def test_gradient_of_the_loss_itself(loss, generator, dtype):
 
 #: Losses whose gradient is 0 in rows that are not selected.
 SELECTING = [loss for loss in LOSSES if loss.name in ("uda", "pseudo_label")]
-#: So large that backward is told of such rows, emulated or not: rows of whole 16 bytes, and others.
+#: So large that backward is told of such rows, emulated or not: rows of a multiple of 16 bytes, and others.
 LARGE = [(700, 100), (700, 101)] if EMULATED else [(60_000, 100), (60_000, 101)]
 
 
@@ -110,7 +110,7 @@ def test_large_gradients_that_are_zero_in_some_rows(loss, generator, dtype, shap
         assert same.float().mean() > 0.98
         if same.all():
             assert_agree(got, expected, dtype, 4 * ROUNDING[dtype])
-    # Whatever the incoming gradient is, it is the gradient of a product.
+    # Whatever the incoming gradient is, the stored one is multiplied by it.
     _, (grad,) = on_cpu(run(loss, loss.ours, typed, weight=torch.inf))
     assert grad[zero].isnan().all()
     assert not grad[~zero].isfinite().any()
@@ -119,7 +119,7 @@ def test_large_gradients_that_are_zero_in_some_rows(loss, generator, dtype, shap
 @every_form
 @pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss.name in LOGITS], ids=repr)
 def test_logits_that_are_not_finite(loss, generator, shape):
-    """What becomes NaN or infinite, becomes so: by row, wherever in the row it is."""
+    """What is NaN or infinite in the plain formulation is so here, row by row, at any place in the row."""
     inputs = [x.float() if x.is_floating_point() else x for x in loss.inputs(generator, *shape)]
     last = shape[1] - 1
     for x in (x for x in inputs if x.dim() == 2):
@@ -172,7 +172,7 @@ def test_graph_is_kept_and_gradients_add_up(loss, generator):
 
 
 def levels(generator, shape):
-    """Logits of a few values, so that many have the largest; and the first column that has it."""
+    """Logits of a few values, so that many are the largest; and the first column with the largest."""
     z = torch.randint(0, 4, shape, generator=generator).float()
     return z, torch.tensor([row.index(max(row)) for row in z.tolist()])
 
@@ -180,7 +180,7 @@ def levels(generator, shape):
 @every_form
 def test_pseudo_label_is_the_first_of_equals(shape, generator):
     targets, expected = levels(generator, shape)
-    # A NaN makes all probabilities NaN: the first of them, and no confidence.
+    # A NaN makes all probabilities NaN: the first is the label, and the row is not confident.
     targets[-1, -1] = torch.nan
     expected[-1] = 0
     logits = torch.zeros(shape).to(DEVICE)
@@ -193,7 +193,7 @@ def test_pseudo_label_is_the_first_of_equals(shape, generator):
 @every_form
 def test_dst_predictions_are_the_first_of_equals(shape, generator):
     main, expected = levels(generator, shape)
-    # The first NaN is the largest.
+    # The first NaN counts as the largest.
     main[-1, shape[1] // 2 :] = torch.nan
     expected[-1] = shape[1] // 2
     labeled, unlabeled = (torch.zeros(shape).to(DEVICE).requires_grad_() for _ in range(2))
@@ -213,7 +213,7 @@ def test_dst_of_different_numbers_of_classes(generator):
 @kernels
 @pytest.mark.parametrize("label", [-1, 7, -(2**40), 2**40])
 def test_label_smooth_of_a_label_that_is_no_column(label, generator):
-    """Looking for one would wait. It is not read, and the loss is NaN."""
+    """Checking for one would wait for the device. It is not read, and the loss is NaN."""
     z = torch.randn(6, 7, generator=generator).to(DEVICE).requires_grad_()
     labels = torch.tensor([0, 1, label, 3, 4, 5]).to(DEVICE)
     loss = CrossEntropyLossWithLabelSmooth(7)(z, labels)
@@ -266,7 +266,7 @@ def test_pi_model_with_masks_of_any_kind(shape, reduction, mask, generator):
     assert got[0].dtype == torch.float32
     assert [g.dtype for g in got[1]] == [x.dtype for x in wanted]
     assert_agree((got[0], got[1][:2]), (expected[0], expected[1][:2]), torch.float32, 2e-6)
-    # A gradient in float16 is rounded to it once more, below its normal numbers to 2^-24.
+    # A gradient in float16 is rounded to it once more, subnormal ones to multiples of 2^-24.
     for a, b in zip(got[1][2:], expected[1][2:], strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=2**-10, atol=2**-24)
 
@@ -349,8 +349,8 @@ def test_a_device_that_is_not_the_current_one(loss, generator):
 @gpu
 @every_loss
 def test_backward_that_is_captured_alone_can_be_replayed(loss, generator):
-    """A second replay gives what the first gave: nothing was scaled twice. (What backward read is given back to its
-    stream, on which nobody asks for memory here.)"""
+    """A second replay gives what the first gave: nothing was scaled twice. (The memory that backward read is
+    returned to its stream, on which nothing is allocated here.)"""
     _, inputs = made(loss, generator, torch.float16, 64, 31)
     expected = run(loss, loss.ours, inputs)[1]
     wanted = [x for x in inputs if x.requires_grad]
@@ -373,7 +373,7 @@ def test_backward_that_is_captured_alone_can_be_replayed(loss, generator):
 @inductor
 @every_loss
 def test_compiled_with_graphs(loss, generator):
-    """Where everything that is kept must be memory that the graph knows."""
+    """There, everything that is kept must be memory that the graph knows."""
     _, inputs = made(loss, generator, torch.float32, 64, 31)
     compiled = torch.compile(loss.ours, mode="reduce-overhead")
     expected = run(loss, loss.ours, inputs)
@@ -404,7 +404,7 @@ print([v.item() == f(*x).item() for v, f, x in zip(
 @gpu
 @pytest.mark.parametrize("damage", [None, 0, 7, 1000], ids=lambda n: f"files of {n} bytes" if n else f"{n}")
 def test_first_call_of_a_process_is_captured(damage, tmp_path):
-    """Code is loaded while a graph is captured; and where the files that keep it were cut off, made again."""
+    """Code is loaded while a graph is captured, and made again if the files that keep it were truncated."""
 
     def called():
         environment = os.environ | {"TLLIB_RS_CACHE": str(tmp_path)}

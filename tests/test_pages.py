@@ -1,4 +1,4 @@
-"""The pages under docs/ all have one form, and show the signatures that the code has."""
+"""The pages under docs/ all have one structure, and show the signatures that the code has."""
 
 import ast
 import importlib
@@ -102,7 +102,7 @@ def test_one_form(page):
 
 @pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
 def test_benchmarks_that_exist_are_named(page):
-    """A method that gets a benchmark gets the command that runs it on its page."""
+    """The page of a method with a benchmark shows the command that runs it."""
     named = re.findall(r"python -m benches (\w+)", page.read_text())
     assert named == ([page.stem] if (ROOT / "benches" / f"{page.stem}.py").exists() else [])
 

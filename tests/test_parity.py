@@ -35,7 +35,7 @@ def test_everything_agrees_with_the_stand_in():
 
 
 def test_a_difference_is_found(tmp_path):
-    """A tllib that scales otherwise fails the comparison, both of values and of trainings."""
+    """A tllib that scales differently fails the comparison, both of values and of trainings."""
     for file in (ROOT / "tests/standin/tllib").rglob("*.py"):
         target = tmp_path / file.relative_to(ROOT / "tests/standin")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ def _of_the_standin(name):
 
 @pytest.fixture(autouse=True)
 def _standin(monkeypatch):
-    """The stand-in is the tllib and the torchvision of these tests, and nothing of it stays."""
+    """The stand-in is the tllib and the torchvision of a test, and is removed afterwards."""
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if _of_the_standin(name)}
     monkeypatch.syspath_prepend(STANDIN)
     finders = list(sys.meta_path)
@@ -90,7 +90,7 @@ def test_below_a_package_that_breaks(patched, statement):
     from tllib_rs.vision.models.reid.loss import SoftTripletLoss
 
     if statement.startswith("from tllib.vision.models.reid import"):
-        # This names the package, which is below one that breaks: its own error.
+        # This imports from the package, below one that fails to import: that one's own error.
         with pytest.raises(ImportError, match="cannot import name 'model_urls'"):
             _run(statement)
         return
@@ -133,7 +133,7 @@ def test_tllib_s_own_modules_get_ours(patched):
     assert issubclass(names["tllib"].alignment.dann.ImageClassifier, ours)
     assert names["modules"].Classifier is ours
     loss = names["tllib"].alignment.dann.DomainLoss()(torch.ones(2, 3), torch.full((2, 2), 0.5))
-    assert torch.isfinite(loss)  # np.float is behind us
+    assert torch.isfinite(loss)  # no np.float is used
 
 
 def test_imported_modules_get_ours():
@@ -161,7 +161,7 @@ def test_imported_modules_get_ours():
 
 
 def test_what_was_replaced_goes_on_working():
-    """``super(ItsName, self)`` looks the name up in the module: it must find itself."""
+    """``super(ItsName, self)`` looks the name up in the module: it must find its own class."""
     mcc, dann = map(importlib.import_module, ("tllib.self_training.mcc", "tllib.alignment.dann"))
     old, made = mcc.ImageClassifier, mcc.MinimumClassConfusionLoss(2.0)
     backbone = torch.nn.Linear(3, 4)
@@ -173,7 +173,7 @@ def test_what_was_replaced_goes_on_working():
         torch.testing.assert_close(mcc.MinimumClassConfusionLoss(2.0)(z), made(z))
         assert isinstance(old(backbone, 2, 3), old)
         assert isinstance(dann.ImageClassifier(backbone, 2), dann.ImageClassifier)
-        # Other classes: documented.
+        # They are different classes, as documented.
         assert not isinstance(made, mcc.MinimumClassConfusionLoss)
 
 
@@ -231,7 +231,7 @@ def test_assignment_to_a_replaced_name(monkeypatch):
 
 
 def test_from_imports_need_no_tllib_package(monkeypatch, tmp_path):
-    """Where `tllib` itself breaks, what it provides through us is still there."""
+    """Even if `tllib` itself fails to import, what we provide in its name is there."""
     package = tmp_path / "tllib"
     package.mkdir()
     (package / "__init__.py").write_text("raise OSError('broken at the top')\n")

@@ -77,7 +77,13 @@ def test_warm_up_is_a_float_and_refuses_negative_lengths():
             r"mask must broadcast to the shape of the rows, \[2\], got shape \[3\]",
         ),
         (torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 1), ValueError, r"got shape \[2, 1\]"),
-        (torch.zeros(2, 3), torch.zeros(2, 3), "1", TypeError, "mask must be a torch.Tensor or a number, got str"),
+        (
+            torch.zeros(2, 3),
+            torch.zeros(2, 3),
+            "1",
+            TypeError,
+            "mask must be a torch.Tensor or a number, got str",
+        ),
         (
             torch.zeros(2, 3),
             torch.zeros(2, 3),

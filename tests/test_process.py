@@ -49,7 +49,7 @@ def test_the_gil_is_released_while_a_kernel_runs():
     thread.start()
     spans = []
     try:
-        # A call takes milliseconds: where every core is busy, the other thread may miss a few.
+        # A call takes milliseconds: if every core is busy, the other thread may miss a few.
         for _ in range(30):
             start = time.perf_counter()
             loss(logits)
@@ -158,7 +158,7 @@ def test_info(capsys):
 
 
 def test_exceptions_of_libtorch_are_not_reported_as_panics_too():
-    """Activation checkpointing stops the second forward by an exception, inside of operations that take numbers."""
+    """Activation checkpointing ends the second forward by an exception inside operations with numbers."""
     code = """if True:
         import torch
         from torch.utils.checkpoint import checkpoint

@@ -13,7 +13,7 @@ def test_golden(case, precision):
     if "y_target" in inputs:
         case.requires_grad(inputs)
         target = inputs["y_target"]
-    else:  # the very tensor y
+    else:  # y itself
         target = inputs["y"].requires_grad_()
     loss, mask, labels = ConfidenceBasedSelfTrainingLoss(**case.ctor)(inputs["y"], target)
     case.backward(loss, inputs, precision)
@@ -69,7 +69,7 @@ def test_half_labels_are_those_of_the_rounded_softmax(dtype):
 
 
 def test_float16_labels_among_very_many_classes(generator):
-    # Probabilities near 1e-5, below the normal numbers of float16, of which few differ.
+    # Probabilities near 1e-5, which are subnormal in float16, so that few differ.
     target = (0.002 * torch.randn(8, 100_000, generator=generator)).half()
     labels = target.float().softmax(dim=1).half().max(dim=1).indices
     _, _, ours = ConfidenceBasedSelfTrainingLoss(0.0)(target, target)

@@ -43,7 +43,7 @@ def test_an_error_of_a_rank_is_raised_with_its_traceback():
 
 
 def test_deaths():
-    # With six, one that died at once would often be missed by some that are still being connected.
+    # With six ranks, one that dies at once would often be missing for some that are still connecting.
     assert run_ranks(6, _die, dying=[1]) == [0, Died(-signal.SIGKILL), 2, 3, 4, 5]
     with pytest.raises(RankError, match="rank 1 died, exit code -9"):
         run_ranks(2, _die)

@@ -220,7 +220,7 @@ def test_distances_of_a_matrix_with_itself(generator):
     x = torch.randn(9, 6, generator=generator, dtype=torch.float64)
     x[4] = x[2]
     d = pairwise_euclidean_distance(x, x)
-    # Integers have exact squares: what is equal has the smallest distance.
+    # Integers have exact squares: equal rows have the smallest distance.
     whole = (8 * x).round()
     assert (pairwise_euclidean_distance(whole, whole).diagonal() == 1e-6).all()
     off = ~torch.eye(9, dtype=torch.bool) & (d > 1e-3)
@@ -267,7 +267,8 @@ def test_distances_and_many_incoming_gradients(generator):
 
 
 def test_near_duplicates_are_not_rounding_noise():
-    # |x|^2 + |y|^2 - 2xy is off by 1e4 at zero distance in 2,048 dimensions; differences are exact.
+    # By |x|^2 + |y|^2 - 2xy, a zero distance in 2,048 dimensions is off by a factor of 1e4; differences are
+    # exact.
     x = torch.randn(8, 2048).repeat_interleave(4, dim=0)
     x += 1e-4 * torch.randn_like(x)
     labels = torch.arange(32) // 4
@@ -393,7 +394,11 @@ F, N = torch.zeros(4, 3), torch.arange(4)
             "num_classes must be an integer, got float",
         ),
         (lambda: CrossEntropyLossWithLabelSmooth(3, float("nan")), ValueError, "epsilon must be a finite"),
-        (lambda: CrossEntropyLossWithLabelSmooth(3)(F, F), TypeError, "labels must be int64 or int32, got float32"),
+        (
+            lambda: CrossEntropyLossWithLabelSmooth(3)(F, F),
+            TypeError,
+            "labels must be int64 or int32, got float32",
+        ),
         (
             lambda: CrossEntropyLossWithLabelSmooth(3)(F, N),
             IndexError,

@@ -1,4 +1,4 @@
-"""What is particular to the triplet losses and to hard example mining on a device."""
+"""What is specific to the triplet losses and to hard example mining on a device."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_in_parts(generator):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_one_candidate_for_all(normalize, generator):
-    # The two ends of a line are the hardest negatives or positives of everybody.
+    # The two ends of a line are the hardest negatives or positives of every row.
     f = torch.randn(600, 3, generator=generator).abs() + torch.tensor([1.0, 0.0, 0.0])
     memory = torch.stack([-f[0], 10 * f[1], f[2]])
     labels, memory_labels = torch.arange(600) % 2, torch.tensor([0, 1, 1])
@@ -136,7 +136,7 @@ def test_sums_have_one_order(generator):
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (40, 700)], ids=str)
 def test_hard_examples_of_a_matrix(dtype, shape, generator):
-    # Few distances, so that many are equal, and weights that are neither 0 nor 1.
+    # Few distinct distances, so that many are equal, and weights that are neither 0 nor 1.
     d = torch.randint(6, shape, generator=generator).to(dtype)
     s = torch.randint(3, shape, generator=generator).div(2).to(dtype)
     d[0, -1] = torch.nan

@@ -1,4 +1,4 @@
-"""A run that is stopped, at whatever moment, goes on as if it had not been."""
+"""A run that is stopped, at whatever moment, continues as if it had not been."""
 
 import collections
 import json
@@ -118,7 +118,7 @@ def test_a_kill_in_a_save_leaves_the_old_file_and_the_next_save_cleans_up(tmp_pa
 
 
 def draw():
-    """Numbers of all three generators; numpy and Python keep half of a pair of normal numbers back."""
+    """Numbers of all three generators; numpy and Python hold back one of each pair of normal numbers."""
     # The legacy functions are the ones whose state is global.
     return torch.randn(3).tolist(), np.random.randn(3).tolist(), random.gauss(0, 1), random.random()  # noqa: NPY002
 

@@ -132,7 +132,7 @@ def test_a_script_gets_past_the_lines_that_we_provide(folder):
     assert "cannot import name 'model_urls'" in plain.stderr
     assert plain.stdout == ""
     assert ours.stdout == "True\n"
-    # The last line asks for what we cannot help with: tllib's own error, and no frame of ours.
+    # The last line imports what we do not provide: tllib's own error, and no frame of ours.
     assert ours.stderr.endswith(plain.stderr[plain.stderr.index("ImportError: cannot import name") :])
     # The folder of the project may well be named like the package.
     assert str(PACKAGE / "tllib_rs") not in ours.stderr

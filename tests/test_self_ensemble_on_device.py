@@ -1,4 +1,4 @@
-"""What is particular to class balance on a device."""
+"""What is specific to class balance on a device."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ BALANCE = next(loss for loss in LOSSES if loss.name == "class_balance")
 def test_parts_of_the_rows(generator, dtype, shape):
     p = (2 * torch.randn(shape, generator=generator)).softmax(dim=1).to(dtype)
     exact, typed = p.double().requires_grad_(), p.to(DEVICE).requires_grad_()
-    # The gradient of a mean is small; `assert_agree` wants one that is not.
+    # The gradient of a mean is small; `assert_agree` needs one that is not.
     got = run(BALANCE, BALANCE.ours, [typed], weight=len(p))
     expected = run(BALANCE, BALANCE.plain, [exact], weight=len(p))
     assert_agree(on_cpu(got), expected, dtype, ROUNDING[dtype])

@@ -330,7 +330,7 @@ def test_other_writes_between_forward_and_backward_raise(generator):
         out.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation: SelfTuning's pgc_logits"):
         out.sum().backward()
-    # Replacing the buffer, as .to() and friends do, is no write.
+    # Replacing the buffer, as .to() and the like do, is not a write.
     out = setting.ours(*batch)
     setting.queue = setting.queue.clone()
     setting.ours(*batch)
@@ -447,7 +447,7 @@ def test_bad_encoders():
     with pytest.raises(ValueError, match="encoder_q and encoder_k must have parameters of the same shapes"):
         SelfTuning(classifier(bottleneck_dim=16), classifier(bottleneck_dim=8), 5)
     model = small_model().eval()
-    # Two rows: the tensor itself would unpack.
+    # Two rows: the tensor itself could be unpacked.
     with pytest.raises(ValueError, match=r"encoder_q must return \(projections, predictions\).* got Tensor"):
         model(torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, dtype=torch.int64))
 
@@ -469,7 +469,7 @@ def test_copies_and_pickles():
 
 
 def test_device_plan_equals_host(generator):
-    """The formulas for devices, on the CPU: labels that are no ordinary tensor take that way."""
+    """The formulas for devices, on the CPU: labels that are not an ordinary tensor take that path."""
     setting = Setting(generator, rows=29, classes=3, keys=4)
     for _ in range(5):
         h_q, h_k, labels = setting.new()
@@ -503,7 +503,7 @@ def test_threads_share_a_queue(generator):
 
 
 def test_steps_that_a_subclass_changes(generator):
-    """Which are tllib's: the queue is what it would be with rows enqueued one by one."""
+    """The methods are tllib's, which enqueue row by row: the queue is the same."""
     calls = []
 
     class Changed(SelfTuning):
@@ -556,7 +556,7 @@ def test_meta_device():
 
 
 def test_the_gradient_of_torch_func_is_refused_in_its_own_words():
-    """It forbids in-place operations on what it did not make, such as the keys' encoder."""
+    """It forbids in-place operations on tensors that it did not create, such as those of the key encoder."""
     model = small_model()
     batch = (torch.randn(6, 3), torch.zeros(6, dtype=torch.int64))
     with pytest.raises(RuntimeError, match="in-place operation .* that would mutate a captured Tensor"):

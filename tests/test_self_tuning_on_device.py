@@ -12,7 +12,7 @@ pytestmark = somewhere
 
 T = 0.3
 #: Rows, width of projections, classes, keys per class: one for each form of a kernel over rows; a class that
-#: gets more keys than it has places; and a batch that is more than the blocks of a grid.
+#: gets more keys than it has places; and a batch with more rows than a grid has blocks.
 SHAPES = [(6, 5, 4, 3), (9, 33, 1, 4), (1, 3, 1, 1), (70, 8, 31, 17), (5, 7, 101, 13), (3, 4, 300, 15)]
 if ON_GPU:  # more rows than a grid has blocks
     SHAPES.append((5000, 8, 3, 4))

@@ -28,7 +28,7 @@ CLASSES = 5
 
 
 def algorithm(p_cutoff=0.5):
-    """What a hook needs of an algorithm when it is called by itself."""
+    """What a hook needs of an algorithm when it is called on its own."""
     return types.SimpleNamespace(p_cutoff=p_cutoff, compute_prob=lambda logits: logits.softmax(dim=-1))
 
 
@@ -64,7 +64,7 @@ def test_masks_step_by_step(generator, samples, classes, rows, p_cutoff, dtype, 
     passed = 0
     for step in range(60 if samples <= 1000 else 8):
         indices = torch.randperm(samples, generator=generator)[:rows]
-        # Confidence grows with the steps, so that nobody passes at first.
+        # Confidence grows with the steps, so that no sample passes at first.
         p = probabilities(generator, rows, 0.1 * step, classes, dtype)
         masks = [
             hook.masking(algorithm(p_cutoff), logits_x_ulb=p, idx_ulb=indices, softmax_x_ulb=False)

@@ -16,7 +16,7 @@ from tllib_rs.self_training.mean_teacher import EMATeacher
 pytestmark = somewhere
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Less than 16 bytes, chunks of one element more than they may have, and many chunks.
+#: Less than 16 bytes, one element more than a chunk may have, and many chunks.
 SIZES = (1, 3, 8, 2048, 2049, 30_011)
 
 
@@ -43,7 +43,7 @@ def every_mix(generator):
 
 
 def start(teachers, students, alpha):
-    """Of these values; ``nn.Parameter`` keeps the offset into the memory."""
+    """An EMATeacher with these values; ``nn.Parameter`` keeps the offset into the memory."""
     ema = EMATeacher(parameters(students), alpha)
     ema.teacher = parameters(teachers)
     return ema
@@ -66,7 +66,8 @@ def test_mean_teacher_of_every_mix_of_dtypes_sizes_and_alignments(generator):
     for _ in range(3):
         ema.update()
         expected = [averaged(t, s, 0.9) for t, s in zip(expected, students, strict=True)]
-    # Without kernels torch adds a multiple, which may round once for both, and half precision after each operation.
+    # Without kernels torch adds a multiple, which may round only once, and rounds half precision after each
+    # operation.
     assert_values(ema.teacher, expected, exact=KERNELS)
 
 
@@ -96,7 +97,7 @@ def test_mean_teacher_without_kernels_is_two_operations_for_all_of_a_dtype(gener
 
 
 def test_mean_teacher_sees_parameters_that_moved_and_many_models(generator):
-    """More models in turns than tables are kept, and parameters with new memory in between."""
+    """More models in turn than tables are kept, and parameters with new memory in between."""
     models = []
     for k in range(12):
         teachers, students = ([torch.randn(7 + k, generator=generator) for _ in range(3)] for _ in range(2))
@@ -113,7 +114,7 @@ def test_mean_teacher_sees_parameters_that_moved_and_many_models(generator):
 
 
 def test_mean_teacher_with_pairs_that_no_kernel_averages(generator):
-    """float64 and other layouts beside those that one does, each once."""
+    """float64 and differing layouts besides pairs that a kernel averages, each averaged once."""
     values = [torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
     ema = start([values[0].clone(), values[0].float(), values[0].float()],
                 [values[1], values[1].float().t().contiguous().t(), values[1].float()], 0.75)  # fmt: skip
@@ -157,7 +158,7 @@ def test_mean_teacher_never_waits(generator):
 @gpu
 @inductor
 def test_mean_teacher_compiled_with_graphs(generator):
-    """What the update keeps is not among what a graph gives to others."""
+    """The memory that the update keeps is not among what a graph gives to others."""
     teachers, students = every_mix(generator)
     ema = start(teachers, students, 0.9)
     update = torch.compile(ema.update, mode="reduce-overhead", fullgraph=True)
@@ -179,7 +180,7 @@ def both(classes, samples, warmup=False, dtype=torch.int64):
 
 
 def assert_same(ours, plain, labels):
-    """Thresholds, labels, and counts, which are kept true without a look at the labels."""
+    """Thresholds, labels, and counts, which are kept up to date without reading all labels."""
     assert torch.equal(ours.get_threshold(labels.to(DEVICE)).cpu(), plain.get_threshold(labels))
     counts = ours.class_counts().cpu()
     assert torch.equal(ours.net_outputs.long().cpu(), plain.net_outputs)
@@ -215,11 +216,11 @@ def test_flexmatch_of_large_batches_full_of_equal_indices(batch, warmup, generat
     ours, plain = both(classes, samples, warmup)
     for _ in range(3):
         idxes = torch.randint(samples, (2 * batch,), generator=generator)[::2]
-        # Few labels, so that those come back that were there before.
+        # Few distinct labels, so that earlier ones recur.
         labels = torch.randint(4, (3, batch), generator=generator).t()[:, 1] * 499
         mask = (torch.rand(batch, generator=generator) < 0.6).float()
         ours.update(*(placed(x) for x in (idxes, mask, labels)))
-        # One by one: torch's own assignment leaves open which of equal indices stays, if there are many.
+        # One by one: torch's own assignment leaves open which of many equal indices wins.
         for index, chosen, label in zip(idxes.tolist(), mask.tolist(), labels.tolist(), strict=True):
             if chosen == 1:
                 plain.net_outputs[index] = label
@@ -227,7 +228,7 @@ def test_flexmatch_of_large_batches_full_of_equal_indices(batch, warmup, generat
 
 
 def test_flexmatch_indices_that_hash_alike(generator):
-    """Indices apart by a multiple of what the table's size divides, in any order."""
+    """Indices that differ by multiples of the table's size, in any order."""
     ours, plain = both(5, 1 << 20)
     for step in (1, 1 << 10, 1 << 13):
         idxes = torch.randint(100, (300,), generator=generator) * step
@@ -257,7 +258,7 @@ def test_flexmatch_status_of_labels_of_any_shape(generator):
 
 
 def test_flexmatch_counts_keep_their_memory(generator):
-    """A write from outside is counted into the memory that the kernels, and captured graphs, know."""
+    """After a write from outside, the new counts go into the memory that kernels and captured graphs know."""
     ours, plain = both(4, 50)
     for step in range(5):
         idxes, labels = (torch.randint(n, (9,), generator=generator) for n in (50, 4))
@@ -279,7 +280,7 @@ BAD = {
 
 @pytest.mark.parametrize("bad", BAD)
 def test_flexmatch_out_of_range_stops_the_device(bad):
-    """No device goes on after that, so another process tries it."""
+    """No device is usable after that, so another process tries it."""
     script = f"""
 import torch
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
@@ -339,7 +340,7 @@ def test_flexmatch_compiled_with_graphs(generator):
 
 @gpu
 def test_flexmatch_captured_and_replayed(generator):
-    """Each replay goes on from the counts and labels of the last one, and so does what is not captured."""
+    """Each replay continues from the counts and labels of the last one, and so does what is not captured."""
     ours, plain = both(10, 200)
     static = random_batch(generator)
     flexmatch_step(ours, *static)

@@ -24,7 +24,7 @@ def test_plain_steps(task):
 
 @every_task
 def test_gradient_accumulation(task):
-    """One backward a micro-batch, against one backward for the mean of them all."""
+    """One backward per micro-batch, against one backward for the mean of them all."""
     ours, plain = task.pair()
     batches = [task.batches(12)[k : k + 4] for k in range(0, 12, 4)]
 
@@ -73,7 +73,7 @@ def test_reentrant_activation_checkpointing_around_network_and_loss(task):
 @pytest.mark.parametrize("early_stop", [False, True], ids=["whole", "early_stop"])
 @pytest.mark.parametrize("task", OF_LOSSES, ids=repr)
 def test_activation_checkpointing_around_network_and_loss(task, early_stop):
-    """Early stop, the default, ends the second forward by an exception out of the last tensor that is saved."""
+    """Early stop, the default, ends the second forward by an exception when the last tensor is saved."""
     ours, plain = task.pair()
     batches = task.batches(6)
     with set_checkpoint_early_stop(early_stop):
@@ -99,7 +99,7 @@ WEIGHTS = [1.0, 2.0, torch.inf, 0.5, 1.0, torch.nan, 1.0]  # of the loss in each
 
 
 def scaled(network, batch, scaler, weight):
-    """Forward under autocast, backward of the scaled loss; the gradients that the scaler is left with."""
+    """Forward under autocast, then backward of the scaled loss, which leaves the gradients to the scaler."""
     for parameter in network.parameters():
         parameter.grad = None
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -109,7 +109,7 @@ def scaled(network, batch, scaler, weight):
 
 
 def in_float32(call):
-    """What the plain formulations are computed in: autocast would round inside them, and ours never does."""
+    """Runs a plain formulation in float32: autocast would round inside it, and ours never does."""
 
     def called(*inputs):
         with torch.autocast("cpu", enabled=False):
@@ -122,11 +122,11 @@ def in_float32(call):
 def test_autocast_with_a_gradient_scaler(loss):
     """Logits come out of the network in bfloat16 and go into both formulations as they are.
 
-    The two may differ by what rounding to bfloat16 does. A loss that is one number is rounded once, one
-    that is a number a row once a row and once as their sum: 2 ROUNDED. A gradient is stored in bfloat16 by
-    both, and the scale is a power of 2: 2 ROUNDED of the largest where the roundings fall apart, and as
-    much again from the matrix product that makes the gradient of a weight of it. Every step starts from the
-    same parameters, since a difference in the last bit would change the roundings of all that follows.
+    The two may differ by the rounding to bfloat16. A loss that is one number is rounded once, a loss per
+    row once in each row and once as their sum: 2 ROUNDED. Both store a gradient in bfloat16, and the scale
+    is a power of 2: 2 ROUNDED of the largest where the two round differently, and as much again from the
+    matrix product that computes the gradient of a weight. Every step starts from the same parameters, since
+    a difference in the last bit would change the roundings of all that follows.
     """
     ours, plain = (network.float() for network in loss.pair())
     plain.call = in_float32(plain.call)

@@ -10,7 +10,7 @@ from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
 @pytest.mark.parametrize("case", golden.cases("uda"), ids=repr)
 def test_golden(case, precision):
     inputs = case.requires_grad(case.inputs(precision))
-    y = inputs.get("y", inputs["y_strong"])  # or the very tensor y_strong
+    y = inputs.get("y", inputs["y_strong"])  # or y_strong itself
     loss = StrongWeakConsistencyLoss(**case.ctor)(inputs["y_strong"], y)
     case.backward(loss, inputs, precision)
     case.check("loss", loss, precision)

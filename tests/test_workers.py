@@ -59,7 +59,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Collate:
-    """Pseudo labels by the network of the epoch's start, which of them pass, and weights."""
+    """Pseudo labels by the network as of the epoch's start, which of them pass, and weights."""
 
     def __init__(self, provider, network, thresholds):
         self.provider, self.network, self.thresholds = provider, network, thresholds

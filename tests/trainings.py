@@ -72,7 +72,7 @@ class LossNetwork(nn.Module):
         inputs = loss.inputs(torch.Generator().manual_seed(0), ROWS, CLASSES)
         self.loss, self.call = loss, call
         self.trained = [k for k, x in enumerate(inputs) if k not in loss.constant and x.dim() == 2]
-        # The kind of the input: probabilities sum to 1.
+        # Whether an input is one of probabilities, which sum to 1.
         self.softmax = [bool(torch.allclose(inputs[k].sum(1), torch.ones(1).double())) for k in self.trained]
         self.body = Body(len(self.trained))
 
@@ -100,7 +100,7 @@ def mapping(status):
 
 
 class FlexMatchNetwork(nn.Module):
-    """Pseudo labels of weak views, where a class's threshold lets them pass, train the strong views."""
+    """Pseudo labels of weak views that pass their class's threshold train the strong views."""
 
     def __init__(self, ours):
         super().__init__()
@@ -120,7 +120,7 @@ class FlexMatchNetwork(nn.Module):
 
 
 def views(generator):
-    """Two views of a batch of samples, and which samples they are."""
+    """Two views of a batch of samples, and the indices of the samples."""
     weak = torch.randn(ROWS, FEATURES, generator=generator, dtype=torch.float64)
     noise = torch.randn(ROWS, FEATURES, generator=generator, dtype=torch.float64)
     return weak, weak + 0.3 * noise, torch.randperm(SAMPLES, generator=generator)[:ROWS]
@@ -137,7 +137,7 @@ class MeanTeacherNetwork(nn.Module):
     def forward(self, weak, strong, _):
         """The squared difference of the predictions."""
         if self.moving is None:  # in float64 by now
-            self.moving = [self.kind(self.body, 0.5)]  # a list, so that the teacher is no part of the module
+            self.moving = [self.kind(self.body, 0.5)]  # a list, so that the teacher is not a submodule
         (teacher,) = self.moving
         teacher.update()
         with torch.no_grad():

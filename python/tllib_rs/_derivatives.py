@@ -1,8 +1,9 @@
 """Derivatives of the opaque operators of :mod:`tllib_rs._library`.
 
-An operator comes with a backward pass of its own, which torch can neither differentiate again nor turn into a
-forward derivative: both would be 0, in silence. Where one is asked for, and inside of the transforms of
-``torch.func``, the operator is replaced by what it is *composed* of, in operations that torch knows.
+An operator has a backward pass of its own, which torch can neither differentiate again nor turn into a
+forward-mode derivative: both would silently be 0. If one is requested, and inside transforms of
+``torch.func``, the operator is replaced by what it is *composed* of, in operations that torch can
+differentiate.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ def differentiate(
             raise _only_gradient(name)
         inputs = list(ctx.inputs)
         for place, x in zip(ctx.places, tensors, strict=True):
-            # One input may be another or come from it: what is asked for is the derivative by this one alone.
+            # One input may be another or depend on it: the derivative must be with respect to this one alone.
             inputs[place] = x.view_as(x) if ctx.needs_input_grad[place] else x
         return _again(composed(*inputs), inputs, incoming, ctx.needs_input_grad)
 

@@ -39,8 +39,8 @@ def define(
     """Define the opaque operator ``tllib_rs::name``, without a gradient, and return it.
 
     With a float among its arguments there is a second operator, ``tllib_rs::name_of_tensors``, which takes a
-    tensor for it. What is returned calls that one where the compiler has made the float a symbol, because it
-    changes from call to call: the first operator would be compiled again for each value.
+    tensor instead. The returned function calls that one if the compiler has made the float a symbol because
+    it changes from call to call: the first operator would be recompiled for each value.
 
     Args:
         name: begins with the method's stem.
@@ -85,9 +85,9 @@ def _define(
     _library.impl(name, compute, "CompositeExplicitAutograd")
 
     def traced(*args):
-        from torch._inductor import config  # loaded only by who compiles
+        from torch._inductor import config  # loaded only when compiling
 
-        # Inductor does not see the tag of an operator that is ordered.
+        # Inductor does not see the tag of an ordered operator.
         if f"tllib_rs::{name}" not in config.custom_should_partition_ops:
             config.custom_should_partition_ops = [*config.custom_should_partition_ops, f"tllib_rs::{name}"]
         return fake(*args)
@@ -99,13 +99,13 @@ def _define(
 
 
 def _numbers(schema: str) -> list[int]:
-    """The places of the floats among the arguments."""
+    """The positions of the floats among the arguments."""
     arguments, _, _ = schema.partition(" -> ")
     return [k for k, argument in enumerate(arguments[1:].split(", ")) if argument.startswith("float")]
 
 
 def _vary(args: Sequence[Any], numbers: Sequence[int]) -> bool:
-    """Whether the compiler has made a symbol, or :func:`_as_tensor` a tensor, of one of the numbers."""
+    """Whether one of the numbers is a symbol made by the compiler, or a tensor made by :func:`_as_tensor`."""
 
     def varies(number):
         if isinstance(number, torch.Tensor):
@@ -118,7 +118,8 @@ def _vary(args: Sequence[Any], numbers: Sequence[int]) -> bool:
 
 
 def _as_tensor(number: float | torch.Tensor | None) -> torch.Tensor | None:
-    """Multiplication is one of the few operations that torch does not compile for each value of a symbol."""
+    """The number as a tensor, by a multiplication: torch recompiles most other operations for each value of a
+    symbol."""
     if number is None or isinstance(number, torch.Tensor):
         return number
     return torch.ones((), dtype=torch.float64) * number
@@ -127,8 +128,8 @@ def _as_tensor(number: float | torch.Tensor | None) -> torch.Tensor | None:
 def differentiate(
     name: str, backward: Backward, setup_context: SetUp, composed: Callable[..., Any] | None
 ) -> None:
-    """Give the operator ``tllib_rs::name``, and the one that takes tensors for numbers, derivatives: see
-    :func:`tllib_rs._derivatives.differentiate`."""
+    """Give derivatives to the operator ``tllib_rs::name``, and to its variant that takes tensors for numbers:
+    see :func:`tllib_rs._derivatives.differentiate`."""
     for each in (name, f"{name}{_OF_TENSORS}"):
         if hasattr(torch.ops.tllib_rs, each):
             _derivatives.differentiate(_library, each, backward, setup_context, composed)

@@ -44,7 +44,7 @@ impl<'a> Heads<'a> {
         })
     }
 
-    /// As the kernel takes them.
+    /// In the order in which the kernel takes them.
     fn pair(&self) -> (&Input<'a>, &Input<'a>) {
         (&self.adversarial, &self.main)
     }
@@ -149,8 +149,8 @@ fn composite(
     together(&agree, &disagree, eta_prime, kind)
 }
 
-/// `1 - p_ia` for the label `a` of each row. Masks and sums, which a compiler fuses with the exponential; it would
-/// keep the result of each gather and scatter.
+/// `1 - p_ia` for the label `a` of each row. By masks and sums, which a compiler fuses with the exponential; it would
+/// materialize the result of each gather and scatter.
 fn remainder(logits: &Tensor, labels: &Tensor, kind: Kind) -> Result<Tensor> {
     let z = logits.f_to_kind(kind)?;
     let largest = z.f_detach()?.f_amax([1].as_slice(), true)?;
@@ -163,7 +163,7 @@ fn remainder(logits: &Tensor, labels: &Tensor, kind: Kind) -> Result<Tensor> {
     let others = sum(e.f_masked_fill(&label, 0.0)?)?;
     let all = own.f_add(&others)?;
     let (own, others) = (own.f_div(&all)?, others.f_div(&all)?);
-    // Each form where it does not cancel, gradients included.
+    // Each form is used where it does not cancel, gradients included.
     Ok(own
         .f_rsub_scalar(1.0)?
         .f_where_self(&own.f_lt(0.5)?, &others)?)
@@ -252,7 +252,7 @@ fn operations(
     ))
 }
 
-/// `p_a / u_i (onehot_a - p) / B`, 0 where `u_i > 1`, which `p_a` tells best.
+/// `p_a / u_i (onehot_a - p) / B`, 0 where `u_i > 1`, which `p_a` tells most precisely.
 fn disagreement_gradient(split: &Split, u: &Tensor) -> Result<StoredGrad> {
     let slope = split
         .own
@@ -260,7 +260,7 @@ fn disagreement_gradient(split: &Split, u: &Tensor) -> Result<StoredGrad> {
         .f_mul_scalar(-1.0 / split.own.numel() as f64)?
         .f_masked_fill(&split.own.f_lt(OFFSET)?, 0.0)?
         .f_unsqueeze(1)?;
-    // 1 - p_a without a difference.
+    // 1 - p_a without a subtraction.
     let at_label = split.others.f_unsqueeze(1)?.f_neg()?.f_mul(&slope)?;
     stored(
         &split

@@ -15,14 +15,14 @@ use tch::{Kind, Tensor};
 
 const CLASS: &str = "entropy";
 
-/// The entropy of each row of `predictions`, over dimension 1; their mean where `mean`.
+/// The entropy of each row of `predictions`, over dimension 1; their mean if `mean`.
 pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
     let input = Input::new(CLASS, "predictions", predictions)?;
     let dtype = input.floating()?;
     if input.shape().len() < 2 {
         return Err(input.wrong("have shape (minibatch, C, ...)"));
     }
-    // The logarithm.
+    // Autocast widens the logarithm.
     let out_dtype = widened_on_devices(&input, dtype);
     let (out, grad) = match place(&[&input]) {
         Place::Cuda => {
@@ -51,7 +51,7 @@ fn weight(input: &Input<'_>, dtype: Dtype, mean: bool) -> (f64, f64) {
         return (1.0, 1.0);
     }
     let weight = 1.0 / input.shape()[0] as f64;
-    // At most 12 in magnitude for probabilities: the scale that float16 needs only if averaged.
+    // The gradient is at most 12 in magnitude for probabilities: float16 needs a scale only if it is averaged.
     (
         weight,
         by_dtype!(dtype, E => stored_scale::<E>(16.0 * weight)),
@@ -80,7 +80,7 @@ fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<
 /// The same in libtorch operations, in float32 inside for half precision.
 struct Formula {
     p: Tensor,
-    /// `p` and the epsilon.
+    /// `p` plus the epsilon.
     shifted: Tensor,
     log: Tensor,
     entropy: Tensor,
@@ -129,8 +129,8 @@ fn operations(input: &Input<'_>, mean: bool, out: Dtype) -> Result<(Tensor, Opti
     Ok((entropy, Some(stored(&grad)?)))
 }
 
-/// tllib averages for exactly `"mean"` and returns rows for everything else; a name that is neither
-/// is a mistake here.
+/// Whether to average. tllib averages for exactly `"mean"` and returns rows for everything else; an
+/// unknown name is an error here.
 pub fn parse_reduction(reduction: &str) -> Result<bool> {
     match reduction {
         "mean" => Ok(true),

@@ -105,7 +105,7 @@ impl Part {
                 let [s, e] = &all.through(&own)?.f_chunk(2, 0)?[..] else {
                     return Err(Error::Bridge("chunk: two halves expected".to_owned()));
                 };
-                // No class is present in no row.
+                // NaN without any row on any rank: no class is present then.
                 let rows = s.f_detach()?.f_sum(s.f_kind()?)?;
                 let nothing = rows.f_eq(0.0)?;
                 let loss = Classes::of(s, e)?
@@ -133,8 +133,8 @@ fn composite(logits: &Tensor, temperature: f64, kind: Kind) -> Result<Tensor> {
     finished(&Classes::of(&s, &e)?, logits.size()[0], kind)
 }
 
-/// Its gradient in closed form: `w_i / (C T) (1 - r_c - 2 p_ic) / s_c` with respect to `p`, where `r` is
-/// `e / s`, and through the softmax.
+/// The loss, and its gradient in closed form: `w_i / (C T) (1 - r_c - 2 p_ic) / s_c` with respect to `p`, where `r`
+/// is `e / s`, and then through the softmax.
 fn operations(
     input: &Input<'_>,
     temperature: f64,
@@ -153,7 +153,7 @@ fn operations(
         .f_mul_scalar(1.0 / (temperature * input.shape()[1] as f64))?;
     let constant = classes.ratio.f_rsub_scalar(1.0)?.f_mul(&each)?;
     let of_p = constant.f_addcmul(&rows.p, &each.f_mul_scalar(-2.0)?)?;
-    // The weights come last: before, they would round what cancels in the softmax.
+    // The weights come last: applied earlier, they would round terms that cancel in the softmax.
     let grad = Tensor::f_internal_softmax_backward_data(&of_p, &rows.p, 1, inside(kind))?
         .f_mul(&rows.weight)?;
     Ok((loss, Some(stored(&grad)?)))
@@ -199,7 +199,7 @@ impl Weighted {
     }
 }
 
-/// Which classes no row predicts: those, too, whose sum has no reciprocal.
+/// Which classes no row predicts, including those whose sum is too small to have a reciprocal.
 fn absent(s: &Tensor) -> Result<Tensor> {
     let least = match s.f_kind()? {
         Kind::Double => f64::MIN_POSITIVE,
@@ -208,11 +208,11 @@ fn absent(s: &Tensor) -> Result<Tensor> {
     Ok(s.f_lt(least)?)
 }
 
-/// What becomes of the sums.
+/// What is computed from the sums.
 struct Classes {
     /// `s_c`, or 1 for a class that no row predicts.
     present: Tensor,
-    /// `e_c / s_c`, or its limit 1 there: 0/0. A divisor of 1 keeps NaN out of the gradient as well.
+    /// `e_c / s_c`, or the limit 1 where that is 0/0. The divisor 1 keeps NaN out of the gradient as well.
     ratio: Tensor,
 }
 
@@ -241,7 +241,7 @@ fn finished(classes: &Classes, rows: i64, kind: Kind) -> Result<Tensor> {
 }
 
 /// The confusion matrix of probabilities and weighted probabilities, columns of sum 1; a class that
-/// no row predicts has a column of zeros. Besides, what the columns were divided by.
+/// no row predicts has a column of zeros. Also returns what the columns were divided by.
 pub(super) fn confusion(p: &Tensor, wp: &Tensor) -> Result<(Tensor, Tensor)> {
     let _full = Without::autocast();
     let s = wp.f_sum_dim_intlist(0, false, p.f_kind()?)?;
@@ -249,7 +249,7 @@ pub(super) fn confusion(p: &Tensor, wp: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((wp.f_tr()?.f_mm(p)?.f_div(&present)?, present))
 }
 
-/// The normalised class confusion matrix of `logits`, for reading: C x C, without a gradient.
+/// The normalized class confusion matrix of `logits`, for inspection: C x C, without a gradient.
 pub fn confusion_matrix(logits: &Tensor, temperature: f64) -> Result<Tensor> {
     let input = Input::new(CLASS, "logits", logits)?;
     check_temperature(temperature)?;

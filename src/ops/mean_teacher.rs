@@ -21,8 +21,8 @@ pub fn check_alpha(alpha: f64) -> Result<()> {
 /// `teacher <- alpha * teacher + (1 - alpha) * student` for all pairs, in place.
 ///
 /// Everything is checked before anything is written. Pairs of dense tensors of one memory layout go
-/// through the kernel of their device in one sweep, or where there is none through libtorch in lists; the
-/// others one by one.
+/// through the kernel of their device in one sweep or, if it has none, through libtorch's foreach operations;
+/// the others one by one.
 pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Result<()> {
     check_alpha(alpha)?;
     if teachers.len() != students.len() {
@@ -32,7 +32,7 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
             students.len()
         )));
     }
-    // Without grad mode nobody asks a thousand parameters whether they require a gradient.
+    // With grad mode off, a thousand parameters need not be asked whether they require a gradient.
     let facts =
         tch::no_grad(|| Ok::<_, Error>((Borrowed::facts(teachers)?, Borrowed::facts(students)?)))?;
     for (k, (teacher, student)) in facts.0.iter().zip(&facts.1).enumerate() {
@@ -46,7 +46,7 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
         if teacher.is_meta() {
             continue;
         }
-        // SAFETY: the caller keeps both alive, and where they are `apart` no memory is shared beyond
+        // SAFETY: the caller keeps both alive, and if all are `apart` no memory is shared except by
         // tensors that are one and the same.
         let taken = apart
             && (unsafe { sweeps.take(teacher, student) }
@@ -66,7 +66,7 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
 #[derive(Default)]
 struct Sweeps {
     cpu: Vec<Pair>,
-    /// A model may be spread over a few.
+    /// A model may be spread over several.
     devices: Vec<(Device, Vec<cuda::mean_teacher::Pair>)>,
     lists: Vec<Lists>,
 }
@@ -80,11 +80,11 @@ struct Lists {
 }
 
 impl Sweeps {
-    /// Takes a pair in, or returns false where no kernel serves it: the memory layouts differ or have gaps.
+    /// Adds a pair, or returns false if no kernel serves it, as when the memory layouts differ or have gaps.
     ///
     /// # Safety
-    /// Until [`Sweeps::run`] has returned, both are alive, and no memory of the teacher is anybody else's
-    /// in these sweeps but the student's, if the two are one tensor.
+    /// Until [`Sweeps::run`] has returned, both are alive, and no other tensor in these sweeps shares memory
+    /// with the teacher, except for the student if it is the same tensor.
     unsafe fn take(&mut self, teacher: &Facts, student: &Facts) -> bool {
         if !alike(teacher, student) || teacher.device() != student.device() {
             return false;
@@ -106,8 +106,8 @@ impl Sweeps {
         pair.is_some()
     }
 
-    /// Takes a pair in for libtorch, or returns false where the two have to be averaged alone: libtorch scales
-    /// all teachers before it reads a student, and has lists for dense tensors of one device.
+    /// Adds a pair for libtorch, or returns false if the two have to be averaged on their own: libtorch scales
+    /// all teachers before it reads a student, and its foreach operations take dense tensors on one device.
     fn list(
         &mut self,
         (teacher, target): (&Facts, Borrowed),
@@ -139,7 +139,7 @@ impl Sweeps {
     /// What can fail comes first.
     fn run(&self, alpha: f64) -> Result<()> {
         self.devices.iter().try_for_each(|(device, pairs)| {
-            // SAFETY: as `take` was promised.
+            // SAFETY: by the contract of `take`.
             unsafe { cuda::mean_teacher::blend_all(*device, pairs, alpha) }
         })?;
         self.lists
@@ -162,7 +162,7 @@ fn check_pair(
         if !facts.strided() {
             return Err(sparse(CLASS, name));
         }
-        // Complex parameters have no kernel, but an average.
+        // Complex parameters have no kernel, but can be averaged.
         if facts.dtype().is_none() && !tensor.tensor().f_is_complex()? {
             return Err(Error::Type(format!(
                 "{CLASS}: {name} must be float32, float64, float16 or bfloat16, got {}",
@@ -194,13 +194,13 @@ fn check_pair(
     Ok(())
 }
 
-/// Whether the elements of both fill a block of memory each, in the same order.
+/// Whether the elements of each fill one block of memory, in the same order.
 fn alike(teacher: &Facts, student: &Facts) -> bool {
     teacher.contiguous() && student.contiguous()
         || teacher.strides() == student.strides() && dense(teacher)
 }
 
-/// A pair for the sweep on the CPU, if it is one.
+/// A pair for the sweep on the CPU, if the kernel serves it.
 ///
 /// # Safety
 /// As for [`Pair::new`]; both are [`alike`].
@@ -235,8 +235,8 @@ fn dense(input: &Facts) -> bool {
     }) || input.numel() == 0
 }
 
-/// Whether a teacher's memory overlaps anything else. The same tensor twice, as its own student,
-/// does not count: it is read where it is written.
+/// Whether a teacher's memory overlaps anything else. A tensor that is its own student does not
+/// count: each element is read where it is written.
 fn overlap(teachers: &[Facts], students: &[Facts]) -> bool {
     let mut spans = Vec::with_capacity(2 * teachers.len());
     for (teacher, student) in teachers.iter().zip(students) {
@@ -259,7 +259,7 @@ fn overlap(teachers: &[Facts], students: &[Facts]) -> bool {
     })
 }
 
-/// Addresses from the first byte of a tensor to behind its last. No two devices have the same ones.
+/// Addresses from the first byte of a tensor to just past its last. No two devices share addresses.
 #[derive(Clone, Copy)]
 struct Span {
     start: usize,
@@ -281,7 +281,7 @@ fn span(input: &Facts) -> Option<Span> {
     };
     let width = match input.dtype() {
         Some(dtype) => by_dtype!(dtype, E => size_of::<E>()),
-        // Of a complex element: a span may be judged too long, never too short.
+        // The largest complex element: a span may be judged too long, never too short.
         None => 16,
     };
     let start = input.data() as usize;
@@ -292,9 +292,9 @@ fn span(input: &Facts) -> Option<Span> {
     })
 }
 
-/// The update in libtorch operations, in place. The student may lie in the teacher's memory: it is read first.
+/// The update in libtorch operations, in place. The student may share the teacher's memory: it is read first.
 /// Half precision is averaged in float32: on the CPU libtorch would round `alpha` as well, and a teacher would
-/// leave a student that stands still.
+/// drift away from a student that does not change.
 fn composite(teacher: &Tensor, student: &Tensor, alpha: f64) -> Result<()> {
     let kind = teacher.f_kind()?;
     let wide = match kind {

@@ -1,9 +1,9 @@
 //! The methods on tensors: checks first, then the CPU kernel, the CUDA kernel or libtorch's operations.
 //!
-//! A fused loss is four things: checks, a call that yields loss and gradient, an autograd node over both
+//! A fused loss has four parts: checks, a call that yields loss and gradient, an autograd node over both
 //! ([`crate::torch::autograd::attach`]), and a composite in libtorch operations for everything else: other
-//! devices, `torch.func`, second derivatives. The call is one of a kernel, or where none serves a tensor that
-//! is not wrapped, of libtorch operations that compute the gradient in closed form: fewer than autograd would.
+//! devices, `torch.func`, second derivatives. The call is to a kernel or, if none serves the tensors and they are
+//! not wrapped, to libtorch operations that compute the gradient in closed form: fewer than autograd would run.
 
 pub mod cc_loss;
 pub mod dst;
@@ -45,8 +45,8 @@ enum Place {
     Composite,
 }
 
-/// The place of a call on these tensors. Kernels take matrices with columns, of one device and one dtype, without
-/// wrappers.
+/// Where a call on these tensors is computed. Kernels take matrices with columns, on one device and of one dtype,
+/// without wrappers.
 fn place(inputs: &[&Input<'_>]) -> Place {
     let matrix = |input: &&Input<'_>| matches!(input.shape(), &[_, cols] if cols > 0);
     let kernels = inputs.iter().all(matrix)
@@ -64,7 +64,7 @@ fn place(inputs: &[&Input<'_>]) -> Place {
     }
 }
 
-/// What operations compute in, where the result is of `kind`.
+/// The dtype in which operations compute a result of `kind`.
 fn inside(kind: Kind) -> Kind {
     if kind == Kind::Double {
         kind
@@ -77,13 +77,13 @@ fn inside(kind: Kind) -> Kind {
 /// dtype.
 fn nll_gradient(log_p: &Tensor, labels: &Tensor, weight: &Tensor) -> Result<StoredGrad> {
     let kind = log_p.f_kind()?;
-    // Read where the reduction is a mean only.
+    // Only read if the reduction is a mean.
     let total = weight.f_new_empty([1], (kind, weight.device()))?;
     let (each, kept) = (None::<Tensor>, Reduction::None);
     let of_log = if log_p.dim() == 2 {
         log_p.f_nll_loss_backward(weight, labels, each, kept, -100, &total)?
     } else {
-        // Of any other number of dimensions libtorch makes images of one line.
+        // As in libtorch, any other number of dimensions is reshaped to images of one line.
         let shape = log_p.size();
         let (rows, cols, line) = (shape[0], shape[1], shape[2..].iter().product());
         let image = [rows, 1, line];
@@ -107,7 +107,7 @@ fn nll_gradient(log_p: &Tensor, labels: &Tensor, weight: &Tensor) -> Result<Stor
 /// 0, 1, ... below `end`, int64, on the device of `like`.
 fn counting(end: i64, like: &Tensor) -> Result<Tensor> {
     match like.device() {
-        // Where it is needed: from the host it would be copied, and waited for.
+        // Created where it is needed, rather than copied from the host.
         known @ Device::Cuda(_) => Ok(Tensor::f_arange(end, (Kind::Int64, known))?),
         _ => beside(
             &Tensor::f_arange(end, (Kind::Int64, Device::Cpu))?,
@@ -128,8 +128,8 @@ fn threads(elements: usize) -> NonZeroUsize {
     threads_for(elements, GRAIN, max_threads())
 }
 
-/// The dtype of a loss that has the dtype of its inputs in tllib's formula, or float32 where autocast
-/// runs its sums.
+/// The dtype of a loss that has the dtype of its inputs in tllib's formula; at least float32 under autocast,
+/// which runs its sums in float32.
 fn loss_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {
     if input.autocast() {
         dtype.at_least_f32()
@@ -138,7 +138,7 @@ fn loss_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {
     }
 }
 
-/// The dtype of what autocast has in float32 on devices, as a softmax, and leaves alone on the CPU.
+/// The dtype of an operation, such as a softmax, that autocast runs in float32 on devices but leaves alone on the CPU.
 fn widened_on_devices(input: &Input<'_>, dtype: Dtype) -> Dtype {
     if input.is_cpu() {
         dtype

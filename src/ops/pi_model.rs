@@ -17,7 +17,7 @@ use tch::{Kind, Tensor};
 const CLASS: &str = "L2ConsistencyLoss";
 const LABEL: &CStr = c"L2ConsistencyBackward";
 
-/// What becomes of the losses of the rows.
+/// How the losses of the rows are reduced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reduction {
     /// They are returned.
@@ -29,7 +29,7 @@ pub enum Reduction {
 }
 
 impl Reduction {
-    /// By its name. tllib takes any other name for `'none'`; here it is a mistake.
+    /// By its name. tllib treats any other name as `'none'`; here it is an error.
     pub fn parse(class: &str, name: Option<&str>) -> Result<Self> {
         match name {
             None | Some("none") => Ok(Self::None),
@@ -54,12 +54,12 @@ pub enum Mask {
 struct Call<'a> {
     p1: Input<'a>,
     p2: Input<'a>,
-    /// The mask where it is a tensor.
+    /// The mask, if it is a tensor.
     mask: Option<Input<'a>>,
-    /// The mask where it is none, else 1.
+    /// The mask, if it is a number, else 1.
     number: f64,
     reduction: Reduction,
-    /// What tllib's formula gives.
+    /// The dtype of the loss in tllib's formula.
     out: Dtype,
 }
 
@@ -106,8 +106,8 @@ impl<'a> Call<'a> {
         if let Some(mask) = &mask {
             mask.real()?;
             mask.broadcasts_to(&row_shape(&p1))?;
-            // A tensor of no dimensions is a number to torch: on the CPU whatever the device of the others,
-            // and of no weight in the dtype.
+            // A zero-dimensional tensor is a number to torch: it may be on the CPU whatever the device of the
+            // others, and does not affect the dtype.
             let number = mask.shape().is_empty();
             if !number || !mask.is_cpu() {
                 mask.same_device(&p1)?;
@@ -116,7 +116,7 @@ impl<'a> Call<'a> {
                 out = mask.dtype().map_or(out, |m| out.promote(m));
             }
         }
-        // The square.
+        // Autocast widens the square.
         out = widened_on_devices(&p1, out);
         Ok(Self {
             p1,
@@ -128,7 +128,7 @@ impl<'a> Call<'a> {
         })
     }
 
-    /// The tensors of the node.
+    /// The inputs of the node.
     fn inputs(&self) -> Vec<&'a Tensor> {
         let mut inputs = vec![self.p1.tensor, self.p2.tensor];
         inputs.extend(self.mask.as_ref().map(|m| m.tensor));
@@ -164,10 +164,10 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// The scale of the stored gradients where no mask is above `largest`.
+    /// The scale of the stored gradients if no element of the mask is above `largest`.
     fn scale<E: Element>(&self, largest: f64) -> f64 {
-        // Differences of up to 128 before the scaled gradient leaves the headroom of float16, and four
-        // times as much before it overflows. Only a mean makes gradients small.
+        // Allows for differences of up to 128 before the scaled gradient leaves the headroom of float16, and
+        // four times as much before it overflows. Only a mean makes gradients small.
         if self.reduction == Reduction::Mean {
             stored_scale::<E>(256.0 * self.mean() * largest.abs())
         } else {
@@ -177,7 +177,7 @@ impl<'a> Call<'a> {
 
     /// [`Self::fused`] on a device.
     fn launched(&self, dtype: Dtype) -> Result<(Tensor, Vec<Option<StoredGrad>>)> {
-        // Integers and booleans have no kernels; nor has float64, which is here only as one number.
+        // Integers and booleans have no kernels; nor has float64, which occurs here only as a single number.
         let converted = match &self.mask {
             Some(mask) if !cuda::serves(&[mask]) => {
                 Some(mask.tensor.f_detach()?.f_to_kind(Kind::Float)?)
@@ -193,8 +193,8 @@ impl<'a> Call<'a> {
             number: self.number,
             each: self.reduction == Reduction::None,
             mean: self.mean(),
-            // How large a mask on the device is, is not known here: up to 1 as far as float16 has headroom
-            // for, and up to 512 before gradients of probabilities overflow.
+            // The values of a mask on the device are not known here: up to 1 float16 has headroom for them, and
+            // up to 512 gradients of probabilities do not overflow.
             scale: by_dtype!(dtype, E => self.scale::<E>(self.number)),
         };
         cuda::pi_model::pi_model(&self.p1, &self.p2, &weights, dtype, self.out)
@@ -233,10 +233,10 @@ impl<'a> Call<'a> {
         Ok(loss)
     }
 
-    /// `weight` times the mask, in `kind`, as it broadcasts to the predictions.
+    /// `weight` times the mask, in `kind`, in a shape that broadcasts to the predictions.
     fn weights(&self, mask: &Tensor, kind: Kind, weight: f64) -> Result<Tensor> {
         let weights = mask.f_to_kind(kind)?.f_mul_scalar(weight)?;
-        // One of no dimensions may be on the CPU, where it has to stay a number.
+        // A zero-dimensional mask may be on the CPU, and then has to stay a number.
         if weights.dim() == 0 {
             return Ok(weights);
         }
@@ -298,7 +298,7 @@ impl<'a> Call<'a> {
     }
 }
 
-/// A gradient with respect to the first prediction, which for the second is the negative of it.
+/// The gradient with respect to the first prediction; that with respect to the second is its negative.
 struct Opposite {
     grad: Option<StoredGrad>,
     wanted: [bool; 2],
@@ -349,7 +349,7 @@ fn composite(
 }
 
 fn difference(p1: &Tensor, p2: &Tensor) -> Result<Tensor> {
-    // The difference promotes the other.
+    // The subtraction promotes the other.
     Ok(p1.f_to_kind(inside(p1.f_kind()?))?.f_sub(p2)?)
 }
 

@@ -101,7 +101,7 @@ fn fused(
     })
 }
 
-/// Pseudo labels and mask, held fixed.
+/// Pseudo labels and mask, which are not differentiated.
 struct Held(Constant, Constant);
 
 impl Held {

@@ -1,6 +1,6 @@
 //! Losses over the batches of several ranks.
 //!
-//! A rank knows its own rows, and of the others the sums that the loss is a function of. All ranks
+//! A rank knows its own rows, and of the others only the sums that the loss depends on. All ranks
 //! get one loss, that of all rows, and each the gradient with respect to its own rows, times the
 //! number of ranks: the gradient of the sum of the losses that the ranks return, which is what
 //! `DistributedDataParallel` expects, as it takes the mean over the ranks. Nothing is exchanged in
@@ -36,7 +36,7 @@ impl Exchanged<'_> {
         )))
     }
 
-    /// The sums of a CPU tensor.
+    /// The sums, which must be on the CPU.
     pub fn values(&self) -> Result<Vec<f64>> {
         Ok(Vec::try_from(self.sums.f_contiguous()?)?)
     }
@@ -47,7 +47,7 @@ impl Exchanged<'_> {
         Ok(self.sums.f_to_kind(own.f_kind()?)?.f_add(&nothing)?)
     }
 
-    /// Makes `loss` differentiable with respect to `input`, once: the ranks' second derivatives
+    /// Makes `loss` differentiable with respect to `input`, but only once: the ranks' second derivatives
     /// depend on each other.
     pub fn attach(
         &self,

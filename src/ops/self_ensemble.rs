@@ -76,9 +76,9 @@ fn same_rows(
     Ok(loss)
 }
 
-/// The backward pass on a device: there, rows that are all the same are written when they are wanted.
+/// The backward pass on a device: there, the rows of the gradient, which are all equal, are only written in backward.
 struct SameRows {
-    /// The gradient with respect to any row, in what the loss was computed in.
+    /// The gradient with respect to any row, in the dtype that the loss was computed in.
     slope: Tensor,
     shape: Vec<i64>,
     dtype: Dtype,
@@ -225,7 +225,7 @@ fn operations(input: &Input<'_>, kind: Kind) -> Result<(Tensor, Option<Tensor>)>
     let mean = mean(&p, kind)?;
     let (rows, u) = (input.shape()[0] as f64, 1.0 / input.shape()[1] as f64);
     let rest = mean.f_rsub_scalar(1.0)?;
-    // NaN of a number below 0 stays.
+    // The NaN of a number below 0 passes through the clamp.
     let log = |m: &Tensor| m.f_log()?.f_clamp_min(LOG_FLOOR);
     let each = log(&rest)?.f_lerp(&log(&mean)?, u)?;
     let loss = each.f_mean(inside(kind))?.f_neg()?.f_to_kind(kind)?;

@@ -43,7 +43,7 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
         Place::Composite => return Ok(Formula::of(y_strong, y, call)?.loss),
     };
     if grad.is_some() {
-        // As an input of the node y is guarded against writes; detached, it gets no gradient.
+        // As an input of the node, y is checked for in-place writes; detached, it gets no gradient.
         let inputs = [y_strong, &y.f_detach()?];
         let formula = Box::new(move |t: &[Tensor]| Ok(Formula::of(&t[0], &t[1], call)?.loss));
         attach(c"UdaBackward", &loss, &inputs, vec![grad, None], formula)?;
@@ -72,9 +72,9 @@ fn fused(
 struct Call {
     threshold: f64,
     temperature: f64,
-    /// Of the probabilities that decide what is selected. The region of autocast may be over when backward runs.
+    /// The dtype of the probabilities that decide what is selected. The autocast region may end before backward runs.
     selecting: Kind,
-    /// Of everything else.
+    /// The dtype of everything else.
     kind: Kind,
 }
 
@@ -82,7 +82,7 @@ struct Call {
 struct Formula {
     q: Tensor,
     log_p: Tensor,
-    /// 1 over the number of selected rows for each of these, else 0.
+    /// 1 over the number of selected rows for each of them, 0 for other rows.
     weight: Tensor,
     loss: Tensor,
 }

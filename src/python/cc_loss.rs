@@ -5,8 +5,8 @@ use pyo3_tch::PyTensor;
 
 const CLASS: &str = "CCConsistency";
 
-/// Loss, fraction of the rows that are selected, and whether there are none (false where only the device
-/// knows). The differentiated input comes first.
+/// Loss, fraction of the rows that are selected, and whether none is (false if only the device knows). The
+/// differentiated input comes first.
 #[pyfunction]
 pub fn cc_loss(
     py: Python<'_>,

@@ -1,4 +1,4 @@
-//! The CUDA sources, for who wants to see them compiled without a device.
+//! The CUDA sources, to be compiled and inspected without a device.
 
 use crate::cuda::{SOURCES, Source, compile};
 use crate::error::Error;

@@ -14,12 +14,12 @@ const CLASS: &str = "DynamicThresholdingModule";
 /// The labels of all samples and their counts.
 #[pyclass(frozen, module = "tllib_rs._core")]
 pub struct FlexMatch {
-    // Nobody who holds it asks for the GIL, so it may be waited for with the GIL held: see `FlexMatch::locked`.
+    // No thread that holds it acquires the GIL, so it may be waited for with the GIL held: see `FlexMatch::locked`.
     state: Mutex<ops::FlexMatch>,
     samples: usize,
 }
 
-/// As many classes or samples as memory could hold, and at least one.
+/// A number of classes or samples: at least one, and no more than memory could hold.
 fn positive(name: &str, n: i64) -> PyResult<usize> {
     const MOST: i64 = 1 << 40;
     let most = if name == "num_classes" { 1 << 30 } else { MOST };
@@ -43,7 +43,7 @@ impl FlexMatch {
         result
     }
 
-    /// Looks whether others can reach the labels, and then for what is asked.
+    /// Checks whether others can reach the labels, and then answers `asked`.
     fn look(&self, asked: impl FnOnce(&ops::FlexMatch) -> bool) -> PyResult<bool> {
         self.locked(ops::FlexMatch::adopt)?;
         Ok(self.locked(|state| {
@@ -52,7 +52,7 @@ impl FlexMatch {
         }))
     }
 
-    /// Makes `labels` the new ones by `assign`, which looks at all of them.
+    /// Replaces the labels by `labels` with `assign`, which reads all of them.
     fn replace(
         &self,
         py: Python<'_>,
@@ -62,13 +62,13 @@ impl FlexMatch {
         let labels = tensor(CLASS, "net_outputs", labels)?;
         without_gil(py, self.samples, move || {
             let labels = labels;
-            // The lock is given back before the argument is dropped, which may take the GIL.
+            // The lock is released before the argument is dropped, which may take the GIL.
             self.locked(|state| assign(state, &labels))
         })
     }
 
-    /// A step on counts that are true. Only counting all samples again takes long enough to let go
-    /// of the GIL; a step itself handles Python's tensors and keeps it.
+    /// Runs a step on counts that are up to date. Only counting all samples again takes long enough to
+    /// release the GIL; a step itself handles Python's tensors and keeps it.
     fn with<T>(
         &self,
         py: Python<'_>,
@@ -128,7 +128,7 @@ impl FlexMatch {
         self.replace(py, labels, ops::FlexMatch::set_net_outputs)
     }
 
-    /// Makes a copy of `labels` the new ones; they may be of any of the types that labels are stored in.
+    /// Replaces the labels by a copy of `labels`, which may be of any of the types that labels are stored in.
     fn load(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
         self.replace(py, labels, ops::FlexMatch::load)
     }
@@ -174,7 +174,7 @@ impl FlexMatch {
         let mask = tensor(CLASS, "selected_mask", selected_mask)?;
         let labels = tensor(CLASS, "pseudo_labels", pseudo_labels)?;
         self.locked(|state| state.check(&idxes, &mask, &labels))?;
-        // The wait for a device. Without the lock, and without the GIL, which the thread that exchanges what was
+        // Waits for the device without the lock, and without the GIL, which the thread that exchanges what was
         // packed before needs.
         let [idxes, mask, labels] =
             without_gil(py, usize::MAX, move || ops::on_host([idxes, mask, labels]))?;
@@ -188,7 +188,7 @@ impl FlexMatch {
         self.with(py, |state| state.apply(&words))
     }
 
-    /// The status is from now on that of these counts, int64, of which `counts` are a part.
+    /// From now on the status is computed from these totals, int64, which include `counts`.
     fn set_totals(&self, totals: &Bound<'_, PyAny>) -> PyResult<()> {
         let totals = tensor(CLASS, "totals", totals)?;
         Ok(self.locked(|state| state.set_totals(&totals))?)
@@ -204,7 +204,7 @@ impl FlexMatch {
         self.look(ops::FlexMatch::is_stale)
     }
 
-    /// Samples per class, and in front those without a label, int64.
+    /// Samples per class, preceded by those without a label, int64.
     fn counts(&self, py: Python<'_>) -> PyResult<PyTensor> {
         self.with(py, ops::FlexMatch::counts).map(PyTensor)
     }

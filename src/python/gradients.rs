@@ -3,8 +3,8 @@ use crate::torch::autograd;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
-/// The gradients of a loss with respect to the first `count` inputs of its node, float32 where they are float16,
-/// and the end of its graph. `None` for a loss that another node made.
+/// The gradients of a loss with respect to the first `count` inputs of its node, float16 ones as float32; its graph
+/// is released. `None` for a loss whose node is not ours.
 #[pyfunction]
 pub fn gradients(
     py: Python<'_>,

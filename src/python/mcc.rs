@@ -64,7 +64,7 @@ impl MccPart {
         }
     }
 
-    /// The loss of all ranks, from the sums of all ranks. Once.
+    /// The loss of all ranks, from the sums of all ranks. To be called once.
     fn finish(
         &self,
         py: Python<'_>,
@@ -74,7 +74,7 @@ impl MccPart {
         let sums = tensor(CLASS, "sums", sums)?;
         let taken = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         let part = taken.ok_or_else(finished)?;
-        // Whatever the size: off the CPU this runs torch's autograd, which refuses to with the GIL held.
+        // Whatever the size: off the CPU this runs torch's autograd, which refuses to run with the GIL held.
         without_gil(py, usize::MAX, move || {
             part.finish(&Exchanged {
                 sums: &sums,

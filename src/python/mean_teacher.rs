@@ -44,7 +44,7 @@ fn update(py: Python<'_>, teacher: &Walk<'_>, student: &Walk<'_>, alpha: f64) ->
 }
 
 /// `list(module.parameters())`, walked here: each parameter once, in the order of definition. A
-/// module that brings its own `parameters` is asked instead.
+/// module that overrides `parameters` is asked instead.
 fn parameters<'py>(module: &Bound<'py, PyAny>) -> PyResult<Walk<'py>> {
     let mut walk = Walk::default();
     if !uses_own_walk(module)? && walk.module(module)? {
@@ -77,8 +77,8 @@ fn uses_own_walk(module: &Bound<'_, PyAny>) -> PyResult<bool> {
     Ok(false)
 }
 
-/// Addresses of Python objects. They are spread well by one multiplication, where the standard
-/// hasher would take longer than the rest of the walk.
+/// Addresses of Python objects. One multiplication spreads them well; the standard hasher would
+/// take longer than the rest of the walk.
 type Addresses = HashSet<usize, BuildHasherDefault<Spread>>;
 
 #[derive(Default)]
@@ -96,7 +96,7 @@ impl Hasher for Spread {
     }
     #[inline]
     fn write_usize(&mut self, address: usize) {
-        // 2^64 over the golden ratio; the table takes its upper and its lower bits.
+        // 2^64 over the golden ratio; the table uses both the upper and the lower bits of the hash.
         let product = (self.0 ^ address as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 = product ^ (product >> 32);
     }
@@ -108,8 +108,8 @@ struct Walk<'py> {
     found: Vec<Bound<'py, PyAny>>,
     /// The tensors of `found`.
     tensors: Vec<Borrowed>,
-    /// The parameters that are spread over processes (`DTensor`), by their place in `found`, which
-    /// holds the part of this process.
+    /// The parameters that are sharded over processes (`DTensor`), by their index in `found`, which
+    /// holds the shard of this process.
     sharded: Vec<(usize, Bound<'py, PyAny>)>,
 }
 
@@ -128,7 +128,7 @@ impl Default for Walk<'_> {
 }
 
 impl<'py> Walk<'py> {
-    /// Over parameters that are known.
+    /// Over the given parameters.
     fn over(parameters: &[Bound<'py, PyAny>]) -> PyResult<Self> {
         let mut walk = Self::default();
         for parameter in parameters {
@@ -137,7 +137,7 @@ impl<'py> Walk<'py> {
         Ok(walk)
     }
 
-    /// False where a container is not a plain dictionary (TorchScript): the module must be asked.
+    /// False if a container is not a plain dictionary (TorchScript): the module must be asked.
     fn module(&mut self, module: &Bound<'py, PyAny>) -> PyResult<bool> {
         if !self.modules.insert(module.as_ptr() as usize) {
             return Ok(true);
@@ -173,7 +173,7 @@ impl<'py> Walk<'py> {
             }
             None => parameter,
         };
-        // SAFETY: a live object, under the GIL; `found` keeps it as long as `tensors`.
+        // SAFETY: a live object, under the GIL; `found` keeps it alive as long as `tensors`.
         match unsafe { Borrowed::of(held.as_ptr().cast()) } {
             Some(tensor) => self.tensors.push(tensor),
             None => return Err(must_be(CLASS, "parameter", "a torch.Tensor", &held)),
@@ -183,14 +183,14 @@ impl<'py> Walk<'py> {
     }
 }
 
-/// The next value of a dictionary; `place` starts at 0. Unlike `PyO3`'s iterator it leaves the keys alone.
+/// The next value of a dictionary; `place` starts at 0. Unlike `PyO3`'s iterator it does not touch the keys.
 fn next_value<'py>(
     dict: &Bound<'py, PyDict>,
     place: &mut pyo3::ffi::Py_ssize_t,
 ) -> Option<Bound<'py, PyAny>> {
     let mut value = std::ptr::null_mut();
-    // SAFETY: a live dictionary, under the GIL; the call checks `place` against what the dictionary is
-    // now. The value is borrowed from it and gets a reference of its own before anything else runs.
+    // SAFETY: a live dictionary, under the GIL; the call checks `place` against the dictionary's current
+    // size. The value is borrowed from it and gets a reference of its own before anything else runs.
     unsafe {
         let found =
             pyo3::ffi::PyDict_Next(dict.as_ptr(), place, std::ptr::null_mut(), &raw mut value);
@@ -198,8 +198,8 @@ fn next_value<'py>(
     }
 }
 
-/// `module.name`, for an attribute of the instance: past `torch.nn.Module.__getattr__`, which only
-/// finds what is not there, and makes Python look twice.
+/// `module.name`, for an attribute of the instance: bypasses `torch.nn.Module.__getattr__`, which only
+/// serves what the normal lookup does not find, and makes Python look twice.
 fn attribute<'py>(
     module: &Bound<'py, PyAny>,
     name: &Bound<'py, PyString>,
@@ -213,7 +213,7 @@ fn attribute<'py>(
     found.or_else(|_| module.getattr(name))
 }
 
-/// What this process holds of a `DTensor`; `None` for any other parameter.
+/// The shard of a `DTensor` that this process holds; `None` for any other parameter.
 fn local_part<'py>(parameter: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
     static PLAIN: GILOnceCell<Py<PyType>> = GILOnceCell::new();
     let py = parameter.py();
@@ -224,7 +224,7 @@ fn local_part<'py>(parameter: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, 
     parameter.getattr_opt(intern!(py, "_local_tensor"))
 }
 
-/// `ValueError` unless each parameter is laid out over the processes as its counterpart.
+/// `ValueError` unless each parameter is sharded over the processes like its counterpart.
 fn same_shards(teacher: &Walk<'_>, student: &Walk<'_>) -> PyResult<()> {
     let mut pairs = teacher.sharded.iter().zip(&student.sharded);
     let alike = teacher.sharded.len() == student.sharded.len()

@@ -45,9 +45,9 @@ impl From<Error> for PyErr {
     }
 }
 
-/// What Python code raised that libtorch called on our behalf, such as a hook for saved tensors.
-/// libtorch leaves it set and throws an exception without a text; others, torch's own activation
-/// checkpointing among them, wait for just this one.
+/// The exception of Python code that libtorch called on our behalf, such as a saved-tensor hook.
+/// libtorch leaves it set and throws one of its own without text; callers, torch's own activation
+/// checkpointing among them, expect exactly the original one.
 fn raised_inside() -> Option<PyErr> {
     Python::with_gil(PyErr::take)
 }
@@ -67,8 +67,8 @@ fn must_be(class: &str, name: &str, expected: &str, object: &Bound<'_, PyAny>) -
     PyTypeError::new_err(format!("{class}: {name} must be {expected}, got {kind}"))
 }
 
-/// The number behind `object`, or a `TypeError` that names the argument. A tensor that is trained would get no
-/// gradient, and is refused.
+/// The number behind `object`, or a `TypeError` that names the argument. A tensor that requires a gradient would get
+/// none, and is refused.
 fn number(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<f64> {
     let plain = object.is_instance_of::<PyFloat>() || object.is_instance_of::<PyInt>();
     let trained = |object: &Bound<'_, PyAny>| object.getattr("requires_grad")?.is_truthy();
@@ -89,7 +89,7 @@ fn integer(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<i64> 
         .map_err(|_| must_be(class, name, "an integer", object))
 }
 
-/// Runs `body` without the GIL where it touches enough `elements` to be worth it.
+/// Runs `body` without the GIL if it touches enough `elements` to be worth it.
 fn without_gil<T: Send>(
     py: Python<'_>,
     elements: usize,
@@ -105,8 +105,8 @@ fn without_gil<T: Send>(
     })
 }
 
-/// The number of elements; 0 for what is no dense tensor, which the checks will refuse. On a device more than any
-/// number: a first launch compiles, and operations may wait.
+/// The number of elements; 0 for a tensor that is not dense, which the checks will refuse. On a device `usize::MAX`: a
+/// first launch compiles, and operations may wait.
 fn elements(tensor: &Tensor) -> usize {
     Input::new("", "", tensor).map_or(0, |input| {
         if input.is_cpu() {

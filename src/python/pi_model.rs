@@ -16,7 +16,7 @@ pub fn pi_model(
     reduction: &Bound<'_, PyAny>,
 ) -> PyResult<PyTensor> {
     let (p1, p2) = (tensor(CLASS, "p1", p1)?, tensor(CLASS, "p2", p2)?);
-    // The default is a number: to ask whether it is a tensor would write a message that nobody reads.
+    // The default is a float: trying to extract a tensor from it would format an error that nobody reads.
     let tensor = if mask.is_instance_of::<PyFloat>() {
         None
     } else {

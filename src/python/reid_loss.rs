@@ -8,11 +8,11 @@ const TRIPLET: &str = "TripletLoss";
 const XBM: &str = "TripletLossXBM";
 const SOFT: &str = "SoftTripletLoss";
 
-/// Features and product: what keeps a triplet loss busy.
+/// The work of a triplet loss, which is that of the product of its features.
 fn triplet_work(features: &Tensor) -> usize {
     let elements = elements(features);
     if elements == 0 {
-        // What is no dense tensor has no size to ask for either.
+        // A tensor that is not dense may have no size to ask for.
         return 0;
     }
     let rows = features.size().first().copied().unwrap_or(0).unsigned_abs() as usize;
@@ -79,7 +79,7 @@ pub fn triplet_xbm(
     .map(PyTensor)
 }
 
-/// The arguments of the soft triplet loss; the teacher's features count only where `margin` is `None`.
+/// The arguments of the soft triplet loss; the teacher's features are used only if `margin` is `None`.
 struct Soft {
     features: Tensor,
     labels: Tensor,
@@ -126,7 +126,7 @@ impl Soft {
     }
 }
 
-/// The soft triplet loss; the teacher's features count only where `margin` is `None`.
+/// The soft triplet loss; the teacher's features are used only if `margin` is `None`.
 #[pyfunction]
 pub fn soft_triplet(
     py: Python<'_>,
@@ -143,7 +143,7 @@ pub fn soft_triplet(
     .map(PyTensor)
 }
 
-/// Raises for arguments that `soft_triplet` does not take, but takes those without a row.
+/// Raises for arguments that `soft_triplet` does not take, but accepts features without rows.
 #[pyfunction]
 pub fn check_soft_triplet(
     features_1: &Bound<'_, PyAny>,

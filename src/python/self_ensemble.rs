@@ -21,7 +21,7 @@ pub fn class_balance(
     .map(PyTensor)
 }
 
-/// What the ranks add up: the column sums of `p` (minibatch, `num_classes`), then its rows; float64.
+/// What the ranks add up: the column sums of `p` (minibatch, `num_classes`), then its number of rows; float64.
 #[pyfunction]
 pub fn class_balance_sums(
     py: Python<'_>,
@@ -45,7 +45,7 @@ pub fn class_balance_of_sums(
 ) -> PyResult<PyTensor> {
     let (p, sums) = (tensor(CLASS, "p", p)?, tensor(CLASS, "sums", sums)?);
     let num_classes = integer(CLASS, "num_classes", num_classes)?;
-    // Whatever the size: off the CPU this runs torch's autograd, which refuses to with the GIL held.
+    // Whatever the size: off the CPU this runs torch's autograd, which refuses to run with the GIL held.
     without_gil(py, usize::MAX, move || {
         let all = Exchanged {
             sums: &sums,

@@ -31,7 +31,7 @@ impl SelfTuningSettings {
     }
 
     /// Raises for a batch that a step would not take, as far as that is known before the encoders
-    /// ran.
+    /// run.
     fn check(
         &self,
         im_q: &Bound<'_, PyAny>,
@@ -142,7 +142,7 @@ impl OwnedBatch {
     }
 }
 
-/// What graphs still need of a queue's past. A copy or a pickle of it starts anew.
+/// The changes of a queue that graphs still need. A copy or a pickle of it starts empty.
 #[pyclass(frozen, module = "tllib_rs._core")]
 #[derive(Default)]
 pub struct SelfTuningHistory(ops::History);
@@ -162,8 +162,8 @@ impl SelfTuningHistory {
         (py.get_type::<Self>(), ())
     }
 
-    /// The log-probabilities of a batch against the queue; then its keys are enqueued, or those that
-    /// are given for it with their labels.
+    /// The log-probabilities of a batch against the queue; then its keys are enqueued, or the keys and
+    /// labels of `enqueued`.
     #[pyo3(signature = (h_q, h_k, labels, queue_list, queue_ptr, settings, enqueued = None))]
     #[allow(clippy::too_many_arguments, reason = "the step's tensors, one by one")]
     fn step(

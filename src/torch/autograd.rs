@@ -1,10 +1,10 @@
 //! The autograd node that all fused operations share.
 //!
-//! What backward does is a [`Backward`] object. For a loss it is [`StoredGrads`]: forward stores the
+//! Its backward pass is a [`Backward`] object. For a loss that is [`StoredGrads`]: forward stores the
 //! gradient with respect to each input, and backward multiplies it by the incoming one. An operation
-//! with more outputs than a gradient could be stored for brings its own. Under `create_graph` both
-//! would be constants to autograd, so the bridge evaluates the composite instead and lets autograd
-//! derive it.
+//! with too many outputs to store a gradient for each has its own. Under `create_graph` the results of
+//! both would be constants to autograd, so the bridge evaluates the composite instead and lets autograd
+//! differentiate it.
 
 use super::input::Input;
 use super::{Owned, Stored, by_dtype, check, max_threads};
@@ -24,7 +24,7 @@ const GRAIN: usize = 1 << 18;
 /// A loss in differentiable operations, as a function of the node's inputs.
 pub type Composite = Box<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
 
-/// A tensor of its own that a [`Composite`] holds fixed.
+/// A tensor that a [`Composite`] owns and does not differentiate.
 pub struct Constant(pub Tensor);
 
 // SAFETY: at::Tensor's reference count is atomic, and nothing writes the metadata of a tensor that
@@ -32,7 +32,7 @@ pub struct Constant(pub Tensor);
 unsafe impl Sync for Constant {}
 
 impl Constant {
-    /// The tensor. A method, so that a closure captures the whole and not the field.
+    /// The tensor. A method, so that a closure captures the whole struct and not the field.
     pub fn get(&self) -> &Tensor {
         &self.0
     }
@@ -44,13 +44,13 @@ pub struct StoredGrad {
     pub tensor: Tensor,
     /// Positive; what [`crate::kernels::Loss::scale`] says.
     pub scale: f64,
-    /// One more divisor, a float32 of no dimensions, where forward found it on a device and did not wait.
+    /// A further divisor, a zero-dimensional float32 tensor, if forward computed it on a device and did not wait.
     pub divisor: Option<Tensor>,
-    /// The graph that forward was recorded into, where it was.
+    /// The CUDA graph that forward was captured into, if any.
     pub capture: Option<u64>,
     /// On a device, where the gradient is large: a byte for each row, 0 where the row is 0 or NaN throughout.
     pub chosen: Option<Tensor>,
-    /// Whether the tensor is transposed: laid out as an input whose columns lie in one piece.
+    /// Whether the tensor is transposed: laid out like an input whose columns are contiguous.
     pub by_columns: bool,
 }
 
@@ -67,7 +67,7 @@ impl StoredGrad {
         }
     }
 
-    /// As [`Backward::widen`] says.
+    /// See [`Backward::widen`].
     pub fn widen(&mut self) -> Result<()> {
         if self.tensor.f_kind()? == Kind::Half {
             self.tensor = self.tensor.f_to_kind(Kind::Float)?;
@@ -118,7 +118,7 @@ impl<E: Element + Stored> Room<E> {
         self.room.as_mut().map(Owned::slice)
     }
 
-    /// Written, times `scale`.
+    /// The gradient that a kernel wrote, multiplied by `scale`.
     pub fn stored(self, scale: f64) -> Option<StoredGrad> {
         let by_columns = self.by_columns;
         self.room.map(|grad| StoredGrad {
@@ -131,11 +131,11 @@ impl<E: Element + Stored> Room<E> {
 /// The backward pass of a node.
 pub trait Backward: Send {
     /// The gradient with respect to each input of the node, `None` for one that wants none. `last`
-    /// says that the object is released after this call, so that its tensors may be given away.
+    /// says that the object is released after this call, so that its tensors may be moved out.
     fn grads(&mut self, incoming: &Tensor, last: bool) -> Result<Vec<Option<Tensor>>>;
 
-    /// From now on gradients in float16 come in float32: without the scale that they are stored with, many would
-    /// be 0.
+    /// Makes float16 gradients float32 from now on: without the scale that they are stored with, many would
+    /// underflow to 0.
     fn widen(&mut self) -> Result<()> {
         Ok(())
     }
@@ -158,7 +158,7 @@ impl Backward for StoredGrads {
     }
 }
 
-/// The gradient in `slot` times `incoming`, if there is one. It is given away where this is the `last` pass.
+/// The gradient in `slot` times `incoming`, if there is one. The `last` pass moves it out of `slot`.
 pub fn scaled(
     slot: &mut Option<StoredGrad>,
     incoming: &Input<'_>,
@@ -242,8 +242,8 @@ pub fn attach_with(
         passes: Some((backward, composite)),
     };
     let state = Box::into_raw(Box::new(state));
-    // SAFETY: all tensors are live; the bridge takes the state over and gives it back to `VTABLE`'s
-    // functions only, `drop` last and once.
+    // SAFETY: all tensors are live; the bridge takes ownership of the state and passes it only to
+    // `VTABLE`'s functions, `drop` last and once.
     check(unsafe {
         tllib_attach(
             output.as_ptr(),
@@ -256,8 +256,8 @@ pub fn attach_with(
     })
 }
 
-/// The gradients of `loss` with respect to the first `count` inputs of its node, once and for all; in float32 where
-/// they are float16. `None` where the node is another's, or has fewer inputs.
+/// The gradients of `loss` with respect to the first `count` inputs of its node, which it releases; float16 ones as
+/// float32. `None` if the node is not ours, was released or has fewer inputs.
 pub fn gradients(loss: &Tensor, count: usize) -> Result<Option<Vec<Option<Tensor>>>> {
     let mut raw = vec![std::ptr::null_mut(); count];
     let mut found = false;
@@ -265,7 +265,7 @@ pub fn gradients(loss: &Tensor, count: usize) -> Result<Option<Vec<Option<Tensor
     check(unsafe { tllib_gradients(loss.as_ptr(), raw.as_mut_ptr(), count, &raw mut found) })?;
     let grads = raw
         .into_iter()
-        // SAFETY: null, or a tensor that the bridge gave up.
+        // SAFETY: null, or a tensor whose ownership the bridge has passed on.
         .map(|grad| (!grad.is_null()).then(|| unsafe { Tensor::from_ptr(grad) }));
     Ok(found.then(|| grads.collect()))
 }
@@ -278,7 +278,7 @@ fn guarded(body: impl FnOnce() -> Result<()>) -> *mut c_char {
         return std::ptr::null_mut();
     };
     let text = CString::new(error.to_string().replace('\0', " ")).unwrap_or_default();
-    // SAFETY: strdup copies a valid NUL-terminated string into memory that free() takes back.
+    // SAFETY: strdup copies a valid NUL-terminated string into memory that free() can release.
     unsafe { strdup(text.as_ptr()) }
 }
 
@@ -321,7 +321,7 @@ fn times(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> 
     Ok(if by_columns { scaled.f_tr()? } else { scaled })
 }
 
-/// The same without the transposition of one that is laid out by columns.
+/// Like [`times`], without transposing a gradient that is laid out by columns.
 fn as_it_lies(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Tensor> {
     if let Some(out) = cuda::scale::scale(&stored, incoming, own)? {
         return Ok(out);
@@ -349,7 +349,7 @@ fn as_it_lies(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Ten
                 #[allow(clippy::float_cmp, reason = "exactly one changes nothing")]
                 if factors.iter().any(|&factor| factor != 1.0) && len > 0 {
                     // SAFETY: a stored gradient is contiguous with `len` elements of `E`, and
-                    // `own` says that the node, which gave it up, was its only holder.
+                    // `own` says that the node, which moved it out, was its only holder.
                     let slice = unsafe { std::slice::from_raw_parts_mut(data.cast::<E>(), len) };
                     crate::kernels::scale::scale(None, &factors, slice, threads);
                 }
@@ -365,7 +365,7 @@ fn as_it_lies(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Ten
     }
     let kind = grad.f_kind()?;
     let mut incoming = incoming.tensor.shallow_clone();
-    // A loss for each row scales what is along dimension 1.
+    // With a loss for each row, one incoming value scales all of dimension 1.
     if !by_columns && (1..grad.dim()).contains(&incoming.dim()) {
         incoming = incoming.f_unsqueeze(1)?;
     }
@@ -383,8 +383,8 @@ fn as_it_lies(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Ten
     Ok(out.f_to_kind(kind)?)
 }
 
-/// The values of an ordinary CPU tensor of no dimensions, or of one that has `rows` elements; one value where all
-/// are the same memory, as in the gradient of a sum.
+/// The values of an ordinary CPU tensor that is zero-dimensional, or has one dimension of `rows` elements; a single
+/// value if its stride is 0, as in the gradient of a sum.
 fn numbers(input: &Input<'_>, rows: Option<i64>) -> Option<Vec<f64>> {
     let (count, stride) = match (input.shape(), input.strides()) {
         ([], _) => (1, 0),

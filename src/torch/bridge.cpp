@@ -1,4 +1,4 @@
-// The C++ half of src/torch/: what tch does not offer. Three things beside the autograd node (node.cpp):
+// The C++ half of src/torch/: what tch does not offer. Three things besides the autograd node (node.cpp):
 //   describe   everything the checks and kernels ask of tensors, in one call;
 //   average    torch's operations on lists of tensors;
 //   bump/alias version counters and reference counts, for tensors that users may write.
@@ -43,7 +43,7 @@ c10::DispatchKeySet ordinary_keys() {
   return keys;
 }
 
-// The keys by which torch.func sees every operation, those on ordinary tensors too: their results are wrapped.
+// The keys through which torch.func intercepts every operation, even on ordinary tensors, and wraps the results.
 constexpr c10::DispatchKeySet functorch_keys(
     {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode});
 
@@ -56,7 +56,7 @@ bool transformed() {
 struct Surroundings {
   bool in_transform = transformed();
   bool observed = c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing();
-  // Without a level no tensor has a tangent, and asking one takes a lock.
+  // Without a forward AD level no tensor has a tangent, and asking a tensor for one takes a lock.
   bool forward_ad = torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
   bool grad_mode = at::GradMode::is_enabled();
   bool autocast_cpu = at::autocast::is_autocast_enabled(at::kCPU);
@@ -71,7 +71,7 @@ bool composites_only() {
   return asked;
 }
 
-// Elements may begin anywhere in memory that was mapped or handed over by torch.frombuffer.
+// Memory that was mapped or passed to torch.frombuffer may hold the elements unaligned.
 bool aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
 }
@@ -94,11 +94,11 @@ struct tllib_facts {
   int32_t kind;
   int32_t device_type;
   int32_t device_index;
-  bool strided;  // where it is not, nothing else is filled in
-  bool readable;  // its memory is what it seems to be, and aligned
-  bool plain;     // and operations on it give such tensors
-  bool ordinary;  // and kernels may read it
-  bool contiguous;  // known of a readable tensor only
+  bool strided;  // if not, nothing else is filled in
+  bool readable;  // its memory holds the values as they are, aligned
+  bool plain;     // readable, and operations on it return such tensors
+  bool ordinary;  // plain, and kernels may read it
+  bool contiguous;  // false unless readable
   bool wants_grad;  // grad mode is on and the tensor requires it
   bool autocast;    // an autocast region is active for the tensor's device
 };
@@ -135,7 +135,7 @@ void describe(const Tensor& t, const Surroundings& now, tllib_facts& out) {
 
 extern "C" {
 
-// The pointers borrow from the tensors: they hold as long as these live and are not resized.
+// The pointers borrow from the tensors: they are valid while these are alive and not resized.
 char* tllib_describe(const Tensor* const* tensors, size_t count, tllib_facts* out) {
   return guarded([&] {
     const Surroundings now;
@@ -161,14 +161,14 @@ bool tllib_aliased(const Tensor* t) {
   return storage.use_count() > (idle_object ? 2u : 1u);
 }
 
-// Whether anybody but the caller, who has one reference, holds the very tensor. Needs the GIL.
+// Whether anybody but the caller, who has one reference, holds this very tensor. Needs the GIL.
 bool tllib_held(const Tensor* t) {
   const bool idle_object = t->unsafeGetTensorImpl()->pyobj_slot()->has_unique_reference();
   return t->use_count() > (idle_object ? 2u : 1u);
 }
 
-// targets[i] <- keep * targets[i] + take * sources[i], by two operations for all, unseen by autograd. On a device
-// each is a few launches where the tensors have one dtype there, and each source the strides of its target.
+// targets[i] <- keep * targets[i] + take * sources[i], in two foreach operations, hidden from autograd. On a device
+// each takes a few launches if all tensors there have one dtype, and each source has the strides of its target.
 char* tllib_average(const Tensor* const* targets, const Tensor* const* sources, size_t count, double keep,
                     double take) {
   return guarded([&] {
@@ -185,7 +185,7 @@ char* tllib_average(const Tensor* const* targets, const Tensor* const* sources, 
   });
 }
 
-// Of the torch that this was compiled against.
+// The version of the torch that this was compiled against.
 const char* tllib_torch_version() { return TORCH_VERSION; }
 
 bool tllib_composites_only() { return composites_only(); }
@@ -197,8 +197,8 @@ int32_t tllib_default_dtype() {
 
 void tllib_free(char* text) { std::free(text); }
 
-// pybind11, which torch's Python headers bring into libtch, calls this private function where it was
-// compiled for Python 3.12 or older, and Python 3.13 renamed it. Defined here, hidden, it forwards to
+// pybind11, which torch's Python headers bring into libtch, calls this private function when it is
+// compiled for Python 3.12 or older, and Python 3.13 renamed it. This hidden definition forwards to
 // whichever the running interpreter has, so that one wheel serves them all.
 __attribute__((visibility("hidden"))) void* _PyThreadState_UncheckedGet() {
   using Get = void* (*)();
@@ -210,7 +210,7 @@ __attribute__((visibility("hidden"))) void* _PyThreadState_UncheckedGet() {
   return get ? get() : nullptr;
 }
 
-// Thread-local: what a guard excludes is included again on the same thread.
+// Thread-local: the guard must be deleted on the same thread.
 void* tllib_without_autocast() {
   return new (std::nothrow) c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
 }

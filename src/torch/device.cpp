@@ -1,4 +1,4 @@
-// The C++ half of src/torch/device.rs: torch's current stream on a CUDA device and copies to it, asked of
+// The C++ half of src/torch/device.rs: torch's current stream on a CUDA device and copies to it, through
 // the part of torch that every build has, so that one extension serves CPU and CUDA builds.
 #include "failure.h"
 
@@ -31,12 +31,12 @@ bool tllib_allows_tf32() {
   return precision == at::Float32Precision::TF32;
 }
 
-// A copy of a CPU tensor on the device, through page-locked memory, so that nobody waits. torch's allocator
-// keeps that memory until the copy is made, and as long as a graph that captures the copy.
+// A copy of a CPU tensor on the device, through pinned memory, so that nothing blocks. torch's allocator keeps
+// that memory until the copy is done, and for the lifetime of a graph that captures the copy.
 char* tllib_upload(const at::Tensor* from, int64_t index, at::Tensor** to) {
   return guarded([&] {
     const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
-    // torch asks the stream of the current device whether a graph is captured.
+    // torch checks the stream of the current device to find whether a graph is being captured.
     const c10::DeviceGuard guard(device);
     *to = new at::Tensor(from->pin_memory().to(device, from->scalar_type(), /*non_blocking=*/true));
   });

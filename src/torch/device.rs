@@ -1,5 +1,5 @@
-//! What of a CUDA device torch decides: the current stream, how memory gets there, and where its libraries
-//! are.
+//! What torch decides about a CUDA device: the current stream, how memory is copied there, and where its
+//! libraries are.
 
 use super::check;
 use crate::error::Result;
@@ -31,7 +31,7 @@ pub fn allows_tf32() -> bool {
     unsafe { tllib_allows_tf32() }
 }
 
-/// A copy of a CPU tensor on `cuda:<index>`, made when the current stream comes to it.
+/// A copy of a CPU tensor on `cuda:<index>`, made asynchronously on the current stream.
 pub fn upload(from: &Tensor, index: usize) -> Result<Tensor> {
     let mut to = std::ptr::null_mut();
     // SAFETY: a live tensor; it writes one pointer.

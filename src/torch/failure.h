@@ -1,5 +1,5 @@
-// How the C++ half and Rust tell each other of failures: no exception leaves an extern "C" function and no panic
-// enters one. Either side returns a malloc'ed message, null where all went well.
+// How the C++ half and Rust report failures to each other: no exception leaves an extern "C" function and no panic
+// enters one. Either side returns a malloc'ed message, or null on success.
 #pragma once
 #include <c10/util/Exception.h>
 

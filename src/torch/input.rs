@@ -48,7 +48,7 @@ impl Facts {
     /// Of a live tensor.
     fn of(tensor: &Tensor) -> Result<Self> {
         let mut facts = std::mem::MaybeUninit::<Self>::zeroed();
-        // SAFETY: the tensor is live, and the bridge fills all of `facts` unless it reports failure.
+        // SAFETY: the tensor is live, and the bridge writes nothing but `facts`.
         check(unsafe { tllib_describe(&tensor.as_ptr(), 1, facts.as_mut_ptr()) })?;
         // SAFETY: no failure was reported, and all bits that may be left unset are valid.
         Ok(unsafe { facts.assume_init() })
@@ -94,8 +94,8 @@ impl Facts {
         self.data
     }
 
-    /// Whether it is an ordinary dense CPU tensor, which kernels may read directly. None is inside a transform
-    /// of `torch.func`, where operations on it give wrappers.
+    /// Whether it is an ordinary dense CPU tensor, which kernels may read directly. Never true inside a transform
+    /// of `torch.func`, where operations on it return wrappers.
     pub fn on_cpu(&self) -> bool {
         self.ordinary && self.device_type == CPU
     }
@@ -105,8 +105,8 @@ impl Facts {
         self.readable && self.device_type == CPU
     }
 
-    /// Whether it is a dense tensor of the CPU or of CUDA, and operations on it give such tensors. A kernel may
-    /// read it unless `TLLIB_RS_COMPOSITE=1` asks for none.
+    /// Whether it is a dense tensor on the CPU or CUDA, and operations on it return such tensors. A kernel may
+    /// read it unless `TLLIB_RS_COMPOSITE=1` rules kernels out.
     pub fn plain(&self) -> bool {
         self.plain
     }
@@ -140,7 +140,7 @@ impl Facts {
         self.autocast
     }
 
-    /// Whether it is on the CPU, whatever it is there.
+    /// Whether it is on the CPU, whatever kind of tensor it is.
     pub fn is_cpu(&self) -> bool {
         self.device_type == CPU
     }
@@ -150,7 +150,7 @@ impl Facts {
         self.device_type == META
     }
 
-    /// A sparse, mkldnn or nested tensor has no other facts.
+    /// Whether it is strided: a sparse, mkldnn or nested tensor has no other facts.
     pub fn strided(&self) -> bool {
         self.strided
     }
@@ -183,7 +183,7 @@ impl Borrowed {
         (!tensor.is_null()).then_some(Self(tensor))
     }
 
-    /// A reference of one's own.
+    /// An owned reference to it.
     pub fn tensor(self) -> Tensor {
         // SAFETY: it points to a live tensor, whose reference count this increases.
         unsafe { Tensor::clone_from_ptr(self.0.cast_mut()) }
@@ -198,8 +198,8 @@ impl Borrowed {
     /// The facts of many, in one call.
     pub fn facts(tensors: &[Self]) -> Result<Vec<Facts>> {
         let mut facts = Vec::<Facts>::with_capacity(tensors.len());
-        // SAFETY: a `Borrowed` is such a pointer, to a live tensor; there is room for as many facts,
-        // and the bridge writes at most these.
+        // SAFETY: a `Borrowed` is a pointer to a live tensor; there is room for the facts of each,
+        // and the bridge writes nothing else.
         let failure = unsafe {
             facts.as_mut_ptr().write_bytes(0, tensors.len());
             tllib_describe(tensors.as_ptr().cast(), tensors.len(), facts.as_mut_ptr())
@@ -211,7 +211,7 @@ impl Borrowed {
     }
 }
 
-/// An argument of the class `class`, called `name` there. Every check raises with both.
+/// An argument `name` of the class `class`. Every check mentions both in its error.
 pub struct Input<'a> {
     /// The tensor itself.
     pub tensor: &'a Tensor,
@@ -295,7 +295,7 @@ impl<'a> Input<'a> {
         )))
     }
 
-    /// `ValueError` unless it broadcasts to `shape` and does not change it.
+    /// `ValueError` unless it broadcasts to exactly `shape`.
     pub fn broadcasts_to(&self, shape: &[i64]) -> Result<()> {
         let fits = |(own, other): (&i64, &i64)| *own == 1 || own == other;
         let own = self.shape();
@@ -313,7 +313,7 @@ impl<'a> Input<'a> {
         }
     }
 
-    /// Integers in 64 bits: the tensor itself where it has them.
+    /// The tensor as int64: the tensor itself if that is its dtype.
     pub fn to_int64(&self) -> Result<Tensor> {
         if self.facts.kind == INT64 {
             return Ok(self.tensor.shallow_clone());
@@ -322,7 +322,7 @@ impl<'a> Input<'a> {
     }
 
     /// The same values in memory that may be read directly: contiguous, aligned, and without the pending
-    /// negation or conjugation that a view may carry. `TypeError` for what has no memory here.
+    /// negation or conjugation that a view may carry. `TypeError` for a tensor without memory on the CPU.
     pub fn in_memory(&self) -> Result<Tensor> {
         let here = |facts: &Facts| facts.contiguous() && facts.in_cpu_memory();
         // No operation where none is needed: under `torch.func` its result would be a wrapper.
@@ -348,8 +348,8 @@ impl<'a> Input<'a> {
         )))
     }
 
-    /// The values of a CPU tensor of integers, in order. Read without an operation, whose result
-    /// would be a wrapper under `torch.func`.
+    /// The values of a CPU tensor of integers, in order. Read without an operation where the layout
+    /// allows it: its result would be a wrapper under `torch.func`.
     pub fn integers(&self) -> Result<Vec<i64>> {
         self.integer()?;
         let plain = self.in_memory()?;

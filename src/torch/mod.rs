@@ -1,6 +1,6 @@
 //! What tch does not offer: tensor facts in one call, the autograd node of the fused losses, version
 //! counters, and torch's threads. The C++ halves are `bridge.cpp`, `node.cpp`, `device.cpp`, `unpack.cpp`
-//! (what needs Python's headers) and `team.cpp`.
+//! (what needs torch's Python headers) and `team.cpp`.
 
 pub mod autograd;
 pub mod device;
@@ -55,8 +55,8 @@ pub fn bump_version(tensor: &Tensor) {
     unsafe { tllib_bump_version(tensor.as_ptr()) }
 }
 
-/// `target <- keep * target + take * source` for all pairs, in place and unseen by autograd, in two of torch's
-/// operations on lists. They take few launches on a device where all have one dtype, and the tensors of a pair
+/// `target <- keep * target + take * source` for all pairs, in place and hidden from autograd, in two foreach
+/// operations of torch. On a device these take few launches if all tensors have one dtype, and those of a pair
 /// the same strides, without gaps.
 pub fn average(
     targets: &[input::Borrowed],
@@ -110,21 +110,21 @@ pub fn held(tensor: &Tensor) -> bool {
     unsafe { tllib_held(tensor.as_ptr()) }
 }
 
-/// Until it is dropped, on the same thread (it is not `Send`), something leaves this thread's operations as
-/// they are.
+/// Excludes a layer of torch's dispatch from this thread's operations until it is dropped, on the same thread (it
+/// is not `Send`).
 pub struct Without {
     guard: *mut c_void,
 }
 
 impl Without {
-    /// Autocast.
+    /// Excludes autocast.
     pub fn autocast() -> Self {
-        // SAFETY: it takes nothing; the guard is given back once, in `drop`.
+        // SAFETY: it takes no arguments; the guard is freed once, in `drop`.
         let guard = unsafe { tllib_without_autocast() };
         Self { guard }
     }
 
-    /// The transforms of `torch.func`. Tensors that it wrapped do not go through any operation then.
+    /// Excludes the transforms of `torch.func`. No operation accepts tensors that they wrapped then.
     pub fn transforms() -> Self {
         // SAFETY: as above.
         let guard = unsafe { tllib_without_transforms() };
@@ -285,8 +285,8 @@ impl<T: Stored> Owned<T> {
     }
 }
 
-/// `tensor` as `kind` on the device of `like`, whatever that is: tch has names for a few devices, and takes all others
-/// for MPS. Nobody waits for what goes from the CPU to a CUDA device.
+/// `tensor` as `kind` on the device of `like`, of whatever type: tch has names for a few device types, and takes all
+/// others for MPS. A copy from the CPU to a CUDA device does not block.
 pub fn beside(tensor: &Tensor, kind: Kind, like: &Tensor) -> Result<Tensor> {
     if let (Device::Cpu, Device::Cuda(index)) = (tensor.device(), like.device()) {
         return device::upload(&tensor.f_to_kind(kind)?, index);
@@ -298,7 +298,7 @@ pub fn beside(tensor: &Tensor, kind: Kind, like: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_type_as(&nothing.f_to_kind(kind)?)?)
 }
 
-/// Contiguous, of `kind` and outside any graph: the memory of `tensor` itself where that is so.
+/// `tensor` detached, as `kind` and contiguous; it shares the memory of `tensor` if that needs no copy.
 pub fn dense(tensor: &Tensor, kind: Kind) -> Result<Tensor> {
     Ok(tensor.f_detach()?.f_to_kind(kind)?.f_contiguous()?)
 }
@@ -325,7 +325,7 @@ pub fn vector(values: &[f64], dtype: Dtype) -> Result<Tensor> {
     })
 }
 
-/// `torch.get_num_threads()`, at most which a kernel may use.
+/// `torch.get_num_threads()`, the most threads that a kernel may use.
 pub fn max_threads() -> usize {
     usize::try_from(tch::get_num_threads()).unwrap_or(1)
 }

@@ -32,11 +32,11 @@ extern "C" {
 // Mirrored by `Vtable` in src/torch/autograd.rs. `state` is a Rust object owned by the node.
 struct tllib_vtable {
   // Gradients with respect to the inputs into grads[0..n], null for an input without one.
-  // `last` says that the node's tensors are released after this call and may be given away.
+  // `last` says that the node's tensors are released after this call and may be moved out.
   char* (*backward)(void* state, const Tensor* grad, bool last, Tensor** grads);
-  // The loss again from `inputs`, in operations that autograd can differentiate.
+  // Recomputes the loss from `inputs`, in operations that autograd can differentiate.
   char* (*composite)(void* state, Tensor* const* inputs, Tensor** loss);
-  // Gradients in float16 come in float32 from now on.
+  // Makes float16 gradients float32 from now on.
   char* (*widen)(void* state);
   void (*release)(void* state);
   void (*drop)(void* state);
@@ -53,9 +53,9 @@ struct WithoutGil {
   PyThreadState* const thread = PyEval_SaveThread();
 };
 
-// Compiled autograd does not call a node: it keeps a graph of what a pass does, and runs it for each pass that is
-// alike, with that pass's tensors. A node of ours has one tensor for it, the number of its ticket, by which the graph
-// finds the node that it stands for this time.
+// Compiled autograd does not call nodes: it caches a graph of a backward pass, and runs it for each similar pass with
+// the tensors of that pass. A node of ours contributes one tensor, its ticket number, by which the graph finds the
+// node of the current pass.
 class Tickets {
  public:
   int64_t issue(std::weak_ptr<FusedLoss> node) {
@@ -98,7 +98,7 @@ struct FusedLoss : Node {
   void will_release_variables() override { last_ = true; }
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    // Compiled autograd releases what it has collected before it runs.
+    // Compiled autograd releases the nodes it has collected before it runs.
     if (collected_) last_ = true;
     else release();
   }
@@ -111,9 +111,9 @@ struct FusedLoss : Node {
     return at::GradMode::is_enabled() ? differentiable(incoming[0]) : fused(incoming[0]);
   }
 
-  // For compiled autograd: what tells this node from others of its kind, and the tensor that its graph needs.
+  // For compiled autograd: what distinguishes this node from others of its kind, and the tensor that its graph needs.
   void compiled_args(CompiledNodeArgs& args) const override {
-    // torch's signature, though what is asked for here has to outlive the release.
+    // const is torch's choice, but the node must note that its state has to outlive the release.
     const_cast<FusedLoss*>(this)->collect();
     args.collect_size(inputs.size());
     args.collect(ticket_);
@@ -136,8 +136,8 @@ struct FusedLoss : Node {
     return grads;
   }
 
-  // The gradients with respect to the first `count` inputs for an incoming 1, in float32 where they are float16.
-  // There is no backward pass after it.
+  // The gradients with respect to the first `count` inputs for an incoming 1, float16 ones as float32. Releases the
+  // node, so that no backward pass can follow.
   bool take(const Tensor& one, Tensor** grads, size_t count) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (inputs.size() < count || released_) return false;
@@ -153,11 +153,11 @@ struct FusedLoss : Node {
   }
 
   std::vector<SavedVariable> inputs;
-  // Instead of the saved variable, where an input comes from inference mode and cannot be saved.
+  // In place of the saved variable, for an input that is an inference tensor and cannot be saved.
   std::vector<Tensor> constants;
 
  private:
-  // The pass of the node whose ticket this is. Python calls it, with the GIL, in the grad mode of the pass.
+  // Runs the pass of the node that has this ticket. Called from Python, with the GIL, in the grad mode of the pass.
   static variable_list run(const variable_list& incoming, const std::vector<c10::IValue>& args) {
     const WithoutGil without_gil;
     const auto node = tickets().find(args.at(0).toTensor().item<int64_t>());
@@ -185,8 +185,8 @@ struct FusedLoss : Node {
 
   variable_list fused(const Tensor& incoming) {
     std::vector<Tensor*> raw(inputs.size(), nullptr);
-    // The last pass gives the gradients away. Should something fail between here and the release, another pass has
-    // to say that there are none.
+    // The last pass moves the gradients out. If something fails between here and the release, another pass must
+    // report that they are gone.
     released_ = last_;
     check(vtable_->backward(state_, &incoming, last_, raw.data()));
     variable_list grads(inputs.size());
@@ -205,8 +205,8 @@ struct FusedLoss : Node {
     std::vector<Tensor*> raw;
     unpacked.reserve(inputs.size());
     for (size_t i = 0; i < inputs.size(); ++i) {
-      // A copy of an inference tensor is an ordinary one, which the composite may save. An alias, because one input
-      // may be another or come from it: what is asked for is the derivative by this argument alone.
+      // A clone of an inference tensor is an ordinary one, which the composite may save. Others are aliased, because
+      // one input may be another or depend on it: the derivative is to be with respect to this argument alone.
       unpacked.push_back(constants[i].defined() ? constants[i].clone() : inputs[i].unpack().alias());
     }
     for (auto& t : unpacked) raw.push_back(&t);
@@ -244,7 +244,7 @@ struct FusedLoss : Node {
 
 extern "C" {
 
-// Makes `loss` the output of a node over `inputs`. Takes `state` over, whatever happens.
+// Makes `loss` the output of a node over `inputs`. Takes ownership of `state`, even on failure.
 char* tllib_attach(const Tensor* loss, Tensor* const* inputs, size_t count, void* state,
                    const tllib_vtable* vtable, const char* label) {
   return guarded([&] {
@@ -261,7 +261,7 @@ char* tllib_attach(const Tensor* loss, Tensor* const* inputs, size_t count, void
   });
 }
 
-// What FusedLoss::take gives, each gradient the caller's. `found` is false where the loss has another node.
+// The gradients of FusedLoss::take, owned by the caller. `found` is false if the loss has no such node.
 char* tllib_gradients(const Tensor* loss, Tensor** grads, size_t count, bool* found) {
   return guarded([&] {
     auto* node = dynamic_cast<FusedLoss*>(loss->grad_fn().get());

@@ -1,15 +1,15 @@
-//! Large pages for memory that is read here and there.
+//! Huge pages for memory that is read in scattered places.
 
 use tch::{Device, Tensor};
 
-/// Bytes from which large pages are asked for: fewer fit into what the processor remembers of small ones.
+/// Bytes from which huge pages are requested: the TLB covers fewer with small pages.
 #[cfg(target_os = "linux")]
 const LARGE: usize = 1 << 24;
 #[cfg(target_os = "linux")]
 const PAGE: usize = 1 << 12;
 
-/// Asks the system to back `tensor`, contiguous and not written yet, with large pages where it is large
-/// and in host memory. Whether it does makes no difference but speed.
+/// Asks the system to back `tensor`, contiguous and not written yet, with huge pages if it is large
+/// and in host memory. Whether the system does affects only speed.
 pub fn ask_for_large(tensor: &Tensor) {
     #[cfg(target_os = "linux")]
     if tensor.device() == Device::Cpu {

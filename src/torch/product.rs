@@ -1,4 +1,4 @@
-//! libtorch as a multiplier of matrices.
+//! Matrix products computed by libtorch.
 
 use super::Stored;
 use crate::error::{Error, Result};
@@ -22,7 +22,7 @@ impl<F: Stored> Multiply<F> for Libtorch {
     fn combine(&self, f: &[F], x: &[F], width: usize, add: bool, out: &mut [F]) -> Result<()> {
         with(out, width, |out| {
             let (f, x) = (view(f, x.len() / width.max(1))?, view(x, width)?);
-            // Forms that write where they are told to are not subject to autocast.
+            // In-place and out= forms are not subject to autocast.
             let _ = if add {
                 out.f_addmm_(&f, &x)?
             } else {
@@ -41,7 +41,7 @@ impl<F: Stored> Multiply<F> for Libtorch {
     }
 }
 
-/// A tensor of the same memory, only to be read, and not to outlive it.
+/// A tensor over the same memory, which must only be read and not outlive it.
 fn view<F: Stored>(rows: &[F], cols: usize) -> Result<Tensor> {
     let size = [(rows.len() / cols.max(1)) as i64, cols as i64];
     let data = rows.as_ptr().cast::<u8>();
@@ -50,7 +50,7 @@ fn view<F: Stored>(rows: &[F], cols: usize) -> Result<Tensor> {
     Ok(unsafe { Tensor::f_from_blob(data, &size, &[size[1], 1], F::KIND, Device::Cpu)? })
 }
 
-/// Calls `write` with a tensor of the same memory.
+/// Calls `write` with a tensor over the same memory.
 fn with<F: Stored>(
     out: &mut [F],
     cols: usize,

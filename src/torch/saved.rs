@@ -1,10 +1,10 @@
-//! A tensor that a backward pass needs as forward saw it, which others may reach and write.
+//! A tensor that a backward pass needs as forward saw it, but that others can modify.
 
 use super::version;
 use crate::error::{Error, Result};
 use tch::Tensor;
 
-/// Kept as torch's own operations keep theirs: not copied, and an error where it was written since.
+/// A saved tensor like those of torch's own operations: not copied, and an error if it was modified since.
 pub struct Saved {
     tensor: Tensor,
     version: i64,
@@ -17,8 +17,8 @@ pub struct Saved {
 unsafe impl Sync for Saved {}
 
 impl Saved {
-    /// Detached, it shares memory and version with what the user has, but not the graph. A tensor of inference
-    /// mode, which has no version and no place in a graph, is copied.
+    /// Detaches `tensor`, so that memory and version counter are shared with the user's, but not the graph. An
+    /// inference tensor, which has no version counter and no place in a graph, is copied.
     pub fn of(tensor: &Tensor, name: &'static str) -> Result<Self> {
         let tensor = if tensor.f_is_inference()? {
             tensor.f_detach_copy()?

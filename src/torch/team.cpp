@@ -1,9 +1,9 @@
 // The threads that torch's own operations run on, for kernels of ours.
 //
-// at::parallel_for is a template: compiled here it would bring a second OpenMP runtime, whose threads
-// and torch's would wait for each other's cores. What it compiles to is one call into the runtime that
-// torch has loaded, and that call is made here. Weak: a torch built on another runtime has no such
-// function, and kernels then start threads of their own.
+// at::parallel_for is a template: compiled here it would bring in a second OpenMP runtime, whose threads
+// would compete with torch's for the cores. It amounts to one call into the OpenMP runtime, which is made
+// here directly, into the one that torch has loaded. The symbol is weak: a torch built on another runtime
+// has no such function, and kernels then start threads of their own.
 #include <atomic>
 
 #ifdef __linux__
@@ -14,7 +14,7 @@ extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned threads,
 
 namespace {
 
-// The threads of the runtime do not survive a fork, and its next parallel region waits for them.
+// The runtime's threads do not survive a fork, and its next parallel region would wait for them.
 std::atomic<bool> forked{false};
 
 }  // namespace
@@ -36,8 +36,8 @@ bool tllib_team_ready() {
 bool tllib_team(void (*work)(void*), void* data) {
   if (forked.load(std::memory_order_relaxed)) return false;
 #ifdef __linux__
-  // Always the whole team: asked for fewer, the runtime ends the threads that are left over, and the
-  // next operation of torch would start them again.
+  // Always the whole team: if asked for fewer threads, the runtime ends the others, and the next operation
+  // of torch would start them again.
   GOMP_parallel(work, data, /*threads=*/0, /*flags=*/0);
 #endif
   return true;

@@ -1,5 +1,5 @@
-//! Torch's threads for our kernels: they are warm after every operation of torch, and a core has one of
-//! them to serve instead of two.
+//! Torch's threads for our kernels: they are warm after every operation of torch, and each core has one of
+//! them to run instead of threads of two pools.
 
 use crate::kernels::parallel::borrow_team;
 use std::ffi::c_void;
@@ -19,12 +19,12 @@ pub fn install() {
 
 fn run(work: &(dyn Fn() + Sync)) -> bool {
     extern "C" fn call(data: *mut c_void) {
-        // SAFETY: `data` is the reference to `work` below, which outlives the call of the team, and what
-        // it refers to may be used from several threads.
+        // SAFETY: `data` points to the reference `work` below, which outlives the call of `tllib_team`, and
+        // what it refers to may be used from several threads.
         let work = unsafe { *data.cast::<&(dyn Fn() + Sync)>() };
         work();
     }
-    // SAFETY: `install` found the team. It returns when all calls have, so that `work` is not used after
-    // its life; `work` does not unwind (`Team` asks for that).
+    // SAFETY: `install` found the team. This returns only after all calls have, so that `work` is not used
+    // after its lifetime; `work` does not unwind (`Team` requires that).
     unsafe { tllib_team(call, (&raw const work).cast_mut().cast()) }
 }

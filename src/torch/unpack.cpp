@@ -1,5 +1,5 @@
-// What needs Python's own headers. bridge.cpp cannot have them: it defines a private function of Python
-// that they declare differently from version to version.
+// What needs torch's Python headers. bridge.cpp cannot include them: it defines a private function of Python
+// that Python's headers declare differently from version to version.
 #include <torch/csrc/autograd/python_variable.h>
 
 extern "C" {

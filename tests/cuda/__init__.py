@@ -15,20 +15,20 @@ ELEMENTS = ("f32", "f16", "bf16")
 
 
 def compiler() -> str:
-    """The C++ compiler that the extension is built with too."""
+    """The C++ compiler that the extension, too, is built with."""
     return os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "g++").split()[0]
 
 
 @cache
 def bounds_watch() -> dict[str, str]:
-    """What a process needs in its environment for races.cpp to know where each allocation ends: the address
-    sanitizer's own ones. Empty where the compiler brings no such library."""
+    """The environment variables with which races.cpp knows where each allocation ends: those of the address
+    sanitizer. Empty if the compiler brings no such library."""
 
     def library(name: str) -> str:
         command = [compiler(), f"-print-file-name={name}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    # Its exceptions are looked up before torch loads this one.
+    # The sanitizer looks up the functions for C++ exceptions before torch loads libstdc++.
     preloaded = [library("libasan.so"), library("libstdc++.so")]
     if not all(Path(path).is_absolute() for path in preloaded):
         return {}
@@ -38,8 +38,8 @@ def bounds_watch() -> dict[str, str]:
 def build_emulator(folder: Path, sources: Path = SOURCES) -> Path:
     """Compiles every source for every element type into one library in ``folder``; returns its path.
 
-    It ends the process at a race or an index out of bounds, and with `bounds_watch` at an access to memory that
-    nobody allocated."""
+    The library ends the process at a race or an index out of bounds, and with `bounds_watch` at an access to
+    memory that is not allocated."""
     units = [(HERE / f"{name}.cpp", folder / f"{name}.o", []) for name in ("on_cpu", "races")]
     for source in sorted(sources.glob("*.cu")):
         for element in ELEMENTS:
@@ -47,7 +47,7 @@ def build_emulator(folder: Path, sources: Path = SOURCES) -> Path:
             # Each in a namespace of its own: the same names mean other element types.
             unit.write_text(f'#include "on_cpu.h"\nnamespace {{\n#include "{source}"\n}}\n')
             defines = [f"-DELEMENT={element}", f"-DSTEM={source.stem}"]
-            # Has races.cpp told of each access, and of each index that its array has no place for.
+            # Reports each access to races.cpp, and checks array indices.
             watch = ["-fsanitize=thread", "-fsanitize=bounds-strict", "-fno-sanitize-recover=bounds-strict"]
             units.append((unit, unit.with_suffix(".o"), [*defines, *watch]))
     # -O1 and no contraction: what is tested is the source, not the host compiler.
@@ -56,7 +56,7 @@ def build_emulator(folder: Path, sources: Path = SOURCES) -> Path:
         "-O1",
         "-fPIC",
         "-ffp-contract=off",
-        "-U_FORTIFY_SOURCE",  # it takes a jump to another stack for an error
+        "-U_FORTIFY_SOURCE",  # it treats a jump to another stack as an error
         "-Wno-unknown-pragmas",
         f"-I{HERE}",
         f"-I{SOURCES}",

@@ -182,7 +182,7 @@ inline unsigned short float_to_half(float x) {
   if (magnitude == 0) return sign;
   int exponent;
   std::frexp(magnitude, &exponent);
-  // The step between neighbours here; nearbyint rounds to even.
+  // The step between neighbors here; nearbyint rounds to even.
   const int step = std::max(exponent - 11, -24);
   const float rounded = std::nearbyint(std::ldexp(magnitude, -step));
   if (step == -24) return sign | (unsigned short)rounded;

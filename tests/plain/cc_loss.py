@@ -1,4 +1,4 @@
-"""Consistency of class confusion in plain PyTorch, matrices and all."""
+"""Consistency of class confusion in plain PyTorch, by the matrices themselves."""
 
 import torch
 from torch.nn import functional as F

@@ -18,11 +18,11 @@ use operations::{Call, composite, operations};
 use tch::Tensor;
 
 const CLASS: &str = "CCConsistency";
-/// Multiplications on the way through the C x C matrix up to which f64 costs no time that matters. It keeps
-/// the digits that the sum over a batch of unrelated predictions loses in f32, as tllib's does.
+/// Multiplications, when the C x C matrix is formed, up to which f64 costs no significant time. It keeps the
+/// digits that the sum over a batch of unrelated predictions loses in f32, as in tllib.
 const EXACT: usize = 3 << 20;
-/// Multiplications up to which this thread does them alone: that takes less time than threads of a library
-/// may need to meet where others have the processors.
+/// Multiplications up to which this thread does them alone: that takes less time than a library's threads may
+/// need to synchronize when other threads occupy the processors.
 const ALONE: usize = 1 << 22;
 
 /// What the method returns.
@@ -31,7 +31,7 @@ pub struct Output {
     pub loss: Tensor,
     /// Scalar, float32: the fraction of rows that are selected.
     pub fraction: Tensor,
-    /// Whether there are none; false where the host would have to wait to know.
+    /// Whether no rows are selected; false if the host would have to wait to know.
     pub nothing: bool,
 }
 
@@ -71,7 +71,7 @@ pub fn cc_loss(
     };
     let (output, grad) = match place(&[&weak, &strong]) {
         Place::Cpu => fused(&weak, &strong, dtype, (temperature, thr))?,
-        // No kernel of a device's.
+        // There is no CUDA kernel.
         Place::Operations | Place::Cuda => {
             let (outputs, grad) = operations(&weak, &strong, call)?;
             (output(outputs)?, grad)
@@ -154,7 +154,7 @@ fn measure<E: Element + Stored>(
 
 /// How the loss is computed.
 struct Way {
-    /// Around the C x C matrix, which is always in f64.
+    /// Without forming the C x C matrix; always in f64.
     around: bool,
     /// In f64.
     exact: bool,
@@ -163,7 +163,7 @@ struct Way {
 }
 
 impl Way {
-    /// The shortest for `rows` rows.
+    /// The fastest for `rows` rows.
     fn of(rows: usize, cols: usize, dtype: Dtype) -> Self {
         // Multiplications.
         let (around, through) = (12 * rows * rows * cols, 3 * rows * cols * cols);
@@ -203,7 +203,7 @@ impl Way {
             return Ok(loss);
         }
         let loss = matrix::<E, f64, _>(pairs, grad, products)?;
-        // Never: f64 has numbers for all classes that are not taken for absent.
+        // Never used: the range of f64 suffices for all classes that are not treated as absent.
         Ok(loss.unwrap_or(Loss {
             value: f64::NAN,
             scale: 1.0,

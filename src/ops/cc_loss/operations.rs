@@ -1,5 +1,5 @@
-//! Class confusion consistency in libtorch operations. The rows stay where they are and weigh 0 unless selected,
-//! because to take them out would wait for the device.
+//! Class confusion consistency in libtorch operations. Rows that are not selected are kept, with a weight of 0,
+//! because removing them would wait for the device.
 
 use crate::error::Result;
 use crate::ops::mcc::{Weighted, confusion};
@@ -14,17 +14,17 @@ use tch::{Kind, Tensor};
 pub struct Call {
     pub temperature: f64,
     pub thr: f64,
-    /// Of the probabilities that decide what is selected. The region of autocast may be over when backward runs.
+    /// The dtype of the probabilities that decide what is selected. The autocast region may end before backward runs.
     pub selecting: Kind,
 }
 
-/// The rows that count.
+/// The selected rows.
 struct Selection {
     /// The weak logits' probabilities.
     q: Tensor,
-    /// The rows that do not, (minibatch, 1).
+    /// The mask of the rows that are not selected, (minibatch, 1).
     others: Tensor,
-    /// How many do, float32.
+    /// The number of selected rows, float32.
     count: Tensor,
 }
 
@@ -62,7 +62,7 @@ pub fn composite(logits: &Tensor, logits_strong: &Tensor, call: Call) -> Result<
     let weak = logits.f_detach()?;
     let chosen = Selection::of(&weak, call)?;
     let matrix = |z: &Tensor| -> Result<Tensor> {
-        // Before the softmax: its gradient has no NaN of the other rows then.
+        // Masked before the softmax, so that its gradient has no NaN from the other rows.
         let z = z.f_to_kind(inside)?.f_masked_fill(&chosen.others, 0.0)?;
         let rows = Weighted::of(&z, call.temperature, inside)?;
         Ok(confusion(&rows.p, &rows.wp.f_masked_fill(&chosen.others, 0.0)?)?.0)
@@ -75,9 +75,9 @@ pub fn composite(logits: &Tensor, logits_strong: &Tensor, call: Call) -> Result<
     Ok((loss, chosen.fraction(&shape)?))
 }
 
-/// Loss and fraction, and the gradient in closed form. With `D` the difference of the matrices and `H` that of the
-/// loss with respect to the strong one's numerators, it is `(w p) H + w (p H' - r)` with respect to `p`, where
-/// `r_c` is the sum of `H C` over column `c`, and then goes through the softmax.
+/// Loss and fraction, and the gradient in closed form. With `H` the gradient of the loss with respect to the
+/// numerators of the strong matrix `C`, it is `(w p) H + w (p H' - r)` with respect to `p`, where `r_c` is the sum
+/// of the elementwise product `H C` over column `c`, and then goes through the softmax.
 pub fn operations(
     weak: &Input<'_>,
     strong: &Input<'_>,
@@ -91,7 +91,7 @@ pub fn operations(
         let z = z.f_to_kind(inside)?.f_div_scalar(call.temperature)?;
         z.f_softmax(1, inside)
     };
-    // Rows of zeros count for nothing, and have no gradient.
+    // Rows of zeros contribute nothing, and have no gradient.
     let rows = |p: &Tensor| Weighted::of_probabilities(p.f_masked_fill(&chosen.others, 0.0)?);
     let of_weak = if chosen.q.f_kind()? == inside {
         rows(&chosen.q)?

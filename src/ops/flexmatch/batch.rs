@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::torch::input::Input;
 use tch::Tensor;
 
-/// Indices, mask and labels whose dtypes, shapes and devices fit.
+/// Indices, mask and labels with valid dtypes, shapes and devices.
 pub struct Batch<'a> {
     idxes: Input<'a>,
     mask: Input<'a>,
@@ -13,7 +13,7 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    /// All checks that need no value.
+    /// Runs all checks that read no values.
     pub fn new(
         idxes: &'a Tensor,
         mask: &'a Tensor,
@@ -41,7 +41,7 @@ impl<'a> Batch<'a> {
         })
     }
 
-    /// The selected samples' pairs.
+    /// The selected samples' (index, label) pairs.
     pub fn read(&self, samples: usize, classes: usize) -> Result<host::Pairs> {
         host::Pairs::read(&self.idxes, &self.mask, &self.labels, samples, classes)
     }

@@ -1,16 +1,16 @@
 //! FlexMatch's steps on a device, by its kernels or else in libtorch operations. Neither ever waits: no step
-//! looks at a value on the host. Range checks are the device's own.
+//! reads a value on the host. Range checks are the device's own.
 //!
-//! The counts are updated in place: a captured graph goes on from those of its last replay.
+//! The counts are updated in place: a replay of a captured graph continues from those of the last one.
 
 use crate::cuda;
 use crate::error::Result;
 use crate::ops::counting;
 use tch::{Kind, Tensor};
 
-/// Labels that are widened to indices at a time: the count needs no second copy of all labels.
+/// Labels that are widened to indices at a time, so that counting needs no second copy of all labels.
 const CHUNK: i64 = 1 << 24;
-/// Behind every sample, and a number that f64 holds.
+/// Sorts after every sample, and is exact in f64.
 const NOBODY: i64 = 1 << 62;
 
 /// `counts[c + 1]` of all samples.
@@ -44,7 +44,7 @@ pub fn status(counts: &Tensor, labels: &Tensor, samples: usize, warmup: bool) ->
     Ok(status.f_index(&[Some(labels)])?)
 }
 
-/// Writes the selected labels into `outputs` and keeps `counts` true, in place. Of equal indices the last
+/// Writes the selected labels into `outputs` and updates `counts` to match, in place. Of equal indices the last
 /// selected one wins and is counted once.
 pub fn update(
     counts: &Tensor,
@@ -59,8 +59,8 @@ pub fn update(
     sort_and_write(counts, outputs, idxes, mask, labels)
 }
 
-/// A stable sort puts equal indices side by side in batch order; the last of each run is the winner. What the
-/// winners change is added, and the others add 0, so that the order of the device's writes does not matter.
+/// A stable sort puts equal indices side by side in batch order; the last of each run is the winner. The changes
+/// by the winners are added, and the others add 0, so that the order of the device's writes does not matter.
 fn sort_and_write(
     counts: &Tensor,
     outputs: &Tensor,
@@ -71,15 +71,15 @@ fn sort_and_write(
     let samples = outputs.size1()?;
     let idxes = idxes.f_to_kind(Kind::Int64)?;
     let wrapped = idxes.f_add(&idxes.f_lt(0)?.f_mul_scalar(samples)?)?;
-    // Such rows sort behind every sample.
+    // Rows that are not selected sort after every sample.
     let keys = wrapped.f_masked_fill(&mask.f_ne(1)?, NOBODY)?;
     let (keys, order) = keys.f_sort_stable(true, 0, false)?;
-    // Unlike the next one, and so never a row that is not selected.
+    // A winner differs from the next key, so it is never a row that is not selected.
     let next = keys
         .f_narrow(0, 1, keys.size1()? - 1)?
         .f_pad([0, 1], "constant", NOBODY as f64)?;
     let winner = keys.f_ne_tensor(&next)?.f_to_kind(Kind::Int64)?;
-    // The indices and labels of the others are not looked at: they may be of no sample and of no class.
+    // The indices and labels of the others are not used: they may be no sample and no class.
     let idxes = keys.f_mul(&winner)?;
     let old = outputs.f_index_select(0, &idxes)?.f_to_kind(Kind::Int64)?;
     let labels = labels.f_to_kind(Kind::Int64)?.f_index_select(0, &order)?;

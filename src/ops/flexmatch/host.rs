@@ -22,10 +22,10 @@ fn memory(net_outputs: &Tensor) -> (*mut c_void, usize) {
     )
 }
 
-/// Counts all samples, of the type `stored`. `IndexError` for a label that is no class and not -1.
+/// Counts all samples, of the type `stored`. `IndexError` for a label that is neither a class nor -1.
 pub fn count(net_outputs: &Tensor, stored: Stored, classes: usize) -> Result<Counts> {
     let (data, len) = memory(net_outputs);
-    // A thread has a table as wide as the classes to fill and to add up, too.
+    // Each thread also has a table of all classes to fill and to add up.
     let threads = threads_for(len, GRAIN.max(classes), max_threads());
     by_label!(stored, L => {
         // SAFETY: `len` live elements of type `L`. A user thread that writes them meanwhile races
@@ -92,7 +92,7 @@ impl Pairs {
         Ok(words.into_tensor())
     }
 
-    /// From what [`Pairs::pack`] made of it, checked again: it has come from elsewhere.
+    /// The inverse of [`Pairs::pack`], checked again: the words come from elsewhere.
     pub fn unpack(words: &Input<'_>, samples: usize, classes: usize) -> Result<Self> {
         let width = classes as u64 + 1;
         let pair = |word: i64| {
@@ -110,12 +110,12 @@ impl Pairs {
             .map(Self)
     }
 
-    /// Writes the labels, stored as `stored`, and keeps `counts` true. Whether anything was written.
+    /// Writes the labels, stored as `stored`, and updates `counts` to match. Returns whether anything was written.
     pub fn apply(self, counts: &mut Counts, net_outputs: &Tensor, stored: Stored) -> bool {
         let (data, len) = memory(net_outputs);
         by_label!(stored, L => {
-            // SAFETY: `len` live elements of type `L`, and the state's lock keeps our own threads
-            // apart. A user thread that writes an alias meanwhile races with torch's own writers in
+            // SAFETY: `len` live elements of type `L`, and the state's lock excludes our own other
+            // threads. A user thread that writes an alias meanwhile races with torch's own writers in
             // the same way.
             let outputs = unsafe { std::slice::from_raw_parts_mut(data.cast::<L>(), len) };
             counts.relabel_all(outputs, &self.0);

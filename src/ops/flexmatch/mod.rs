@@ -1,9 +1,9 @@
 //! FlexMatch's state on tensors. The mathematics is in [`crate::kernels::flexmatch`].
 //!
-//! `net_outputs` belongs to the user as well, who may read and write it at any time. Counts are
-//! therefore trusted only while nobody else can have written: the tensor's version is the one they
-//! were made at, and no alias of its memory was alive since. Otherwise they are counted again, once.
-//! What is handed out is an alias that shares the version; the tensor kept here never leaves.
+//! The user may read and write `net_outputs` at any time. Counts are therefore trusted only while
+//! nobody else can have written: the tensor's version is the one that was counted, and no alias of
+//! its memory has been alive since. Otherwise all samples are counted again, once. The user gets an
+//! alias that shares the version counter; the tensor kept here is never handed out.
 
 mod batch;
 mod device;
@@ -26,31 +26,31 @@ const CLASS: &str = "DynamicThresholdingModule";
 /// How often each value occurs, where `net_outputs` lives.
 enum Tally {
     Host(Counts),
-    /// `counts[c + 1]`, int64, on the device; `counts[0]` is of -1.
+    /// `counts[c + 1]`, int64, on the device; `counts[0]` is that of -1.
     Device(Tensor),
 }
 
-/// The labels of all samples, and what they count up to.
+/// The labels of all samples, and their counts.
 pub struct FlexMatch {
     net_outputs: Tensor,
-    /// The alias that was handed out, while somebody may hold it: what is assigned to its `.data` are new labels.
+    /// The alias that was handed out, while somebody may hold it: what is assigned to its `.data` becomes the labels.
     handed: Option<Tensor>,
-    /// What was given up and Python may have seen: see [`FlexMatch::retired`].
+    /// Replaced tensors that Python may have seen: see [`FlexMatch::retired`].
     retired: Vec<Tensor>,
     stored: Stored,
     classes: usize,
     samples: usize,
-    /// Whether counts are kept on the host, beside labels that are there too.
+    /// Whether counts are kept on the host; the labels are there too then.
     on_host: bool,
     tally: Option<Tally>,
-    /// Counts over more samples than these, and the number of them: what the status is then made of.
+    /// Counts over more samples than these, and the number of those samples: the status is computed from them if set.
     totals: Option<(Tally, usize)>,
     /// The version of `net_outputs` that the tally belongs to.
     version: i64,
     trust: Trust,
 }
 
-/// A batch on the CPU. Waits for its device.
+/// Copies a batch to the CPU. Waits for its device.
 pub fn on_host(batch: [Tensor; 3]) -> Result<[Tensor; 3]> {
     let [idxes, mask, labels] = batch;
     let here = |t: Tensor| t.f_to_device(Device::Cpu);
@@ -74,8 +74,8 @@ impl FlexMatch {
         let stored = Stored::of(&input)?;
         stored.holds(classes)?;
         let on_host = !counts_on_device.unwrap_or(!on_cpu || cuda::emulated());
-        // On a device too from the start, in memory that stays: a first step may be one that a graph records, or
-        // of an inference, whose memory nothing else may write to.
+        // Counted from the start on a device as well, in memory that stays: the first step may be captured into a
+        // graph, or run in inference mode, whose tensors cannot be written outside it.
         let tally = if on_host {
             Tally::Host(Counts::unlabelled(samples, classes))
         } else {
@@ -83,7 +83,7 @@ impl FlexMatch {
         };
         let version = version(&net_outputs);
         Ok(Self {
-            // Without the object that Python may have for it.
+            // Another tensor than the one for which Python may have an object.
             net_outputs: net_outputs.f_detach()?,
             handed: None,
             retired: Vec::new(),
@@ -98,11 +98,11 @@ impl FlexMatch {
         })
     }
 
-    /// The labels, to be read or written by the caller, who has the GIL.
+    /// The labels, to be read or written by the caller, who holds the GIL.
     pub fn net_outputs(&mut self) -> Result<Tensor> {
         self.adopt()?;
         self.trust.shared_now();
-        // One of inference mode may not be written outside.
+        // An inference tensor may not be written outside inference mode.
         if let Some(handed) = &self.handed
             && handed.f_is_inference()?
         {
@@ -115,22 +115,22 @@ impl FlexMatch {
         Ok(self.handed.insert(handed).shallow_clone())
     }
 
-    /// The tensors that were given up since the last call. Whoever asked to be alone with the state drops them when
-    /// it no longer is: their end may wait for the GIL.
+    /// The tensors that were replaced since the last call. The caller drops them after releasing its lock on the
+    /// state: dropping them may wait for the GIL.
     pub fn retired(&mut self) -> Vec<Tensor> {
         std::mem::take(&mut self.retired)
     }
 
-    /// Takes `labels` for the kept ones, and gives up those and the alias of them.
+    /// Replaces the kept labels by `labels`, and retires the old ones and their alias.
     fn replace(&mut self, labels: Tensor) {
         let before = std::mem::replace(&mut self.net_outputs, labels);
         self.retired
             .extend([Some(before), self.handed.take()].into_iter().flatten());
     }
 
-    /// Takes what was assigned to the `.data` of the alias that was handed out, or to the alias by `set_`, and gives up
-    /// one that nobody holds. To be called before [`Self::look`], and what is [`Self::retired`] dropped in between: it
-    /// is an alias as well.
+    /// Adopts what was assigned to the `.data` of the alias that was handed out, or to the alias by `set_`, and
+    /// retires an alias that nobody holds. To be called before [`Self::look`]; what is [`Self::retired`] must be
+    /// dropped in between, because it is an alias as well.
     pub fn adopt(&mut self) -> Result<()> {
         let Some(handed) = self.handed.take() else {
             return Ok(());
@@ -144,7 +144,7 @@ impl FlexMatch {
         } else {
             self.set_net_outputs(&handed)
         };
-        // Where what was assigned had to be copied, or was refused, the alias is none any more.
+        // If what was assigned had to be copied, or was refused, the tensor handed out is no longer an alias.
         if held(&handed) && here(&handed)? == here(&self.net_outputs)? {
             self.handed = Some(handed);
         } else {
@@ -176,7 +176,7 @@ impl FlexMatch {
         let input = Input::new(CLASS, "net_outputs", labels)?;
         let from = Stored::of(&input)?;
         self.check_shape(&input)?;
-        // Counted in the type they come in: in a narrower one a number might turn into a class.
+        // Counted in the type they come in: narrowed, an invalid number might turn into a class.
         let here = labels.f_detach()?.f_to_device(Device::Cpu)?;
         let here = Input::new(CLASS, "net_outputs", &here)?.in_memory()?;
         let counts = host::count(&here, from, self.classes)?;
@@ -189,7 +189,7 @@ impl FlexMatch {
             self.tally = Some(Tally::Host(counts));
             self.trust = Trust::unshared();
         } else {
-            // To be counted where the counts are.
+            // To be counted on the device, where the counts are.
             self.trust = Trust::uncounted();
         }
         Ok(())
@@ -222,8 +222,8 @@ impl FlexMatch {
         }
     }
 
-    /// From now on the status is that of these counts (`counts[c + 1]`, int64, on the CPU) and not of
-    /// the labels here, of which they hold more than ours.
+    /// From now on the status is computed from these counts (`counts[c + 1]`, int64, on the CPU), which
+    /// cover more than the labels here, and not from our own.
     pub fn set_totals(&mut self, counts: &Tensor) -> Result<()> {
         let input = Input::new(CLASS, "totals", counts)?;
         input.int64()?;
@@ -244,7 +244,7 @@ impl FlexMatch {
         Ok(())
     }
 
-    /// Whether [`FlexMatch::status`] looks at no labels.
+    /// Whether [`FlexMatch::status`] does not depend on the labels here.
     pub fn has_totals(&self) -> bool {
         self.totals.is_some()
     }
@@ -265,7 +265,7 @@ impl FlexMatch {
     }
 
     /// What [`FlexMatch::update`] would write, checked, in one int64 for each selected sample:
-    /// `index (classes + 1) + label + 1`. Nothing is written. For what comes [`on_host`].
+    /// `index (classes + 1) + label + 1`. Nothing is written. The batch must be [`on_host`].
     pub fn pack(&self, idxes: &Tensor, mask: &Tensor, labels: &Tensor) -> Result<Tensor> {
         let batch = Batch::new(idxes, mask, labels, idxes)?;
         batch.read(self.samples, self.classes)?.pack(self.classes)
@@ -312,7 +312,7 @@ impl FlexMatch {
         Ok(())
     }
 
-    /// Counts per class, and of -1 in front, int64.
+    /// Counts per class, preceded by that of -1, int64.
     pub fn counts(&mut self) -> Result<Tensor> {
         match self.tally()? {
             Tally::Host(counts) => Ok(Tensor::f_from_slice(counts.raw())?),
@@ -320,8 +320,8 @@ impl FlexMatch {
         }
     }
 
-    /// Looks whether others can reach the labels. To be called at the start of every step, with the
-    /// GIL; the rest of a step never asks for it.
+    /// Checks whether others can reach the labels. To be called at the start of every step, with the
+    /// GIL; the rest of a step never acquires it.
     pub fn look(&mut self) {
         self.trust.looked(aliased(&self.net_outputs));
     }
@@ -331,12 +331,12 @@ impl FlexMatch {
         self.trust.is_shared()
     }
 
-    /// Whether the next step has to count all samples again: once for each look, where an alias is held.
+    /// Whether the next step has to count all samples again: once after each look while an alias is held.
     pub fn is_stale(&self) -> bool {
         self.tally.is_none() || self.trust.is_lost() || version(&self.net_outputs) != self.version
     }
 
-    /// Counts all samples, where that is needed.
+    /// Counts all samples, if that is needed.
     pub fn refresh(&mut self) -> Result<()> {
         self.tally().map(|_| ())
     }
@@ -361,8 +361,8 @@ impl FlexMatch {
     }
 }
 
-/// `fresh` in the memory of the counts before, if there were any: as long as the labels keep their memory
-/// the counts do, for captured graphs that read both.
+/// Copies `fresh` into the memory of the previous counts, if there were any: the counts keep their memory as
+/// long as the labels do, for captured graphs that read both.
 fn in_place_of(before: Option<Tally>, fresh: Tensor) -> Result<Tensor> {
     let Some(Tally::Device(mut counts)) = before else {
         return Ok(fresh);

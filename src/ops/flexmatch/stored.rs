@@ -32,7 +32,7 @@ impl Stored {
         }
     }
 
-    /// That of a tensor of labels.
+    /// The type of a tensor of labels.
     pub fn of(labels: &Input<'_>) -> Result<Self> {
         [Self::I8, Self::I16, Self::I32, Self::I64]
             .into_iter()

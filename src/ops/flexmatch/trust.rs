@@ -1,23 +1,23 @@
-//! Whether counts of the labels are still true.
+//! Whether counts of the labels can still be trusted.
 
-/// What is known of others who reach the labels: the holder of an alias may write in ways that leave no trace.
+/// What is known about aliases of the labels: the holder of one may write in ways that leave no trace.
 #[derive(Default)]
 pub struct Trust {
     /// An alias was alive when the labels were counted, or since.
     exposed: bool,
     /// One was alive at the last look.
     shared: bool,
-    /// They were counted since the last look: once for each is enough.
+    /// The labels were counted since the last look: once for each look is enough.
     counted: bool,
 }
 
 impl Trust {
-    /// Of labels that nobody else has reached yet.
+    /// For labels of which there has been no alias yet.
     pub fn unshared() -> Self {
         Self::default()
     }
 
-    /// Of labels that nobody else reaches, and whose counts are not made yet.
+    /// For labels that have no alias, and that have not been counted yet.
     pub fn uncounted() -> Self {
         Self {
             exposed: true,
@@ -25,20 +25,20 @@ impl Trust {
         }
     }
 
-    /// An alias was given away or taken in.
+    /// Records that an alias was handed out or adopted.
     pub fn shared_now(&mut self) {
         self.exposed = true;
         self.counted = false;
     }
 
-    /// Somebody looked whether an alias is alive.
+    /// Records a look at whether an alias is alive.
     pub fn looked(&mut self, shared: bool) {
         self.shared = shared;
         self.exposed |= shared;
         self.counted = false;
     }
 
-    /// All labels were counted.
+    /// Records that all labels were counted.
     pub fn counted(&mut self) {
         self.exposed = self.shared;
         self.counted = true;

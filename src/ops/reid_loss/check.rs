@@ -1,4 +1,4 @@
-//! What the triplet losses ask of their arguments.
+//! The checks of the triplet losses' arguments.
 
 use super::integral;
 use super::triplet::{Arguments, Objective};
@@ -12,16 +12,16 @@ pub fn check_margin(class: &str, margin: f64) -> Result<()> {
     finite(class, "margin", margin)
 }
 
-/// What the checks leave.
+/// The arguments, checked.
 pub struct Inputs<'a> {
     pub features: Input<'a>,
     pub labels: Input<'a>,
     /// The memory and its labels.
     pub memory: Option<(Input<'a>, Input<'a>)>,
     pub teacher: Option<Input<'a>>,
-    /// Of features and memory.
+    /// The dtype of features and memory.
     pub dtype: Dtype,
-    /// Of the loss.
+    /// The dtype of the loss.
     pub out: Dtype,
 }
 
@@ -81,7 +81,7 @@ impl<'a> Inputs<'a> {
         })
     }
 
-    /// `ValueError` where there is nothing to find pairs in.
+    /// `ValueError` if there is nothing to find pairs in.
     pub fn candidates(&self) -> Result<()> {
         let memory = self.memory.as_ref();
         let candidates = memory.map_or(&self.features, |(memory, _)| memory);
@@ -98,7 +98,7 @@ impl<'a> Inputs<'a> {
         self.all(Facts::on_cpu) && labels.into_iter().flatten().all(integral)
     }
 
-    /// Whether that is so of every argument.
+    /// Whether `is` holds for every argument.
     pub fn all(&self, is: fn(&Facts) -> bool) -> bool {
         let memory = self.memory.as_ref();
         is(&self.features)
@@ -127,7 +127,7 @@ fn identities_of(labels: &Input<'_>, features: &Input<'_>, rows: i64) -> Result<
     Ok(())
 }
 
-/// Raises for what [`triplet`] does not take, but takes a part of a batch that has no rows.
+/// Raises for what [`triplet`] does not take, but accepts a part of a batch that has no rows.
 pub fn check_triplet(call: &Arguments<'_>) -> Result<()> {
     Inputs::check(call).map(|_| ())
 }

@@ -8,8 +8,8 @@ use crate::ops::counting;
 use crate::torch::Without;
 use tch::{Kind, Tensor};
 
-/// The same loss in libtorch operations: features in `kind`, a teacher's and the loss in `out`. It has one product as
-/// well, and differentiates 2N pairs.
+/// The same loss in libtorch operations: features in `kind`, a teacher's and the loss in `out`. It, too, computes one
+/// product and differentiates 2N pairs.
 pub fn composite(call: &Arguments<'_>, kind: Kind, out: Kind) -> Result<Tensor> {
     let (u, v) = sides(
         call.features.1,
@@ -22,7 +22,7 @@ pub fn composite(call: &Arguments<'_>, kind: Kind, out: Kind) -> Result<Tensor> 
     of_pairs(&u, &v, &pairs, call.objective, reference.as_ref(), out)
 }
 
-/// What a teacher says of the pairs, in `kind`.
+/// The teacher's references for the pairs, in `kind`.
 pub fn reference(call: &Arguments<'_>, pairs: &Pairs, kind: Kind) -> Result<Option<Tensor>> {
     let (Some(teacher), Objective::Taught) = (call.teacher, call.objective) else {
         return Ok(None);
@@ -32,7 +32,7 @@ pub fn reference(call: &Arguments<'_>, pairs: &Pairs, kind: Kind) -> Result<Opti
     Ok(Some(t.f_sigmoid()?))
 }
 
-/// Features, divided by their norms if they are to be.
+/// Features, divided by their norms if requested.
 pub struct Side {
     /// (N, F)
     pub unit: Tensor,
@@ -55,7 +55,7 @@ impl Side {
     }
 }
 
-/// The features and the memory, normalised if they are to be.
+/// The features and the memory, normalized if requested.
 pub fn sides(
     features: &Tensor,
     memory: Option<&Tensor>,
@@ -68,13 +68,13 @@ pub fn sides(
     Ok((u, v))
 }
 
-/// Of each anchor from its positive, then of each from its negative.
+/// Distances of each anchor from its positive, then of each from its negative.
 pub struct Distances {
     /// `u_i - v_index(i)`, (2, N, F).
     pub between: Tensor,
     /// Their squared lengths, (2, N).
     pub squares: Tensor,
-    /// Their lengths, from [`CLAMP`] on.
+    /// Their lengths, from squares raised to [`CLAMP`].
     pub lengths: Tensor,
 }
 
@@ -95,7 +95,7 @@ impl Distances {
         })
     }
 
-    /// By how much the positive is further away.
+    /// By how much the positive is farther away than the negative.
     pub fn difference(&self) -> Result<Tensor> {
         let [positive, negative] = &self.lengths.f_unbind(0)?[..] else {
             return Err(Error::Bridge("unbind: two halves expected".to_owned()));
@@ -147,9 +147,9 @@ pub fn of_differences(
 pub enum Search {
     /// By libtorch's operation.
     Direct,
-    /// In operations that `torch.compile` may fuse with what is around. The inductor of torch 2.11 finds a wrong
-    /// element on the CPU where it fuses argmax with a mask that it makes of strided labels; the largest number it
-    /// gets right.
+    /// In operations that `torch.compile` may fuse with those around. The inductor of torch 2.11 returns a wrong
+    /// index on the CPU when it fuses argmax with a mask computed from strided labels; the maximum itself it gets
+    /// right.
     Compiled,
 }
 
@@ -171,7 +171,7 @@ impl Search {
     }
 }
 
-/// The index of the first element of each row that is its `value`, or NaN.
+/// The index of the first element of each row that equals its `value` or is NaN.
 fn first(keys: &Tensor, value: &Tensor) -> Result<Tensor> {
     let cols = keys.size()[1];
     let found = keys.f_eq_tensor(value)?.f_logical_or(&keys.f_isnan()?)?;
@@ -181,9 +181,9 @@ fn first(keys: &Tensor, value: &Tensor) -> Result<Tensor> {
 
 /// The mined pairs.
 pub struct Pairs {
-    /// Of each anchor's hardest positive, then of the hardest negatives, (2 N).
+    /// Indices of each anchor's hardest positive, then of the hardest negatives, (2 N).
     pub index: Tensor,
-    /// What tllib's offsets for missing ones add to the difference of the distances, (N).
+    /// What tllib's offsets for missing positives and negatives add to the difference of the distances, (N).
     pub offset: Tensor,
 }
 
@@ -218,7 +218,7 @@ impl Pairs {
             .f_unsqueeze(1)?
             .f_eq_tensor(&candidates.f_unsqueeze(0)?)?;
         let other = same.f_logical_not()?;
-        // Where nobody qualifies, everybody does, at tllib's offset. That is so of one of the two at most.
+        // If no candidate qualifies, all do, at tllib's offset. That happens for one of the two at most.
         let has_positive = same.f_any_dim(1, true)?;
         let has_negative = other.f_any_dim(1, true)?;
         let masked = |of: &Tensor, any: &Tensor, value| -> Result<Tensor> {

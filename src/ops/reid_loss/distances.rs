@@ -15,14 +15,14 @@ use std::marker::PhantomData;
 use tch::{Kind, Tensor};
 
 const CLASS: &str = "pairwise_euclidean_distance";
-/// Elements of a distance, a root or a division each, that take the time of one with an exponential.
+/// Distances, a root or a division each, that take the time of one element with an exponential.
 const CHEAP: usize = 2;
 
 /// The arguments, checked.
 struct Pair<'a> {
     x: Input<'a>,
     y: Input<'a>,
-    /// Of both.
+    /// The dtype of both.
     dtype: Dtype,
 }
 
@@ -46,7 +46,7 @@ impl<'a> Pair<'a> {
         }
     }
 
-    /// Of distances and gradients on the way.
+    /// The dtype of distances and intermediate gradients.
     fn kind(&self) -> Kind {
         self.dtype.at_least_f32().kind()
     }
@@ -166,8 +166,8 @@ impl<F: Element<Acc = F> + Real + Stored> Backward for Node<F> {
     }
 }
 
-/// The gradients of `x` and `y` as far as they are wanted, all in the computing type and, but for the
-/// incoming one, contiguous.
+/// The gradients of `x` and `y`, if wanted. All tensors are in the computing type and, except for the incoming
+/// gradient, contiguous.
 fn gradients<F: Element<Acc = F> + Real + Stored>(
     incoming: &Tensor,
     [x, y, out]: [&Tensor; 3],
@@ -185,7 +185,7 @@ fn gradients<F: Element<Acc = F> + Real + Stored>(
     let mut negative = Owned::<F>::new(&incoming.size())?;
     let (of_rows, of_columns) = factors(d, g, negative.slice(), wanted[1], work);
     let negative = negative.into_tensor();
-    // A side times its own factors, and the other side times all of them.
+    // A side times its own factors, plus the other side times the matrix of factors.
     let of = |(side, values): (&Tensor, &[F]), own: &[F], factors: &Tensor, other: &Tensor| {
         let mut grad = Owned::<F>::new(&side.size())?;
         multiples(values, own, grad.slice(), threads(values.len() / CHEAP));

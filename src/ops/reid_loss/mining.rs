@@ -49,7 +49,7 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
     }
 }
 
-/// By one scan of every row; `None` where these are no matrices of `F` on the CPU.
+/// By one scan of every row; `None` unless both are matrices of `F` on the CPU.
 fn scan<F: Element<Acc = F> + Real + Stored>(
     distances: &Input<'_>,
     identity: &Input<'_>,
@@ -79,7 +79,7 @@ fn composite(
     };
     let positive = s.f_sub_scalar(1.0)?.f_mul_scalar(OFFSET)?.f_add(&d)?;
     let negative = s.f_mul_scalar(OFFSET)?.f_add(&d)?;
-    // A sort puts NaN last, and tllib takes the first.
+    // tllib sorts, which puts NaN last, and takes the first.
     let negative = negative.f_masked_fill(&negative.f_isnan()?, f64::INFINITY)?;
     Ok((search.largest(&positive)?, search.smallest(&negative)?))
 }
@@ -92,7 +92,7 @@ pub struct Features<'a, F> {
     pub rows: Rows<'a, F>,
 }
 
-/// The squares of the rows of two matrices in the computing type, found once where they are one.
+/// The squared norms of the rows of two matrices in the computing type, computed once if the two are one.
 pub struct Squares<F> {
     x: Option<Vec<F>>,
     y: Vec<F>,

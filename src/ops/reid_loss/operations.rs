@@ -70,7 +70,7 @@ pub fn triplet(call: &Arguments<'_>, inputs: &Inputs<'_>, kind: Kind, out: Kind)
 /// The derivative of each anchor's loss with respect to `t`.
 fn slope(t: &Tensor, objective: Objective, reference: Option<&Tensor>) -> Result<Tensor> {
     Ok(match (objective, reference) {
-        // 1 at 0, as of torch's clamp_min.
+        // 1 at 0, as with torch's clamp_min.
         (Objective::Hinge(margin), _) => t.f_add_scalar(margin)?.f_ge(0.0)?,
         (Objective::Margin(margin), _) => t.f_sigmoid()?.f_sub_scalar(margin)?,
         (Objective::Taught, Some(reference)) => t.f_sigmoid()?.f_sub(reference)?,
@@ -78,8 +78,8 @@ fn slope(t: &Tensor, objective: Objective, reference: Option<&Tensor>) -> Result
     })
 }
 
-/// The gradients with respect to the pairs' candidates, (2, N, F); with respect to the anchors they are the
-/// negative of it. 0 where the squared distance was clamped.
+/// The gradients with respect to the pairs' candidates, (2, N, F); those with respect to the anchors are their
+/// negatives. 0 where the squared distance was clamped.
 fn pulls(distances: &Distances, slope: &Tensor) -> Result<Tensor> {
     let weight = slope.f_mul_scalar(1.0 / slope.size1()? as f64)?;
     let factor = Tensor::f_stack(&[weight.f_neg()?, weight], 0)?
@@ -95,13 +95,13 @@ fn at_anchors(pulls: &Tensor) -> Result<Tensor> {
         .f_neg()?)
 }
 
-/// `grad`, and the pulls where the candidates stand.
+/// `grad` plus the pulls, added to the rows of the candidates.
 fn at_candidates(mut grad: Tensor, pairs: &Pairs, pulls: &Tensor) -> Result<Tensor> {
     Ok(grad.f_index_add_(0, &pairs.index, &pulls.f_flatten(0, 1)?)?)
 }
 
 impl Side {
-    /// From the gradient with respect to [`Side::unit`], that with respect to the features.
+    /// Turns the gradient with respect to [`Side::unit`] into that with respect to the features.
     fn stored(&self, grad: &Tensor) -> Result<StoredGrad> {
         let Some(norm) = &self.norm else {
             return stored(grad);

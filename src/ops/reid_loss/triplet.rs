@@ -29,7 +29,7 @@ pub struct Arguments<'a> {
     pub features: (&'static str, &'a Tensor),
     /// Their identities, (N).
     pub labels: (&'static str, &'a Tensor),
-    /// Where pairs are looked for, with identities; the features themselves where `None`.
+    /// Where pairs are looked for, with identities; the features themselves if `None`.
     pub memory: Option<(&'a Tensor, &'a Tensor)>,
     /// Features of a teacher, (N, any), for [`Objective::Taught`].
     pub teacher: Option<&'a Tensor>,
@@ -207,7 +207,7 @@ where
     })
 }
 
-/// What no element of the gradient exceeds: a row may be the candidate of every anchor twice.
+/// An upper bound on the elements of the gradient: a row may be the candidate of every anchor twice.
 pub fn bound(objective: Objective, norms: Option<&[f64]>) -> f64 {
     let slope = match objective {
         Objective::Hinge(_) | Objective::Taught => 1.0,

@@ -1,4 +1,4 @@
-//! What self-tuning asks of its arguments.
+//! The checks of self-tuning's arguments.
 
 use super::{Batch, CLASS, Settings};
 use crate::error::{Error, Result};
@@ -27,7 +27,7 @@ impl Settings {
         positive(CLASS, "T", self.temperature)
     }
 
-    /// What is known before the encoders run, and so before anything changes.
+    /// Checks what is known before the encoders run, and so before anything changes.
     pub fn check_batch(
         self,
         (im_q, im_k, labels): (&Tensor, &Tensor, &Tensor),
@@ -90,7 +90,7 @@ impl<'a> Pointers<'a> {
         Ok(Self { queue_ptr, keys })
     }
 
-    /// The positions, in range; `None` where a look at them would wait for a device or is not
+    /// The positions, in range; `None` if reading them would wait for a device or is not
     /// possible.
     pub fn on_host(&self) -> Result<Option<Vec<i64>>> {
         if !self.queue_ptr.on_cpu() {
@@ -152,7 +152,7 @@ impl<'a> Checked<'a> {
                 Some(labels)
             }
         };
-        // tllib concatenates to an empty tensor of the default dtype.
+        // tllib concatenates onto an empty tensor of the default dtype.
         let dtype = dtypes.into_iter().fold(Dtype::default(), Dtype::promote);
         let on_cpu = [&h_q, &h_k, &list].iter().all(|i| i.on_cpu());
         let fusible = on_cpu && list.dtype() == Some(dtype);
@@ -167,7 +167,7 @@ impl<'a> Checked<'a> {
         })
     }
 
-    /// The labels to enqueue where they are not those of the batch, in range. For a batch that is
+    /// The labels to enqueue if they are not those of the batch, in range. The batch must be
     /// [`Checked::on_host`].
     pub fn enqueued_on_host(&self, settings: Settings) -> Result<Option<Vec<usize>>> {
         self.enqueued
@@ -176,7 +176,7 @@ impl<'a> Checked<'a> {
             .transpose()
     }
 
-    /// The labels, in range; `None` where a look at them would wait for a device or is not possible.
+    /// The labels, in range; `None` if reading them would wait for a device or is not possible.
     pub fn on_host(&self, settings: Settings) -> Result<Option<Vec<usize>>> {
         let enqueued = self.enqueued.as_ref().is_none_or(|labels| labels.on_cpu());
         if !(self.labels.on_cpu() && enqueued) {

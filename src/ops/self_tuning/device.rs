@@ -1,5 +1,6 @@
-//! The step on a device: products by libtorch, and a fused kernel each for the rest of forward, of backward and
-//! for the queue. Nothing waits for the device. `None` or `false` where the kernels do not take the arguments.
+//! The step on a device: products by libtorch, and one fused kernel each for the rest of forward, the rest of backward
+//! and the queue. Nothing waits for the device. Functions return `None` or `false` for arguments that the kernels do
+//! not take.
 
 use super::check::Checked;
 use super::node::{Held, saved};
@@ -17,8 +18,8 @@ use tch::{Kind, Tensor};
 /// Sizes are 32-bit in the kernels.
 const LARGEST: i64 = 1 << 30;
 
-/// Whether the kernels take what was checked: one dtype of queries and keys, that promotes to float32 as the
-/// queue's does.
+/// Whether the kernels take what was checked: queries and keys of one dtype, which promotes to float32, and a float32
+/// queue.
 fn serves(checked: &Checked<'_>, settings: Settings) -> bool {
     let Checked { h_q, h_k, list, .. } = checked;
     let fits = |&n: &i64| n <= LARGEST;
@@ -30,13 +31,13 @@ fn serves(checked: &Checked<'_>, settings: Settings) -> bool {
         && h_q.shape().iter().all(fits)
 }
 
-/// Labels as int64 where kernels may read them.
+/// The labels, int64, if kernels may read them.
 fn readable(labels: Tensor) -> Result<Option<Tensor>> {
     let input = Input::new(CLASS, "labels", &labels)?;
     Ok(cuda::reaches(&input).then(|| labels.shallow_clone()))
 }
 
-/// The log-probabilities, without a graph. Keys and labels are kept where `keep`.
+/// The log-probabilities, without a graph. With `keep`, keys and labels are kept.
 pub fn forward(
     batch: &Batch<'_>,
     checked: &Checked<'_>,
@@ -158,7 +159,7 @@ pub fn backward(
     Ok(Some(grad.f_to_kind(batch.h_q.f_kind()?)?))
 }
 
-/// Puts the keys of a batch into the queue, at its pointers, and moves those on.
+/// Puts the keys of a batch into the queue, at its pointers, and advances these.
 pub fn enqueue(
     batch: &Batch<'_>,
     checked: &Checked<'_>,

@@ -63,19 +63,19 @@ pub struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// The labels as int64 beside the queries.
+    /// The labels as int64 on the device of the queries.
     fn classes(&self) -> Result<Tensor> {
         self.beside(self.labels)
     }
 
-    /// Labels as int64 beside the queries. From the host to a device they are copied without
-    /// waiting for it.
+    /// `labels` as int64 on the device of the queries. A copy from the host to a device does not
+    /// wait for it.
     fn beside(&self, labels: &Tensor) -> Result<Tensor> {
         let device = self.h_q.device();
         if !matches!(device, Device::Cuda(_)) || labels.device() != Device::Cpu {
             return beside(labels, Kind::Int64, self.h_q);
         }
-        // Page-locked memory is read when the device comes to it, by when the caller may have filled it anew.
+        // Pinned memory is read when the device gets to it, by when the caller may have overwritten it.
         let own = labels.f_to_device_(Device::Cpu, Kind::Int64, false, true)?;
         Ok(own.f_to_device_(device, Kind::Int64, true, false)?)
     }
@@ -163,7 +163,7 @@ fn scores<E: Element<Acc = E> + Real + Stored>(
     let keys = batch.h_k.f_detach()?.f_to_kind(E::KIND)?;
     let queue = batch.queue_list.f_detach()?;
     let columns = settings.keys * settings.classes;
-    // Behind the place of the own key: scores then move within their row only.
+    // After the column of the own key: scores then move within their row only.
     let mut scores = Owned::<E>::written_by(&[labels.len() as i64, 1 + columns], |out| {
         let _ = queries.f_mm_out(&out.f_narrow(1, 1, columns)?, &queue)?;
         Ok(())

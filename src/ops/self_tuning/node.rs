@@ -44,7 +44,7 @@ impl Held {
         Ok(Self::kept(Past::Changed(queue), keys, labels, settings))
     }
 
-    /// Of tensors that nobody else has.
+    /// From tensors that nobody else holds.
     pub fn kept(queue: Past, keys: Tensor, labels: Tensor, settings: Settings) -> Self {
         Self(Arc::new(Parts {
             queue,
@@ -67,13 +67,14 @@ impl Held {
         Ok((keys, labels, self.0.queue.restored()?))
     }
 
-    /// The log-probabilities again, in operations that autograd can differentiate.
+    /// Recomputes the log-probabilities, in operations that autograd can differentiate.
     pub fn formula(&self, h_q: &Tensor, kind: Kind) -> Result<Tensor> {
         let (keys, labels, queue) = self.parts()?;
         formula(h_q, keys, labels, &queue, self.0.settings, kind)
     }
 
-    /// Makes `out` differentiable with respect to `h_q`, by `backward` or, twice, by the formula in `kind`.
+    /// Makes `out` differentiable with respect to `h_q`, by `backward` or, for second derivatives, by the formula in
+    /// `kind`.
     pub fn attach(
         self,
         out: &Tensor,
@@ -87,7 +88,7 @@ impl Held {
     }
 }
 
-/// The log-probabilities that the user gets, as torch's own log-softmax keeps its result.
+/// The log-probabilities that the user gets, saved as torch's own log-softmax saves its result.
 pub fn saved(out: &Tensor) -> Result<Saved> {
     Saved::of(out, "SelfTuning's pgc_logits")
 }
@@ -178,7 +179,7 @@ pub fn gradient(
     let scores = incoming.f_sub(&out.f_exp()?.f_mul(&total)?)?;
     let scores = scores.f_div_scalar(settings.temperature)?;
     let columns = scores.f_narrow(1, 1, settings.keys * settings.classes)?;
-    // Sorting the order inverts it.
+    // The argsort of a permutation is its inverse.
     let inverse = order(labels, settings)?.f_argsort(1, false)?;
     let columns = columns.f_gather(1, &inverse, false)?;
     let own = scores.f_narrow(1, 0, 1)?.f_mul(keys)?;

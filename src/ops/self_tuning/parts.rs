@@ -1,5 +1,5 @@
-//! The step in three parts that keep nothing between them, for `torch.compile`: the compiled graph
-//! carries what backward needs, a copy of the queue among it.
+//! The step in three parts that share no state, for `torch.compile`: the compiled graph carries what
+//! backward needs, including a copy of the queue.
 
 use super::check::{Checked, Pointers};
 use super::node::{gradient, scores_gradient};
@@ -88,7 +88,7 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     let queue = batch.queue_list.f_detach()?;
     let (dim, _) = queue.size2()?;
     let mut grad = Owned::<E>::written_by(&[height, dim], |grad| {
-        // The variant that writes into `grad` is the one that autocast leaves alone.
+        // Autocast does not apply to the variant with an output argument.
         let _ = scores
             .f_narrow(1, 1, width - 1)?
             .f_mm_out(grad, &queue.f_tr()?)?;
@@ -99,7 +99,7 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     Ok(grad)
 }
 
-/// Puts the keys of a batch into the queue, at its pointers, and moves those on.
+/// Puts the keys of a batch into the queue, at its pointers, and advances these.
 pub fn enqueue(
     h_k: &Tensor,
     labels: &Tensor,

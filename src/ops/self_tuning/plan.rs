@@ -29,10 +29,9 @@ impl Plan {
 
     /// In libtorch operations that never wait for the device. `labels` are int64.
     ///
-    /// Sorted by class, the members of a class stand side by side in the order of the batch, so a
-    /// row's turn is its distance from the first. A key that a later one replaces takes the column
-    /// *and* the value of the last one there, so that the order of the device's writes does not
-    /// matter.
+    /// Sorted by class, the members of a class are adjacent in the order of the batch, so a row's
+    /// turn is its distance from the first. A key that a later one replaces takes the column *and*
+    /// the value of the last one there, so that the order of the device's writes does not matter.
     pub fn on_device(labels: &Tensor, pointers: &Tensor, keys: i64) -> Result<Self> {
         let zeros = pointers.f_zeros_like()?;
         let totals = zeros.f_scatter_add(0, labels, &labels.f_ones_like()?)?;

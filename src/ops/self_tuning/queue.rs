@@ -1,9 +1,9 @@
-//! The queue of keys, written in place although graphs still need what it held.
+//! The queue of keys, written in place although graphs still need its earlier contents.
 //!
 //! Backward multiplies with the queue as its forward saw it. tllib clones the whole queue at every
 //! step for that. Here a step keeps only the columns that it replaced, in a [`Change`], and changes
 //! of one queue are linked forwards in time: a graph holds the change of its own step and finds all
-//! later ones from there. When the last graph goes, so do the changes.
+//! later ones from there. The changes are dropped with the last graph.
 
 use super::CLASS;
 use super::plan::Plan;
@@ -32,8 +32,8 @@ struct Change {
 unsafe impl Sync for Change {}
 
 impl Drop for Change {
-    /// One after the other: a graph that was kept for long may hold more changes than the stack
-    /// has room for nested drops.
+    /// Drops the later changes in a loop: a graph that was kept for long may hold so many that
+    /// nested drops would overflow the stack.
     fn drop(&mut self) {
         let mut next = self.next.take();
         while let Some(change) = next {
@@ -47,7 +47,7 @@ impl Drop for Change {
 pub struct History(Arc<Mutex<Weak<Change>>>);
 
 impl History {
-    /// While it lives, no other thread is inside a step of this queue.
+    /// A guard: until it is dropped, no other thread is inside a step of this queue.
     pub fn exclusive(&self) -> impl Sized + '_ {
         self.lock()
     }
@@ -56,8 +56,8 @@ impl History {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs `read` while no step of ours writes the queue, and then `plan`. The snapshot is of the
-    /// queue before the plan, and is made where `wanted`.
+    /// Runs `read`, then applies `plan`, while no other step of ours writes the queue. The snapshot,
+    /// made if `wanted`, is of the queue before the plan.
     pub fn step<T>(
         &self,
         queue: &Tensor,
@@ -70,8 +70,8 @@ impl History {
         let mut latest = self.lock();
         let out = read()?;
         let queue = &queue.f_detach()?;
-        // Another tensor, or a write that was not ours: what graphs hold ends before it, and they
-        // will notice by the version.
+        // After a change of tensor, or a write that was not ours, the chain that graphs hold ends,
+        // and they will detect this by the version.
         let previous = latest.upgrade().filter(|change| {
             change.queue.data_ptr() == queue.data_ptr() && change.version == version(queue)
         });
@@ -119,7 +119,7 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// All changes since, or an error where somebody else wrote the queue.
+    /// All changes since, or an error if somebody else wrote the queue.
     fn changes(&self) -> Result<Vec<&Change>> {
         let mut changes = vec![&*self.since];
         let mut last = &self.since;
@@ -150,13 +150,13 @@ impl Snapshot {
         let changes = self.changes()?;
         let queue = &self.since.queue;
         let shape = [grad.size2()?.0, queue.size2()?.0];
-        // The variant that writes into `out` is the one that autocast leaves alone.
+        // Autocast does not apply to the variant with an output argument.
         let out = Tensor::f_empty(shape, (grad.f_kind()?, grad.device()))?;
         if !changes.iter().all(|change| change.finite) {
             return Ok(grad.f_mm_out(&out, &restored(&changes)?.f_tr()?)?);
         }
-        // Columns that were replaced count with their old values, and 0 times with the new ones.
-        // One that was replaced again later is 0 by then, so the earliest change counts.
+        // Columns that were replaced enter with their old values, and with weight 0 for the new ones.
+        // A column that was replaced again later has weight 0 by then, so the earliest change counts.
         let mut taken = Vec::with_capacity(changes.len());
         for change in &changes {
             taken.push(grad.f_index_select(1, &change.columns)?);
@@ -172,9 +172,9 @@ impl Snapshot {
 
 /// The queue as it was before a step, for the graph of that step.
 pub enum Past {
-    /// Found again from what later steps replaced.
+    /// Reconstructed from what later steps replaced.
     Changed(Snapshot),
-    /// Copied. On a device: whether what replaced it is finite cannot be asked there, and other streams
+    /// Copied, on a device: whether the new keys are finite cannot be queried there, and other streams
     /// may write the queue while backward would read it.
     Copied(Tensor),
 }
@@ -206,7 +206,7 @@ fn restored(changes: &[&Change]) -> Result<Tensor> {
         return Err(Error::Bridge("no change of the queue".to_owned()));
     };
     let mut queue = first.queue.f_detach_copy()?;
-    // The earliest change has the last word.
+    // The earliest change is applied last, so that it wins.
     for change in changes.iter().rev() {
         let _ = queue.f_index_copy_(1, &change.columns, &change.replaced)?;
     }

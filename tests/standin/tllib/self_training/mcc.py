@@ -10,7 +10,7 @@ __all__ = ["MinimumClassConfusionLoss", "ImageClassifier"]
 
 
 def confusion(predictions, rows):
-    """The normalised confusion matrix of both modules that use one."""
+    """The normalized confusion matrix of both modules that use one."""
     weight = 1 + torch.exp(-entropy(predictions).detach())
     weight = rows * weight / weight.sum()
     matrix = (weight[:, None] * predictions).t() @ predictions
