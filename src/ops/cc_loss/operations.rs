@@ -24,30 +24,34 @@ struct Selection {
     q: Tensor,
     /// The mask of the rows that are not selected, (minibatch, 1).
     others: Tensor,
-    /// The number of selected rows, float32.
-    count: Tensor,
+    /// The selected rows as a fraction of all, in the dtype in which the loss is computed; 0 for an empty batch.
+    fraction: Tensor,
 }
 
 impl Selection {
-    fn of(weak: &Tensor, call: Call) -> Result<Self> {
+    fn of(weak: &Tensor, call: Call, inside: Kind) -> Result<Self> {
         let z = weak.f_div_scalar(call.temperature)?;
         let q = z.f_softmax(1, call.selecting)?;
         let selected = q.f_amax([1].as_slice(), true)?.f_ge(call.thr)?;
         Ok(Self {
             q,
             others: selected.f_logical_not()?,
-            count: selected.f_to_kind(Kind::Float)?.f_sum(Kind::Float)?,
+            // The divisor of a mean is not baked into a graph that is traced.
+            fraction: if selected.numel() == 0 {
+                selected.f_to_kind(inside)?.f_sum(inside)?
+            } else {
+                selected.f_to_kind(inside)?.f_mean(inside)?
+            },
         })
     }
 
-    /// What the sum of the squares is multiplied by. The count, and not the rounded fraction, goes into the loss.
-    fn factor(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
-        let entries = shape[1] as f64 * shape[0].max(1) as f64;
-        Ok(self.count.f_to_kind(kind)?.f_div_scalar(entries)?)
+    /// The factor of the sum of squares, which is over a matrix of the classes of `logits`.
+    fn factor(&self, logits: &Tensor) -> Result<Tensor> {
+        Ok(self.fraction.f_div_scalar(logits.size()[1])?)
     }
 
-    fn fraction(&self, shape: &[i64]) -> Result<Tensor> {
-        Ok(self.count.f_div_scalar(shape[0].max(1))?)
+    fn fraction(&self) -> Result<Tensor> {
+        Ok(self.fraction.f_to_kind(Kind::Float)?)
     }
 }
 
@@ -58,9 +62,9 @@ fn both(weak: &Tensor, strong: &Tensor) -> Result<Kind> {
 
 /// Loss and fraction, in operations that autograd differentiates.
 pub fn composite(logits: &Tensor, logits_strong: &Tensor, call: Call) -> Result<(Tensor, Tensor)> {
-    let (inside, shape) = (both(logits, logits_strong)?, logits.size());
+    let inside = both(logits, logits_strong)?;
     let weak = logits.f_detach()?;
-    let chosen = Selection::of(&weak, call)?;
+    let chosen = Selection::of(&weak, call, inside)?;
     let matrix = |z: &Tensor| -> Result<Tensor> {
         // Masked before the softmax, so that its gradient has no NaN from the other rows.
         let z = z.f_to_kind(inside)?.f_masked_fill(&chosen.others, 0.0)?;
@@ -71,8 +75,8 @@ pub fn composite(logits: &Tensor, logits_strong: &Tensor, call: Call) -> Result<
         .f_sub(&matrix(logits_strong)?)?
         .f_square()?
         .f_sum(inside)?;
-    let loss = squares.f_mul(&chosen.factor(&shape, inside)?)?;
-    Ok((loss, chosen.fraction(&shape)?))
+    let loss = squares.f_mul(&chosen.factor(logits)?)?;
+    Ok((loss, chosen.fraction()?))
 }
 
 /// Loss and fraction, and the gradient in closed form. With `H` the gradient of the loss with respect to the
@@ -86,7 +90,7 @@ pub fn operations(
     let _full = Without::autocast();
     let (z, z_strong) = (weak.tensor.f_detach()?, strong.tensor.f_detach()?);
     let inside = both(&z, &z_strong)?;
-    let chosen = Selection::of(&z, call)?;
+    let chosen = Selection::of(&z, call, inside)?;
     let probabilities = |z: &Tensor| {
         let z = z.f_to_kind(inside)?.f_div_scalar(call.temperature)?;
         z.f_softmax(1, inside)
@@ -102,9 +106,9 @@ pub fn operations(
     let (target, _) = confusion(&of_weak.p, &of_weak.wp)?;
     let (matrix, present) = confusion(&p, &wp)?;
     let difference = matrix.f_sub(&target)?;
-    let factor = chosen.factor(weak.shape(), inside)?;
+    let factor = chosen.factor(&z)?;
     let loss = difference.f_square()?.f_sum(inside)?.f_mul(&factor)?;
-    let outputs = (loss, chosen.fraction(weak.shape())?);
+    let outputs = (loss, chosen.fraction()?);
     if !strong.wants_grad() {
         return Ok((outputs, None));
     }
