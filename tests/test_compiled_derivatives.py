@@ -6,8 +6,10 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
+from tests.losses import LOSSES
 from tests.test_losses import differentiated, every_loss
 from tllib_rs import _library
+from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.vision.models.reid.loss import pairwise_euclidean_distance
 
 TRANSFORMS = {
@@ -49,6 +51,16 @@ def test_transforms(loss, transform, generator):
     assert_close(compiled(x), transform(function, x))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_batches_of_other_sizes(transform, dynamic, generator):
+    transform, loss = TRANSFORMS[transform], MinimumClassConfusionLoss(2.0)
+    compiled = torch.compile(lambda x: transform(loss, x), backend="aot_eager", dynamic=dynamic)
+    for rows in (8, 5, 6):
+        x = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
+        assert_close(compiled(x), transform(loss, x))
+
+
 class Exported(torch.nn.Module):
     def __init__(self, function):
         super().__init__()
@@ -67,6 +79,10 @@ def exported(function, x):
 
 
 graphs = pytest.mark.parametrize("graph", [compiled, exported])
+
+
+#: Whose gradient needs them: distances, and a product with a mask.
+KEEP_INPUTS = ("pairwise_distances", "pi_model_mask")
 
 
 @every_loss
@@ -95,6 +111,33 @@ def test_second_derivatives(loss, graph, generator):
         return torch.autograd.grad(grad.square().sum(), leaf)
 
     assert_close(penalty(kept), penalty(function))
+
+
+@pytest.mark.parametrize("loss", [x for x in LOSSES if x.name not in KEEP_INPUTS], ids=repr)
+def test_inputs_may_be_written_to_after_the_loss(loss, generator):
+    """The gradient was computed with the loss. A second derivative does need the inputs, and raises."""
+    inputs = [x.detach().clone() for x in loss.inputs(generator)]
+    place = differentiated(loss)[0]
+
+    def step(x, *others):
+        middle = x * 1
+        value = loss.first(loss.ours(*others[:place], middle, *others[place:])).sum()
+        for z in (middle, *others):
+            z.detach().mul_(2)
+        return value
+
+    def gradient(f, **options):
+        x = inputs[place].clone().requires_grad_()
+        others = [z.clone() for k, z in enumerate(inputs) if k != place]
+        return torch.autograd.grad(f(x, *others), x, **options)
+
+    expected = gradient(step)
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        assert_close(gradient(torch.compile(step, backend=backend, fullgraph=True)), expected)
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(torch.compile(step, backend="eager", fullgraph=True), create_graph=True)
 
 
 def test_two_inputs_that_are_one(generator):

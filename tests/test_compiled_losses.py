@@ -258,6 +258,9 @@ def test_a_number_that_changes_is_compiled_for_once(name, backend, generator):
         torch.arange(9) // 3 if shape is None else torch.randn(shape, generator=generator) for shape in shapes
     ]
     wanted = [x.requires_grad_() for x in inputs if x.is_floating_point()]
+    # Operators that take a number as a tensor are in no CUDA graph, which would replay the first one.
+    operator = getattr(torch.ops.tllib_rs, f"{name}_of_tensors").default
+    assert torch.Tag.cudagraph_unsafe in operator.tags
     *owner, attribute = attribute.split(".")
     owner = module.get_submodule(".".join(owner))
     torch._dynamo.utils.counters.clear()
@@ -269,3 +272,13 @@ def test_a_number_that_changes_is_compiled_for_once(name, backend, generator):
         grads = [torch.autograd.grad(x, wanted, materialize_grads=True) for x in (value, expected)]
         torch.testing.assert_close(*grads)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_a_number_that_changes_stays_on_the_cpu(generator):
+    """Also where new tensors go elsewhere by default."""
+    loss, logits = MinimumClassConfusionLoss(1.0), torch.randn(LOGITS, generator=generator)
+    compiled = torch.compile(lambda z: loss(z), backend="aot_eager")
+    with torch.device("meta"):
+        for temperature in (0.3, 0.4, 0.5):
+            loss.temperature = temperature
+            assert torch.equal(compiled(logits), loss(logits))

@@ -221,6 +221,17 @@ def test_labels_in_memory_that_torch_did_not_allocate(make, tmp_path):
     assert module.class_counts().tolist() == [0, 10, 0, 0]
 
 
+def test_labels_that_torch_loaded_are_ours_alone():
+    file = io.BytesIO()
+    torch.save(torch.arange(10) % 3, file)
+    file.seek(0)
+    module = DynamicThresholdingModule(0.9, True, lambda x: x, 3, 10, "cpu")
+    module.net_outputs = torch.load(file)
+    module.get_threshold(torch.tensor([0]))
+    assert not module._state.is_shared()
+    assert not module._state.is_stale()
+
+
 def test_counts_are_trusted_again_when_the_alias_is_gone():
     module = make()
     labels = module.net_outputs

@@ -501,3 +501,7 @@ def test_features_of_an_autocast_region_against_a_float32_memory(compiled, gener
     torch.testing.assert_close(got, right)
     with pytest.raises(TypeError, match="xbm_f must have the dtype of f, bfloat16, got float32"):
         loss(features, labels, memory, xbm_labels)
+    with torch.autocast("cpu"), pytest.raises(TypeError, match="y must be float32"):
+        pairwise_euclidean_distance(features, memory.long())
+    with pytest.raises(TypeError, match="y must have the dtype of x, float32, got float16"):
+        pairwise_euclidean_distance(memory.to("meta"), memory.half().to("meta"))

@@ -32,24 +32,31 @@ def differentiate(
     ``None`` for an operator whose inputs cannot be kept: other derivatives than the gradient raise.
     """
 
+    def composed_of(*args):
+        return composed(*map(_of_fixed_sizes, args))
+
     def keep(ctx, inputs, output):
         kept = setup_context(ctx, inputs, output)
-        ctx.kept = len(kept)
-        ctx.inputs = [None if isinstance(x, torch.Tensor) else x for x in inputs]
-        ctx.places = [k for k, x in enumerate(inputs) if isinstance(x, torch.Tensor) and composed]
-        ctx.save_for_backward(*kept, *(inputs[k] for k in ctx.places))
+        if composed is not None:
+            # Not saved for backward: the gradient does not need them, and they may be written to before it.
+            ctx.inputs, ctx.versions = inputs, [_version(x) for x in inputs]
+        ctx.save_for_backward(*kept)
 
     def backward_or_again(ctx, *incoming):
-        kept, tensors = ctx.saved_tensors[: ctx.kept], ctx.saved_tensors[ctx.kept :]
         if not torch.is_grad_enabled():
-            return backward(ctx, kept, *incoming)
+            return backward(ctx, ctx.saved_tensors, *incoming)
         if composed is None:
             raise _only_gradient(name)
-        inputs = list(ctx.inputs)
-        for place, x in zip(ctx.places, tensors, strict=True):
-            # One input may be another or depend on it: the derivative must be with respect to this one alone.
-            inputs[place] = x.view_as(x) if ctx.needs_input_grad[place] else x
-        return _again(composed(*inputs), inputs, incoming, ctx.needs_input_grad)
+        if [_version(x) for x in ctx.inputs] != ctx.versions:
+            raise RuntimeError(
+                f"tllib_rs::{name}: an input needed for a second derivative has been modified by an inplace "
+                "operation"
+            )
+        # One input may be another or depend on it: the derivative must be with respect to this one alone.
+        inputs = [
+            x.view_as(x) if need else x for x, need in zip(ctx.inputs, ctx.needs_input_grad, strict=True)
+        ]
+        return _again(composed_of(*inputs), inputs, incoming, ctx.needs_input_grad)
 
     operator = getattr(torch.ops.tllib_rs, name).default
     standard = make_autograd_impl(operator, Info(backward_or_again, keep))
@@ -59,11 +66,24 @@ def differentiate(
             return standard(keys, *args)
         if composed is None:
             raise _only_gradient(name)
-        return composed(*args)
+        return composed_of(*args)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
     if composed is not None:
-        library.impl(name, composed, "FuncTorchBatched")
+        library.impl(name, composed_of, "FuncTorchBatched")
+
+
+def _of_fixed_sizes(x: Any) -> Any:
+    """A tensor whose sizes are symbols, with those of this call as numbers, which composites need. The graph
+    is recompiled for others."""
+    if not isinstance(x, torch.Tensor) or not x._has_symbolic_sizes_strides:
+        return x
+    return x.clone(memory_format=torch.contiguous_format).view([int(n) for n in x.shape])
+
+
+def _version(x: Any) -> int | None:
+    """How often a tensor has been written to, as far as torch knows."""
+    return x._version if isinstance(x, torch.Tensor) and not x.is_inference() else None
 
 
 def _only_gradient(name: str) -> RuntimeError:

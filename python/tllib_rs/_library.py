@@ -58,10 +58,11 @@ def define(
         return operator
 
     def compute_of_tensors(*args):
-        return compute(*(float(x) if k in numbers and x is not None else x for k, x in enumerate(args)))
+        return compute(*_as_numbers(args, numbers))
 
     schema = re.sub(r"\bfloat\b", "Tensor", schema)
-    of_tensors = _define(f"{name}{_OF_TENSORS}", schema, compute_of_tensors, fake, ordered, recorded)
+    # Never recorded: a CUDA graph would replay the number that the tensor held when it was captured.
+    of_tensors = _define(f"{name}{_OF_TENSORS}", schema, compute_of_tensors, fake, ordered, recorded=False)
 
     def compiled(*args):
         if _vary(args, numbers):
@@ -122,7 +123,12 @@ def _as_tensor(number: float | torch.Tensor | None) -> torch.Tensor | None:
     symbol."""
     if number is None or isinstance(number, torch.Tensor):
         return number
-    return torch.ones((), dtype=torch.float64) * number
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
+
+
+def _as_numbers(args: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+    """The arguments with floats for tensors that :func:`_as_tensor` made."""
+    return [float(x) if k in numbers and x is not None else x for k, x in enumerate(args)]
 
 
 def differentiate(
@@ -176,7 +182,7 @@ def register(
         return (loss.detach(), *grads, *rest)
 
     def composed(*args):
-        args = [float(x) if k in numbers and x is not None else x for k, x in enumerate(args)]
+        args = _as_numbers(args, numbers)
         loss, *rest = outputs_of(*args)
         return (loss, *(x.new_empty(x.shape, dtype=_kept(x)) for x in args[:count]), *rest)
 

@@ -7,6 +7,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/autocast_mode.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -156,7 +157,7 @@ bool tllib_aliased(const Tensor* t) {
   const auto& storage = t->storage();
   // Memory that torch did not allocate: numpy's, a mapped file, memory shared with another process. Whoever else has
   // it holds no reference to the storage.
-  if (storage.allocator() == nullptr) return true;
+  if (t->is_cpu() && storage.data_ptr().get_deleter() != c10::GetCPUAllocator()->raw_deleter()) return true;
   const bool idle_object = storage.unsafeGetStorageImpl()->pyobj_slot()->has_unique_reference();
   return storage.use_count() > (idle_object ? 2u : 1u);
 }

@@ -285,10 +285,15 @@ impl<T: Stored> Owned<T> {
     }
 }
 
+/// Elements that are copied to page-locked memory so that nobody waits; torch keeps such memory.
+const UPLOADED: usize = 1 << 17;
+
 /// `tensor` as `kind` on the device of `like`, of whatever type: tch has names for a few device types, and takes all
-/// others for MPS. A copy from the CPU to a CUDA device does not block.
+/// others for MPS. A copy of at most [`UPLOADED`] elements from the CPU to a CUDA device does not block.
 pub fn beside(tensor: &Tensor, kind: Kind, like: &Tensor) -> Result<Tensor> {
-    if let (Device::Cpu, Device::Cuda(index)) = (tensor.device(), like.device()) {
+    if let (Device::Cpu, Device::Cuda(index)) = (tensor.device(), like.device())
+        && tensor.numel() <= UPLOADED
+    {
         return device::upload(&tensor.f_to_kind(kind)?, index);
     }
     if let known @ (Device::Cpu | Device::Cuda(_)) = like.device() {

@@ -134,8 +134,8 @@ def pairwise_euclidean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 def _of_one_dtype(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both in the wider dtype, in an autocast region: there, new features are compared with older ones of
     another precision."""
-    both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
-    if not both or x.dtype == y.dtype or not torch.is_autocast_enabled(x.device.type):
+    both = all(isinstance(z, torch.Tensor) and z.is_floating_point() for z in (x, y))
+    if not both or x.dtype == y.dtype or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x, y
     dtype = torch.promote_types(x.dtype, y.dtype)
     return x.to(dtype), y.to(dtype)
