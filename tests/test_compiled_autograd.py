@@ -27,6 +27,12 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def z(generator):
+    """Logits that are differentiated."""
+    return torch.randn(16, 6, generator=generator, requires_grad=True)
+
+
 @contextmanager
 def compiled_autograd(graphs=None):
     """Backward passes inside are compiled; each graph is appended to ``graphs``."""
@@ -103,8 +109,7 @@ def test_a_training_step(generator):
             torch.testing.assert_close(a, b)
 
 
-def test_a_graph_that_is_kept_and_one_that_is_not(generator):
-    z = torch.randn(16, 6, generator=generator, requires_grad=True)
+def test_a_graph_that_is_kept_and_one_that_is_not(z):
     loss = MCC(z)
     with compiled_autograd():
         (first,) = torch.autograd.grad(loss, z, retain_graph=True)
@@ -116,8 +121,7 @@ def test_a_graph_that_is_kept_and_one_that_is_not(generator):
         torch.autograd.grad(loss, z)
 
 
-def test_an_eager_pass_after_a_compiled_one(generator):
-    z = torch.randn(16, 6, generator=generator, requires_grad=True)
+def test_an_eager_pass_after_a_compiled_one(z):
     loss = MCC(z)
     with compiled_autograd():
         (first,) = torch.autograd.grad(loss, z, retain_graph=True)
@@ -125,9 +129,7 @@ def test_an_eager_pass_after_a_compiled_one(generator):
     assert torch.equal(first, third)
 
 
-def test_second_derivatives(generator):
-    z = torch.randn(16, 6, generator=generator, requires_grad=True)
-
+def test_second_derivatives(z):
     def second():
         (first,) = torch.autograd.grad(MCC(z), z, create_graph=True)
         return torch.autograd.grad(first.square().sum(), z)[0]
@@ -138,9 +140,7 @@ def test_second_derivatives(generator):
     torch.testing.assert_close(got, expected)
 
 
-def test_a_pass_that_fails_leaves_no_gradients_behind(generator):
-    z = torch.randn(16, 6, generator=generator, requires_grad=True)
-
+def test_a_pass_that_fails_leaves_no_gradients_behind(z):
     def fail(_):
         raise ValueError("a hook")
 
@@ -163,9 +163,8 @@ class Doubled(torch.autograd.Function):
         return 2 * grad
 
 
-def test_nothing_outlives_the_graph(generator):
+def test_nothing_outlives_the_graph(z):
     """A node that stayed alive would keep the graph before it alive."""
-    z = torch.randn(16, 6, generator=generator, requires_grad=True)
     y = Doubled.apply(z)
     before = weakref.ref(y.grad_fn)
     loss = MCC(y)

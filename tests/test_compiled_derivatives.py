@@ -171,3 +171,12 @@ def test_an_operator_whose_inputs_are_not_kept_refuses(generator):
         torch.autograd.grad(cube(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no other derivative"):
         torch.func.jvp(cube, (x.detach(),), (x.detach(),))
+
+
+def test_a_second_pass_through_a_graph_that_was_not_kept(generator):
+    logits = torch.randn(6, 4, generator=generator, requires_grad=True)
+    loss = torch.compile(MinimumClassConfusionLoss(2.0), backend="eager")(logits)
+    torch.autograd.grad(loss, logits)
+    for create_graph in (False, True):
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, logits, create_graph=create_graph)

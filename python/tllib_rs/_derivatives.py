@@ -33,7 +33,7 @@ def differentiate(
     """
 
     def composed_of(*args):
-        return composed(*map(_of_fixed_sizes, args))
+        return composed(*map(of_fixed_sizes, args))
 
     def keep(ctx, inputs, output):
         kept = setup_context(ctx, inputs, output)
@@ -43,8 +43,9 @@ def differentiate(
         ctx.save_for_backward(*kept)
 
     def backward_or_again(ctx, *incoming):
+        kept = ctx.saved_tensors  # raises in a second pass, of either kind
         if not torch.is_grad_enabled():
-            return backward(ctx, ctx.saved_tensors, *incoming)
+            return backward(ctx, kept, *incoming)
         if composed is None:
             raise _only_gradient(name)
         if [_version(x) for x in ctx.inputs] != ctx.versions:
@@ -73,9 +74,9 @@ def differentiate(
         library.impl(name, composed_of, "FuncTorchBatched")
 
 
-def _of_fixed_sizes(x: Any) -> Any:
-    """A tensor whose sizes are symbols, with those of this call as numbers, which composites need. The graph
-    is recompiled for others."""
+def of_fixed_sizes(x: Any) -> Any:
+    """A tensor whose sizes, strides or offset are symbols as one without, which composites need. The graph is
+    recompiled for other sizes; the compiler elides the copy."""
     if not isinstance(x, torch.Tensor) or not x._has_symbolic_sizes_strides:
         return x
     return x.clone(memory_format=torch.contiguous_format).view([int(n) for n in x.shape])

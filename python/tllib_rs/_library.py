@@ -18,10 +18,12 @@ from typing import Any, Literal
 import torch
 
 from tllib_rs import __version__, _core, _derivatives
-from tllib_rs._derivatives import Backward, SetUp
+from tllib_rs._derivatives import Backward, SetUp, of_fixed_sizes
 
 _library = torch.library.Library("tllib_rs", "DEF")
 _OF_TENSORS = "_of_tensors"
+#: The positions of the floats of every operator that has a variant of tensors.
+_floats: dict[str, list[int]] = {}
 _file = os.stat(_core.__file__)
 #: torch caches compiled graphs on disk, keyed by the operators in them. The composition of a transparent one
 #: is not part of the key, so this tag, unique to each version and build, is.
@@ -57,12 +59,12 @@ def define(
     if not numbers:
         return operator
 
-    def compute_of_tensors(*args):
-        return compute(*_as_numbers(args, numbers))
-
+    _floats[name] = numbers
     schema = re.sub(r"\bfloat\b", "Tensor", schema)
     # Never recorded: a CUDA graph would replay the number that the tensor held when it was captured.
-    of_tensors = _define(f"{name}{_OF_TENSORS}", schema, compute_of_tensors, fake, ordered, recorded=False)
+    of_tensors = _define(
+        f"{name}{_OF_TENSORS}", schema, _of_numbers(compute, numbers), fake, ordered, recorded=False
+    )
 
     def compiled(*args):
         if _vary(args, numbers):
@@ -126,9 +128,13 @@ def _as_tensor(number: float | torch.Tensor | None) -> torch.Tensor | None:
     return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
-def _as_numbers(args: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
-    """The arguments with floats for tensors that :func:`_as_tensor` made."""
-    return [float(x) if k in numbers and x is not None else x for k, x in enumerate(args)]
+def _of_numbers(function: Callable[..., Any], numbers: Sequence[int]) -> Callable[..., Any]:
+    """``function`` of floats, as a function of the tensors that :func:`_as_tensor` made of them."""
+
+    def of_tensors(*args):
+        return function(*(float(x) if k in numbers and x is not None else x for k, x in enumerate(args)))
+
+    return of_tensors
 
 
 def differentiate(
@@ -136,9 +142,10 @@ def differentiate(
 ) -> None:
     """Give derivatives to the operator ``tllib_rs::name``, and to its variant that takes tensors for numbers:
     see :func:`tllib_rs._derivatives.differentiate`."""
-    for each in (name, f"{name}{_OF_TENSORS}"):
-        if hasattr(torch.ops.tllib_rs, each):
-            _derivatives.differentiate(_library, each, backward, setup_context, composed)
+    _derivatives.differentiate(_library, name, backward, setup_context, composed)
+    if name in _floats:
+        composed = composed and _of_numbers(composed, _floats[name])
+        _derivatives.differentiate(_library, f"{name}{_OF_TENSORS}", backward, setup_context, composed)
 
 
 def register(
@@ -164,7 +171,7 @@ def register(
         widened: where autocast makes a half-precision loss float32. Autocast is no longer active when the
             operator runs, so it has one more argument, which says whether it was.
     """
-    count, numbers = differentiable, _numbers(schema)
+    count = differentiable
 
     def outputs_of(*args):
         # The extension itself checks whether autocast is active.
@@ -182,7 +189,6 @@ def register(
         return (loss.detach(), *grads, *rest)
 
     def composed(*args):
-        args = _as_numbers(args, numbers)
         loss, *rest = outputs_of(*args)
         return (loss, *(x.new_empty(x.shape, dtype=_kept(x)) for x in args[:count]), *rest)
 
@@ -237,14 +243,11 @@ def or_transparent(
 
     def composed(*args):
         *args, _ = args
-        for place, x in enumerate(args):
-            if not isinstance(x, torch.Tensor) or not x._has_symbolic_sizes_strides:
-                continue
-            if any(isinstance(n, torch.SymInt) for n in x.shape):
-                return opaque(*args)
-            # Only strides and offset are symbols: those of a copy, which the compiler elides, are not.
-            args[place] = x.clone(memory_format=torch.contiguous_format)
-        return call(*args)
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        if any(isinstance(n, torch.SymInt) for x in tensors for n in x.shape):
+            return opaque(*args)
+        # Strides and offsets may still be symbols.
+        return call(*map(of_fixed_sizes, args))
 
     _library.define(f"{name}_composite{schema.replace(')', ', str build)', 1)}")
     _library.impl(f"{name}_composite", composed, "CompositeImplicitAutograd")
