@@ -1,6 +1,8 @@
 """Derivatives of compiled and exported losses beyond the gradient: an opaque operator has none of its own,
 and a wrong one would silently be 0."""
 
+import weakref
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -180,3 +182,19 @@ def test_a_second_pass_through_a_graph_that_was_not_kept(generator):
     for create_graph in (False, True):
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(loss, logits, create_graph=create_graph)
+
+
+# Of the compiler, which looks at every input's gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_inputs_are_released_by_the_backward_pass(generator):
+    """As what torch saves: the loss itself may be kept for a log."""
+    logits = torch.randn(6, 4, generator=generator, requires_grad=True)
+    middle = logits * 1
+    released = weakref.ref(middle)
+    loss = torch.compile(MinimumClassConfusionLoss(2.0), backend="eager")(middle)
+    loss = loss + 0
+    del middle
+    torch.autograd.grad(loss, logits, retain_graph=True)
+    assert released() is not None
+    torch.autograd.grad(loss, logits)
+    assert released() is None

@@ -44,6 +44,14 @@ def differentiate(
 
     def backward_or_again(ctx, *incoming):
         kept = ctx.saved_tensors  # raises in a second pass, of either kind
+        try:
+            return derivative(ctx, kept, incoming)
+        finally:
+            if composed is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+                # torch gives up what is saved for backward alone.
+                ctx.inputs = None
+
+    def derivative(ctx, kept, incoming):
         if not torch.is_grad_enabled():
             return backward(ctx, kept, *incoming)
         if composed is None:
