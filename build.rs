@@ -1,4 +1,4 @@
-//! Compiles the C++ half of the autograd bridge against the libtorch that torch-sys found.
+//! Compiles the C++ half of src/torch against the libtorch that torch-sys found.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

@@ -74,6 +74,37 @@ def test_constants_from_inference_mode(loss, generator):
     torch.testing.assert_close(first, again.detach())
 
 
+@every_loss
+def test_storage_that_was_resized(loss, generator):
+    """Many of torch's operations crash on it."""
+    inputs = [x.clone() for x in loss.inputs(generator)]
+    inputs[loss.differentiated].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has a storage of only 0 bytes"):
+        loss.ours(*inputs)
+
+
+def test_flexmatch_with_a_storage_that_was_resized():
+    module = flexmatch()
+    module.net_outputs.untyped_storage().resize_(16)
+    for call in 2 * (lambda: module.get_threshold(INDEX), lambda: module.update(INDEX, torch.ones(2), INDEX)):
+        with pytest.raises(RuntimeError, match="has a storage of only 16 bytes"):
+            call()
+
+
+def test_ema_with_a_storage_that_was_resized():
+    model = nn.Linear(3, 2)
+    teacher = EMATeacher(model, 0.9)
+    model.weight.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has a storage of only 0 bytes"):
+        teacher.update()
+
+
+def test_numbers_that_no_float_holds():
+    for call in (lambda: MinimumClassConfusionLoss(10**400), lambda: EMATeacher(nn.Linear(1, 1), 10**400)):
+        with pytest.raises(ValueError, match="must fit into 64 bits"):
+            call()
+
+
 def test_flexmatch_takes_no_tensor_without_memory():
     module = flexmatch()
     two = TwoTensor(INDEX, INDEX)

@@ -228,6 +228,19 @@ def test_classes_of_subnormal_probability(gap, generator):
     assert strong.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("gap", [600.0, 660.0])
+def test_classes_of_the_smallest_probabilities(gap, generator):
+    """In float64 they have reciprocals."""
+    weak, strong = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+    weak[:, 3] -= gap
+    strong[:, 3] -= gap
+    strong.requires_grad_()
+    got, expected = CCConsistency(1.0, 0.1)(weak, strong)[0], plain(weak, strong, 1.0, 0.1)[0]
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=0)
+    grads = (torch.autograd.grad(x, strong)[0] for x in (got, expected))
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
+
+
 def test_composite_without_a_selected_row_is_zero():
     loss = CCConsistency(1.0)
     grad, value = torch.func.grad_and_value(lambda s: loss(torch.zeros(2, 3), s)[0])(torch.ones(2, 3))

@@ -29,6 +29,15 @@ def test_golden_shift_log(case, precision):
     case.check_grads(inputs, precision)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nan_of_a_single_class(dtype):
+    nothing = torch.zeros(2, 1)
+    loss = WorstCaseEstimationLoss(2.0)(
+        nothing, nothing, nothing, torch.tensor([[torch.nan], [0]], dtype=dtype)
+    )
+    assert loss.isnan()
+
+
 @pytest.mark.parametrize("gap", [4.0, 10.0, 14.0, 16.0, 20.0, 40.0])
 @pytest.mark.parametrize("form", ["kernel", "composite"])
 def test_saturated_float32_is_exact_where_tllib_is_not(gap, form):

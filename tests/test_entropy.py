@@ -30,8 +30,17 @@ def test_bad_predictions(bad, error, message):
         entropy(bad)
 
 
+def test_reductions_that_return_rows(generator):
+    p = torch.rand(3, 4, generator=generator).softmax(dim=1)
+    for call in (entropy, torch.compile(entropy, backend="eager")):
+        for reduction in (None, "sum"):
+            assert torch.equal(call(p, reduction), entropy(p, "none"))
+
+
 def test_bad_reduction():
-    with pytest.raises(ValueError, match="entropy: reduction must be 'none' or 'mean'"):
+    with pytest.raises(TypeError, match="entropy: reduction must be a str, got int"):
+        entropy(torch.rand(3, 4), 3)
+    with pytest.raises(ValueError, match="entropy: reduction must be 'none', 'mean' or 'sum'"):
         entropy(torch.ones(2, 3), "average")
 
 

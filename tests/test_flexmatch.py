@@ -9,11 +9,13 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import golden
 from tests.plain.flexmatch import DynamicThresholdingModule as Plain
@@ -248,6 +250,43 @@ def test_counts_are_trusted_again_when_the_alias_is_gone():
     assert not module._state.is_stale(), "reading leaves nothing behind"
 
 
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_masks_of_every_numeric_dtype(dtype):
+    module = make()
+    module.update(
+        torch.tensor([0, 1, 2, 3]), torch.tensor([1, 0, 1, 0]).to(dtype), torch.tensor([4, 3, 2, 1])
+    )
+    assert module.net_outputs[:4].tolist() == [4, -1, 2, -1]
+
+
+def test_in_a_dispatch_mode():
+    """Profilers and activation checkpoints set one. Python code runs with the module locked then."""
+    module, others = make(), []
+
+    class Slow(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            time.sleep(0.01)  # another thread runs
+            return function(*args, **(kwargs or {}))
+
+    def read():
+        for _ in range(100):
+            others.append(module.get_threshold(torch.tensor([1])))
+
+    thread = threading.Thread(target=read, daemon=True)
+    with Slow():
+        thread.start()
+        for _ in range(5):
+            module.load_state_dict({"net_outputs": torch.full((50,), -1)})
+            module.update(torch.arange(10)[::2], torch.ones(5), torch.ones(5, dtype=torch.int64))
+            assert module.get_threshold(torch.tensor([1, 0])).tolist() == pytest.approx([0.95, 0])
+    thread.join(60)
+    assert not thread.is_alive(), "waits for ever"
+    assert len(others) == 100
+
+
 def test_integer_types_negative_indices_and_shapes():
     ours, plain = make(), make(cls=Plain)
     for module in (ours, plain):
@@ -347,6 +386,18 @@ def test_bad_get_threshold_and_net_outputs():
 @pytest.mark.parametrize(("classes", "samples"), [(0, 5), (5, 0), (-1, 5), (2**40, 5), (5, 2**62)])
 def test_bad_sizes(classes, samples):
     with pytest.raises(ValueError, match=r"must be an integer in \[1, "):
+        make(classes, samples)
+
+
+@pytest.mark.parametrize(
+    ("classes", "samples", "error", "message"),
+    [
+        (4.0, 5, TypeError, "DynamicThresholdingModule: num_classes must be an integer, got float"),
+        (4, 2**70, ValueError, "DynamicThresholdingModule: n_unlabeled_samples must fit into 64 bits"),
+    ],
+)
+def test_sizes_that_are_no_numbers(classes, samples, error, message):
+    with pytest.raises(error, match=message):
         make(classes, samples)
 
 

@@ -91,9 +91,10 @@ def test_dtypes(loss, generator, dtype):
 
 
 @every_loss
+@pytest.mark.parametrize("shape", [(6, 9), (40, 200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
-def test_layouts(loss, generator, dtype):
-    inputs = [x.to(dtype) for x in loss.inputs(generator, 6, 9)]
+def test_layouts(loss, generator, dtype, shape):
+    inputs = [x.to(dtype) for x in loss.inputs(generator, *shape)]
     expected = run(loss, loss.ours, leaves(loss, inputs, dtype))
 
     def transposed(x):

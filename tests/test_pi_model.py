@@ -99,6 +99,35 @@ def test_bad_inputs(p1, p2, mask, error, message):
         L2ConsistencyLoss()(p1, p2, mask)
 
 
+@pytest.mark.parametrize("layout", [torch.clone, lambda x: x.t().contiguous().t()], ids=["rows", "columns"])
+@pytest.mark.parametrize("difference", [1e-3, 200, 511, 512, 30_000])
+def test_float16_gradients_of_large_differences(difference, layout):
+    p1, p2 = torch.zeros(2, 40, 8, dtype=torch.float16)
+    p2[:, 0] = difference
+    p1, p2 = layout(p1).requires_grad_(), layout(p2).requires_grad_()
+    mask = torch.linspace(0, 1, 40)
+    loss = L2ConsistencyLoss()(p1, p2, mask)
+    torch.testing.assert_close(loss.item(), (p2[:, 0].double().square() * mask.double()).mean().item())
+    for grad, sign in zip(torch.autograd.grad(loss, (p1, p2)), (-1, 1), strict=True):
+        expected = (sign * 2 / 40 * p2[:, 0].double() * mask.double()).half()
+        torch.testing.assert_close(grad[:, 0], expected, rtol=1e-3, atol=1e-7)
+        assert grad[:, 1:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "mask", [1.0, torch.rand(6), torch.rand(6).half(), torch.rand(6) > 0.5, torch.tensor(0.5)]
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_compiled_half_types_are_rounded_once(dtype, reduction, mask):
+    torch._dynamo.reset()
+    p1, p2 = 200 * torch.rand(2, 6, 4).to(dtype)
+    loss = L2ConsistencyLoss(reduction)
+    expected = loss(p1, p2, mask)
+    got = torch.compile(loss, backend="aot_eager", fullgraph=True)(p1, p2, mask)
+    torch.testing.assert_close(got, expected, rtol=1e-6 if expected.dtype == torch.float32 else 0.0, atol=0.0)
+
+
 def test_bad_arguments():
     for make in (L2ConsistencyLoss, lambda reduction: ConsistencyLoss(torch.sub, reduction)):
         with pytest.raises(ValueError, match="ConsistencyLoss: reduction must be 'none', 'mean' or 'sum'"):
@@ -107,8 +136,9 @@ def test_bad_arguments():
             make(1)
         loss = make("mean")
         loss.reduction = "avg"
-        with pytest.raises(ValueError, match="reduction must be"):
-            loss(torch.zeros(2, 3), torch.zeros(2, 3))
+        for call in (loss, torch.compile(loss, backend="eager")):
+            with pytest.raises(ValueError, match="reduction must be"):
+                call(torch.zeros(2, 3), torch.zeros(2, 3))
     with pytest.raises(TypeError, match="ConsistencyLoss: distance_measure must be callable, got str"):
         ConsistencyLoss("l2")
 

@@ -76,6 +76,16 @@ def test_float16_labels_among_very_many_classes(generator):
     assert torch.equal(ours, labels)
 
 
+@pytest.mark.parametrize("output", [1, 2])
+def test_second_derivatives_notice_a_change_of_mask_and_labels(output):
+    y = torch.randn(5, 4, requires_grad=True)
+    outputs = ConfidenceBasedSelfTrainingLoss(0.1)(y, y)
+    torch.autograd.grad(outputs[0], y, create_graph=True)
+    outputs[output].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(outputs[0], y, create_graph=True)
+
+
 def test_every_place_of_an_image_is_a_row(generator):
     y, target = torch.randn(2, 3, 6, 4, 5, generator=generator)
     loss, mask, labels = ConfidenceBasedSelfTrainingLoss(0.5)(y, target)

@@ -1,12 +1,13 @@
 """The losses of person re-identification."""
 
 import inspect
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from tests import golden
-from tests.losses import LOSSES
+from tests.losses import LOSSES, Observed
 from tests.plain import reid_loss as plain
 from tllib_rs.vision.models.reid import loss as reid
 from tllib_rs.vision.models.reid.loss import (
@@ -325,6 +326,22 @@ def test_retained_graphs_and_two_inputs(generator):
     torch.testing.assert_close(once, grads_of(lambda f: TripletLoss(2.0)(f, labels), [f])[1] / 0.37)
 
 
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("columns", [3, 200])
+@pytest.mark.parametrize("epsilon", [0.0, 0.1, 1.0, 1.5])
+def test_a_label_of_probability_0_is_an_infinite_loss(epsilon, columns, dtype, observed):
+    y = torch.zeros(2, columns, dtype=dtype)
+    y[:, 1] = -torch.inf
+    log_p = y.double().log_softmax(dim=1)
+    targets = torch.full_like(log_p, epsilon / columns)
+    targets[:, 1] += 1 - epsilon
+    expected = (-targets * log_p).mean(0).sum()
+    with Observed() if observed else nullcontext():
+        got = CrossEntropyLossWithLabelSmooth(columns, epsilon)(y, torch.tensor([1, 1]))
+    torch.testing.assert_close(got.double(), expected, equal_nan=True)
+
+
 def test_second_derivatives_refuse_targets_that_changed():
     y, labels = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
     loss = CrossEntropyLoss()(y, labels)
@@ -370,7 +387,7 @@ F, N = torch.zeros(4, 3), torch.arange(4)
         (
             lambda: TripletLoss(0.3)(F, N[:3]),
             ValueError,
-            r"labels must have shape \(4,\), one label for each row of features, got shape \[3\]",
+            r"labels must have shape \(4,\), one label for each row of f, got shape \[3\]",
         ),
         (lambda: TripletLoss("x"), TypeError, "TripletLoss: margin must be a number, got str"),
         (lambda: TripletLoss(float("nan")), ValueError, "TripletLoss: margin must be a finite number"),
@@ -383,7 +400,11 @@ F, N = torch.zeros(4, 3), torch.arange(4)
         (lambda: SoftTripletLoss()(F, F[:2], N), ValueError, "features_2 must have 4 rows as features_1 has"),
         (lambda: TripletLossXBM()(F, N, F[:, :2], N), ValueError, "xbm_f must have 3 columns as f has"),
         (lambda: TripletLossXBM()(F, N, F.double(), N), TypeError, "xbm_f must have the dtype of f"),
-        (lambda: TripletLossXBM()(F, N, F, N[:1]), ValueError, r"xbm_labels must have shape \(4,\)"),
+        (
+            lambda: TripletLossXBM()(F, N, F, N[:1]),
+            ValueError,
+            r"xbm_labels must have shape \(4,\), .* of xbm_f",
+        ),
         (lambda: CrossEntropyLoss()(F, N), TypeError, "CrossEntropyLoss: labels must be float32"),
         (lambda: CrossEntropyLoss()(F, F[:2]), ValueError, r"labels must have the shape of y, \[4, 3\]"),
         (lambda: CrossEntropyLoss()(F[0], F[0]), ValueError, "y must have shape"),
@@ -442,6 +463,25 @@ def test_signatures_and_attributes_are_those_of_tllib():
     assert all(not m.state_dict() for m in [*modules, SoftTripletLoss()])
     children = [name for m in modules for name, _ in m.named_children()]
     assert children == ["log_softmax", "log_softmax", "margin_loss", "ranking_loss"]
+
+
+@pytest.mark.parametrize("loss", [TripletLoss(0.3), TripletLossXBM(), SoftTripletLoss()], ids=type)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_normalize_feature_is_anything_true_or_false(loss, compiled, generator):
+    f, labels = torch.randn(8, 5, generator=generator), torch.arange(8) // 2
+    inputs = {
+        TripletLoss: (f, labels),
+        TripletLossXBM: (f, labels, f, labels),
+        SoftTripletLoss: (f, f, labels),
+    }
+    expected = []
+    for setting in (False, True, None, 1):
+        loss.normalize_feature = setting
+        call = torch.compile(loss, backend="eager") if compiled else loss
+        expected.append(call(*inputs[type(loss)]))
+    assert expected[0] == expected[2]
+    assert expected[1] == expected[3]
+    assert expected[0] != expected[1]
 
 
 @pytest.mark.parametrize("normalize", [False, True])

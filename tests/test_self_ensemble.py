@@ -168,6 +168,20 @@ def test_a_prior_of_one_s_own(dtype, generator):
     assert abs(loss(p).double() - F.binary_cross_entropy(exact.mean(dim=0), prior.double())) <= 2 * rounding
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prior_of_one_s_own_where_means_are_0_and_1(compiled):
+    """As in torch's binary cross entropy, and ours against the uniform prior: finite."""
+    prior = torch.tensor([0.1, 0.2, 0.3, 0.4], requires_grad=True)
+    loss = ClassBalanceLoss(4)
+    loss.uniform_distribution = prior
+    p = torch.tensor([200.0, 0, 0, 0]).softmax(dim=0).expand(3, 4).clone().requires_grad_()
+    value = (torch.compile(loss, backend="aot_eager") if compiled else loss)(p)
+    expected = F.binary_cross_entropy(p.mean(dim=0), prior)
+    torch.testing.assert_close(value, expected)
+    inputs = (p, prior)
+    torch.testing.assert_close(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs))
+
+
 def refuse_alike(own, bad):
     with pytest.raises((TypeError, ValueError)) as expected:
         ClassBalanceLoss(4)(bad)

@@ -97,8 +97,8 @@ def _version(x: Any) -> int | None:
 
 def _only_gradient(name: str) -> RuntimeError:
     return RuntimeError(
-        f"tllib_rs::{name}: in a compiled graph there is the gradient, and no other derivative: no "
-        "create_graph, no forward mode and no transform of torch.func"
+        f"tllib_rs::{name}: this operator has a gradient and no other derivative: no create_graph, no "
+        "forward mode and no transform of torch.func"
     )
 
 

@@ -45,7 +45,7 @@ def define(
     it changes from call to call: the first operator would be recompiled for each value.
 
     Args:
-        name: begins with the method's stem.
+        name: of the operator.
         schema: arguments and outputs, as in ``(Tensor h_k, Tensor(a!) queue_list) -> ()``.
         compute: what it does to real tensors.
         fake: empty tensors like the outputs of ``compute``, from fake inputs.
@@ -161,7 +161,7 @@ def register(
     :func:`or_transparent`.
 
     Args:
-        name: the method's stem.
+        name: of the loss.
         schema: the arguments, as in ``(Tensor logits, float temperature)``. The differentiable tensors
             come first.
         call: the extension's function: the loss, or a tuple that begins with it.

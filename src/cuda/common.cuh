@@ -45,7 +45,7 @@ __device__ __forceinline__ void store(f16& to, float x) { to.bits = float_to_hal
 // To the nearest, ties to even.
 __device__ __forceinline__ void store(bf16& to, float x) {
   const unsigned bits = __float_as_uint(x);
-  to.bits = x != x ? 0x7fff : (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  to.bits = x != x ? 0x7fc0 : (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 template <typename T>

@@ -61,14 +61,15 @@ struct Smooth {  // mirrored by `Smooth` in src/cuda/cross_entropy.rs
   float hit, rest, mass;
 };
 
-// `split`, and sum_c (z_c - max): in one sweep where the row is held, which then holds exponentials.
+// `split`, and the sum of z_c - max over the other classes: in one sweep where the row is held, which then holds
+// exponentials.
 template <int SIZE, int KEEP, typename R>
 __device__ __forceinline__ Split shifted_split(R& z, int cols, int label, float at_label, float& max, float& shifted) {
   if constexpr (KEEP > 0) {
     max = row_max<SIZE, KEEP>(z, cols);
     float sums[2] = {0, 0};
     places<SIZE, KEEP>(cols, [&](int k, int c, bool there) {
-      sums[0] += there ? z.at(k) - max : 0;
+      sums[0] += there && c != label ? z.at(k) - max : 0;
       const float x = z.exponential(k, max);
       if (c != label) sums[1] += x;
     });
@@ -78,7 +79,7 @@ __device__ __forceinline__ Split shifted_split(R& z, int cols, int label, float 
   } else {
     const Split row = split<SIZE, KEEP>(z, cols, label, at_label, max);
     float sum = 0;
-    places<SIZE, KEEP>(cols, [&](int k, int, bool there) { sum += there ? z.at(k) - max : 0; }, z);
+    places<SIZE, KEEP>(cols, [&](int k, int c, bool there) { sum += there && c != label ? z.at(k) - max : 0; }, z);
     shifted = Group<SIZE>::sum(sum);
     return row;
   }
@@ -99,8 +100,8 @@ __device__ __forceinline__ void smooth(const Smooth& a) {
     const float z_label = known ? z.again(label) : nan32();
     float max, shifted;
     const Split row = shifted_split<SIZE, KEEP>(z, cols, label, z_label, max, shifted);
-    // Without smoothing rest is 0, and 0 times an infinite logarithm is NaN, as in tllib.
-    total[0] += once<SIZE>(a.mass * row.log_total() - a.hit * (z_label - max) - a.rest * shifted);
+    // Where a target is 0, 0 times an infinite logarithm is NaN, as in tllib.
+    total[0] += once<SIZE>(a.mass * row.log_total() - (a.hit + a.rest) * (z_label - max) - a.rest * shifted);
     if (!a.rows.grad) continue;
     E* grad = a.rows.grad + i * cols;
     const float of_p = weight * a.mass / row.total(), constant = weight * a.rest;

@@ -55,15 +55,16 @@ __device__ __forceinline__ void sweep(const Mcc& a, F each) {
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
     Row<E, SIZE, KEEP> z(a.logits, i, a.cols);
     const float max = row_max<SIZE, KEEP>(z, a.cols);
-    // Summed separately, and then in f64: in a confident row, the rest is far below the precision of 1.
-    float ones = 0, rest = 0;
+    // Summed separately: in a confident row, the rest is far below the precision of 1.
+    float sums[2] = {0, 0};
     const auto sum = [&](int k, int, bool) {
       const float x = z.exponential(k, max, a.inverse_t);
-      (x == 1 ? ones : rest) += x;
+      sums[x == 1 ? 0 : 1] += x;
     };
     places<SIZE, KEEP>(a.cols, sum, z);
-    const double total = Group<SIZE>::sum((double)ones + rest);
-    const Softmax p = {max, (float)(1 / total), a.inverse_t, (float)((total - 1) / total)};
+    Group<SIZE>::template reduce<Add>(sums);
+    const double ones = sums[0], rest = sums[1], total = ones + rest;
+    const Softmax p = {max, (float)(1 / total), a.inverse_t, (float)((ones - 1 + rest) / total)};
     // This logarithm is off by 2 units in the last place, and near 1 by 2^-22, so that e^-H is off by at most
     // (1 + H) e^-H 2^-22 < 2.4e-7. An exact one would take a quarter of the row's instructions.
     float p_log2_p = 0;

@@ -15,7 +15,7 @@ struct MeanTeacher {  // mirrored by `Args` in src/cuda/mean_teacher.rs
 
 template <typename T, typename S>
 __device__ __forceinline__ void blend(T& t, S s, float keep, float take) {
-  // Three roundings, as on the CPU and in torch's operations, so that all of them give the same teacher.
+  // In float32 three roundings, as on the CPU and in tllib. A half teacher is rounded once, when it is stored.
   store(t, __fadd_rn(__fmul_rn(keep, load(t)), __fmul_rn(take, load(s))));
 }
 

@@ -5,7 +5,7 @@ use super::element::Element;
 use super::isa::{Isa, Kernel};
 use super::lanes;
 use super::mcc::ENTROPY_EPSILON;
-use super::parallel::{cut, run, split};
+use super::parallel::{cut, cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::{Rows, store_row};
@@ -31,20 +31,16 @@ pub fn entropy<E: Element>(
     let ranges = split(p.rows(), threads);
     let narrow = lanes::narrow(&ranges, p.cols(), NARROW);
     let outs = cut(out, &ranges, 1);
-    let mut grads = match grad {
-        Some(grad) => cut(grad, &ranges, p.cols()).into_iter().map(Some).collect(),
-        None => Vec::new(),
-    }
-    .into_iter();
+    let grads = cut_optional(grad, &ranges, p.cols());
     let jobs: Vec<_> = ranges
         .into_iter()
-        .zip(outs)
-        .map(|(range, out)| {
+        .zip(outs.into_iter().zip(grads))
+        .map(|(range, (out, grad))| {
             let sweep = Sweep {
                 p,
                 range,
                 out,
-                grad: grads.next().flatten(),
+                grad,
                 weight,
             };
             move || lanes::dispatch(sweep, narrow)

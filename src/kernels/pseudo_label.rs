@@ -16,7 +16,7 @@ use super::Loss;
 use super::element::{Element, round_to, stored_scale};
 use super::isa::{Isa, Kernel};
 use super::lanes;
-use super::parallel::{cut, run, split};
+use super::parallel::{cut, cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::Rows;
@@ -54,16 +54,11 @@ pub fn pseudo_label<E: Element>(
     let narrow = lanes::narrow(&ranges, cols, NARROW);
     let masks = cut(out.mask, &ranges, 1);
     let labels = cut(out.labels, &ranges, 1);
-    let mut grads = match out.grad {
-        Some(grad) => cut(grad, &ranges, cols).into_iter().map(Some).collect(),
-        None => Vec::new(),
-    }
-    .into_iter();
+    let grads = cut_optional(out.grad, &ranges, cols);
     let jobs: Vec<_> = ranges
         .into_iter()
-        .zip(masks.into_iter().zip(labels))
-        .map(|(range, (mask, labels))| {
-            let grad = grads.next().flatten();
+        .zip(masks.into_iter().zip(labels).zip(grads))
+        .map(|(range, ((mask, labels), grad))| {
             let out = Outputs { mask, labels, grad };
             let sweep = Sweep {
                 logits,

@@ -10,7 +10,8 @@ use crate::torch::input::Input;
 use crate::torch::{Dtype, Owned, by_dtype, scalar};
 use tch::{Kind, Reduction, Tensor};
 
-const CLASS: &str = "WorstCaseEstimationLoss";
+/// The class, for messages.
+pub const CLASS: &str = "WorstCaseEstimationLoss";
 
 /// `ValueError` for a trade-off that is not finite.
 pub fn check_eta_prime(eta_prime: f64) -> Result<()> {
@@ -84,24 +85,18 @@ pub fn dst(
             );
         }
     };
-    if agree.grad.is_some() || disagree.grad.is_some() {
-        let labels = [Constant(agree.labels), Constant(disagree.labels)];
-        let formula = Box::new(move |t: &[Tensor]| {
+    let grads = [agree.grad, disagree.grad];
+    attach(c"DstBackward", &loss, &[y_l_adv, y_u_adv], grads, || {
+        let [labels_l, labels_u] = [Constant(agree.labels), Constant(disagree.labels)];
+        Ok(move |t: &[Tensor]| {
             composite(
                 &[&t[0], &t[1]],
-                &[labels[0].get(), labels[1].get()],
+                &[labels_l.get(), labels_u.get()],
                 eta_prime,
                 out.kind(),
             )
-        });
-        attach(
-            c"DstBackward",
-            &loss,
-            &[y_l_adv, y_u_adv],
-            vec![agree.grad, disagree.grad],
-            formula,
-        )?;
-    }
+        })
+    })?;
     Ok(loss)
 }
 
@@ -202,7 +197,11 @@ impl Split {
         let index = labels.f_unsqueeze(1)?;
         let own = p.f_gather(1, &index, false)?.f_squeeze_dim(1)?;
         let rest = p.f_scatter_value(1, &index, 0.0)?;
-        let others = rest.f_sum_dim_intlist(1, false, kind)?;
+        let others = match logits.size()[1] {
+            // Nothing, but NaN if the logit is.
+            1 => own.f_rsub_scalar(1.0)?,
+            _ => rest.f_sum_dim_intlist(1, false, kind)?,
+        };
         Ok(Self {
             index,
             own,

@@ -1,8 +1,8 @@
 //! Entropy of probabilities on tensors. The mathematics is in [`crate::kernels::entropy`].
 
-use super::{Place, place, stored, threads, widened_on_devices};
+use super::{Place, Reduction, place, stored, threads, widened_on_devices};
 use crate::cuda;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::columns;
 use crate::kernels::element::stored_scale;
 use crate::kernels::entropy::{entropy as kernel, entropy_by_columns};
@@ -13,10 +13,12 @@ use crate::torch::input::Input;
 use crate::torch::{Dtype, by_dtype, scalar, vector};
 use tch::{Kind, Tensor};
 
-const CLASS: &str = "entropy";
+/// The function, for messages.
+pub const CLASS: &str = "entropy";
 
-/// The entropy of each row of `predictions`, over dimension 1; their mean if `mean`.
-pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
+/// The entropy of each row of `predictions`, over dimension 1, or their mean. As in tllib, the sum is not taken.
+pub fn entropy(predictions: &Tensor, reduction: Reduction) -> Result<Tensor> {
+    let mean = reduction == Reduction::Mean;
     let input = Input::new(CLASS, "predictions", predictions)?;
     let dtype = input.floating()?;
     if input.shape().len() < 2 {
@@ -32,16 +34,9 @@ pub fn entropy(predictions: &Tensor, mean: bool) -> Result<Tensor> {
         Place::Operations => operations(&input, mean, out_dtype)?,
         Place::Composite => return composite(predictions, mean, out_dtype),
     };
-    if let Some(grad) = grad {
-        let formula = Box::new(move |t: &[Tensor]| composite(&t[0], mean, out_dtype));
-        attach(
-            c"EntropyBackward",
-            &out,
-            &[predictions],
-            vec![Some(grad)],
-            formula,
-        )?;
-    }
+    attach(c"EntropyBackward", &out, &[predictions], [grad], || {
+        Ok(move |t: &[Tensor]| composite(&t[0], mean, out_dtype))
+    })?;
     Ok(out)
 }
 
@@ -127,16 +122,4 @@ fn operations(input: &Input<'_>, mean: bool, out: Dtype) -> Result<(Tensor, Opti
         slope.f_neg()?
     };
     Ok((entropy, Some(stored(&grad)?)))
-}
-
-/// Whether to average. tllib averages for exactly `"mean"` and returns rows for everything else; an
-/// unknown name is an error here.
-pub fn parse_reduction(reduction: &str) -> Result<bool> {
-    match reduction {
-        "mean" => Ok(true),
-        "none" | "sum" => Ok(false),
-        other => Err(Error::Value(format!(
-            "{CLASS}: reduction must be 'none' or 'mean' ('sum' returns rows, as in tllib), got {other:?}"
-        ))),
-    }
 }

@@ -11,7 +11,8 @@ use crate::torch::{Dtype, Without, by_dtype, scalar, vector};
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
-const CLASS: &str = "MinimumClassConfusionLoss";
+/// The class, for messages.
+pub const CLASS: &str = "MinimumClassConfusionLoss";
 const LABEL: &CStr = c"MccBackward";
 
 /// `ValueError` for a temperature that is not above 0.
@@ -32,11 +33,9 @@ pub fn mcc(logits: &Tensor, temperature: f64) -> Result<Tensor> {
         Place::Operations => operations(&input, temperature, out.kind())?,
         Place::Composite => return composite(logits, temperature, out.kind()),
     };
-    if grad.is_some() {
-        let kind = out.kind();
-        let formula = Box::new(move |t: &[Tensor]| composite(&t[0], temperature, kind));
-        attach(LABEL, &loss, &[logits], vec![grad], formula)?;
-    }
+    attach(LABEL, &loss, &[logits], [grad], || {
+        Ok(move |t: &[Tensor]| composite(&t[0], temperature, out.kind()))
+    })?;
     Ok(loss)
 }
 

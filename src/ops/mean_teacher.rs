@@ -9,7 +9,8 @@ use crate::torch::input::{Borrowed, Facts, sparse};
 use crate::torch::{Dtype, average, beside, by_dtype, max_threads};
 use tch::{Device, Kind, Tensor};
 
-const CLASS: &str = "EMATeacher";
+/// The class, for messages.
+pub const CLASS: &str = "EMATeacher";
 /// Elements that one thread averages in the time that makes another thread worth starting.
 const GRAIN: usize = 1 << 18;
 
@@ -57,8 +58,10 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
             others.push((teachers[k].tensor(), students[k].tensor()));
         }
     }
-    sweeps.run(alpha)?;
+    let done = sweeps.run(alpha);
+    // After a failure too: some may have been written.
     swept.into_iter().for_each(Borrowed::bump_version);
+    done?;
     tch::no_grad(|| others.iter().try_for_each(|(t, s)| composite(t, s, alpha)))
 }
 
@@ -206,7 +209,9 @@ fn alike(teacher: &Facts, student: &Facts) -> bool {
 /// As for [`Pair::new`]; both are [`alike`].
 unsafe fn cpu_pair(teacher: &Facts, student: &Facts) -> Option<Pair> {
     let (t, s) = (teacher.dtype()?, student.dtype()?);
-    let kernels = |facts: &Facts| facts.in_cpu_memory() && (facts.on_cpu() || !facts.plain());
+    // Inside a transform of `torch.func` libtorch's operations would return wrappers.
+    let kernels =
+        |facts: &Facts| facts.is_cpu() && facts.unobserved() && (facts.on_cpu() || !facts.plain());
     if !(kernels(teacher) && kernels(student)) {
         return None;
     }
@@ -270,7 +275,7 @@ struct Span {
 /// `None` for a tensor without memory that can be read.
 fn span(input: &Facts) -> Option<Span> {
     let len = input.numel();
-    if !(input.in_cpu_memory() || input.plain()) || len == 0 {
+    if !input.readable() || len == 0 {
         return None;
     }
     let last = if input.contiguous() {

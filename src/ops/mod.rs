@@ -26,11 +26,36 @@ use crate::torch::autograd::StoredGrad;
 use crate::torch::input::Input;
 use crate::torch::{Dtype, beside, max_threads};
 use std::num::NonZeroUsize;
-use tch::{Device, Kind, Reduction, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Elements of exponential and logarithm that one thread computes in the time that makes another
 /// thread worth starting.
 const GRAIN: usize = 1 << 14;
+
+/// How the numbers of the rows are reduced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// They are returned.
+    None,
+    /// Their mean, over all rows whatever the mask.
+    Mean,
+    /// Their sum.
+    Sum,
+}
+
+impl Reduction {
+    /// By its name. tllib treats any other name as `'none'`; here it is an error.
+    pub fn parse(class: &str, name: Option<&str>) -> Result<Self> {
+        match name {
+            None | Some("none") => Ok(Self::None),
+            Some("mean") => Ok(Self::Mean),
+            Some("sum") => Ok(Self::Sum),
+            Some(other) => Err(Error::Value(format!(
+                "{class}: reduction must be 'none', 'mean' or 'sum', got {other:?}"
+            ))),
+        }
+    }
+}
 
 /// What computes a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,7 +104,7 @@ fn nll_gradient(log_p: &Tensor, labels: &Tensor, weight: &Tensor) -> Result<Stor
     let kind = log_p.f_kind()?;
     // Only read if the reduction is a mean.
     let total = weight.f_new_empty([1], (kind, weight.device()))?;
-    let (each, kept) = (None::<Tensor>, Reduction::None);
+    let (each, kept) = (None::<Tensor>, tch::Reduction::None);
     let of_log = if log_p.dim() == 2 {
         log_p.f_nll_loss_backward(weight, labels, each, kept, -100, &total)?
     } else {

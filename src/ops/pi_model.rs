@@ -1,46 +1,22 @@
 //! L2 consistency on tensors. The mathematics is in [`crate::kernels::pi_model`].
 
-use super::{Place, inside, place, stored, threads, widened_on_devices};
+use super::{Place, Reduction, inside, place, stored, threads, widened_on_devices};
 use crate::cuda;
 use crate::cuda::pi_model::Weights;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::columns;
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::pi_model::{Outputs, pi_model as kernel, pi_model_by_columns};
 use crate::kernels::reduce::sum;
-use crate::torch::autograd::{Backward, Composite, Room, StoredGrad, attach, attach_with, scaled};
+use crate::torch::autograd::{Backward, Room, StoredGrad, attach, attach_with, scaled};
 use crate::torch::input::{Facts, Input};
 use crate::torch::{Dtype, by_dtype, scalar, vector};
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
-const CLASS: &str = "L2ConsistencyLoss";
+/// The class, for messages.
+pub const CLASS: &str = "L2ConsistencyLoss";
 const LABEL: &CStr = c"L2ConsistencyBackward";
-
-/// How the losses of the rows are reduced.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reduction {
-    /// They are returned.
-    None,
-    /// Their mean, over all rows whatever the mask.
-    Mean,
-    /// Their sum.
-    Sum,
-}
-
-impl Reduction {
-    /// By its name. tllib treats any other name as `'none'`; here it is an error.
-    pub fn parse(class: &str, name: Option<&str>) -> Result<Self> {
-        match name {
-            None | Some("none") => Ok(Self::None),
-            Some("mean") => Ok(Self::Mean),
-            Some("sum") => Ok(Self::Sum),
-            Some(other) => Err(Error::Value(format!(
-                "{class}: reduction must be 'none', 'mean' or 'sum', got {other:?}"
-            ))),
-        }
-    }
-}
 
 /// What the losses of the rows are multiplied by.
 pub enum Mask {
@@ -77,11 +53,9 @@ pub fn pi_model(p1: &Tensor, p2: &Tensor, mask: &Mask, reduction: Reduction) -> 
             return composite(p1, p2, mask, call.number, reduction, call.out.kind());
         }
     };
-    if grads.iter().any(Option::is_some) {
-        let inputs = call.inputs();
-        grads.truncate(inputs.len());
-        attach(LABEL, &loss, &inputs, grads, call.formula())?;
-    }
+    let inputs = call.inputs();
+    grads.truncate(inputs.len());
+    attach(LABEL, &loss, &inputs, grads, || Ok(call.formula()))?;
     Ok(loss)
 }
 
@@ -136,9 +110,9 @@ impl<'a> Call<'a> {
     }
 
     /// The loss as a function of them.
-    fn formula(&self) -> Composite {
+    fn formula(&self) -> impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + use<> {
         let (number, reduction, kind) = (self.number, self.reduction, self.out.kind());
-        Box::new(move |t: &[Tensor]| composite(&t[0], &t[1], t.get(2), number, reduction, kind))
+        move |t: &[Tensor]| composite(&t[0], &t[1], t.get(2), number, reduction, kind)
     }
 
     /// What computes it.
@@ -228,7 +202,7 @@ impl<'a> Call<'a> {
             &loss,
             &self.inputs(),
             Box::new(backward),
-            self.formula(),
+            Box::new(self.formula()),
         )?;
         Ok(loss)
     }
@@ -281,20 +255,36 @@ impl<'a> Call<'a> {
         by_dtype!(dtype, E => {
             let a = self.p1.dense_rows::<E>()?;
             let b = self.p2.dense_rows::<E>()?;
-            let largest = weights.map_or(self.number, |w| w.iter().fold(0.0, |a: f64, w| a.max(w.abs())));
-            let scale = self.scale::<E>(largest);
             let columns = columns::fit(&a) && columns::fit(&b);
             let room = |input: &Input<'_>| Room::<E>::laid_out(input, columns);
             let (mut grad_a, mut grad_b) = (room(&self.p1)?, room(&self.p2)?);
-            let out = Outputs {
-                distances,
-                grad_a: grad_a.slice(),
-                grad_b: grad_b.slice(),
+            let mut run = |scale: f64, distances: &mut [f64]| {
+                let out = Outputs {
+                    distances,
+                    grad_a: grad_a.slice(),
+                    grad_b: grad_b.slice(),
+                };
+                let kernel = if columns { pi_model_by_columns } else { kernel };
+                kernel(a, b, weights, scale * self.mean() * self.number, out, threads(self.p1.numel()));
             };
-            let kernel = if columns { pi_model_by_columns } else { kernel };
-            kernel(a, b, weights, scale * self.mean() * self.number, out, threads(self.p1.numel()));
+            let largest = weights.map_or(self.number, |w| w.iter().fold(0.0, |a: f64, w| a.max(w.abs())));
+            let mut scale = self.scale::<E>(largest);
+            run(scale, distances);
+            let bound = self.bound(weights, distances);
+            if E::HEADROOM.is_some_and(|headroom| bound * scale > 2.0 * headroom) {
+                scale = scale.min(stored_scale::<E>(bound));
+                run(scale, distances);
+            }
             Ok(vec![grad_a.stored(scale), grad_b.stored(scale)])
         })
+    }
+
+    /// No element of the gradients for `p1` and `p2` is above this.
+    fn bound(&self, weights: Option<&[f64]>, distances: &[f64]) -> f64 {
+        let weight = |i: usize| weights.map_or(self.number, |w| w[i]).abs();
+        let rows = distances.iter().enumerate();
+        let largest = rows.fold(0.0, |most: f64, (i, d)| most.max(d.sqrt() * weight(i)));
+        2.0 * self.mean() * largest
     }
 }
 

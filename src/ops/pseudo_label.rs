@@ -4,12 +4,14 @@ use super::{Place, nll_gradient, not_nan, place, threads};
 use crate::cuda;
 use crate::error::Result;
 use crate::kernels::pseudo_label::{Outputs, pseudo_label as kernel};
-use crate::torch::autograd::{Constant, Room, StoredGrad, attach};
+use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
+use crate::torch::saved::Saved;
 use crate::torch::{Dtype, Owned, by_dtype, scalar};
 use tch::{Kind, Reduction, Tensor};
 
-const CLASS: &str = "ConfidenceBasedSelfTrainingLoss";
+/// The class, for messages.
+pub const CLASS: &str = "ConfidenceBasedSelfTrainingLoss";
 
 /// What the method returns.
 pub struct Output {
@@ -43,18 +45,15 @@ pub fn pseudo_label(y: &Tensor, y_target: &Tensor, threshold: f64) -> Result<Out
         Place::Operations => operations(&input, y_target, threshold, dtype)?,
         Place::Composite => return composite(y, y_target, threshold, dtype),
     };
-    if let Some(grad) = grad {
-        let (labels, mask) = (output.labels.shallow_clone(), output.mask.shallow_clone());
-        let held = Held(Constant(labels), Constant(mask));
-        let formula = Box::new(move |t: &[Tensor]| held.loss(&t[0], dtype));
-        attach(
-            c"PseudoLabelBackward",
-            &output.loss,
-            &[y],
-            vec![Some(grad)],
-            formula,
+    attach(c"PseudoLabelBackward", &output.loss, &[y], [grad], || {
+        // The caller gets these tensors too, and may write to them.
+        let labels = Saved::of(
+            &output.labels,
+            "ConfidenceBasedSelfTrainingLoss's pseudo_labels",
         )?;
-    }
+        let mask = Saved::of(&output.mask, "ConfidenceBasedSelfTrainingLoss's mask")?;
+        Ok(move |t: &[Tensor]| of_log(&log_softmax(&t[0], dtype)?, labels.get()?, mask.get()?))
+    })?;
     Ok(output)
 }
 
@@ -101,43 +100,28 @@ fn fused(
     })
 }
 
-/// Pseudo labels and mask, which are not differentiated.
-struct Held(Constant, Constant);
-
-impl Held {
-    /// In libtorch operations, from the logits of `target`.
-    fn of(target: &Tensor, threshold: f64) -> Result<Self> {
-        let q = target.f_detach()?.f_softmax(1, None::<Kind>)?;
-        let (confidence, labels) = q.f_max_dim(1, false)?;
-        let mask = confidence.f_gt(threshold)?.f_to_kind(Kind::Float)?;
-        Ok(Self(Constant(labels), Constant(mask)))
-    }
-
-    fn loss(&self, y: &Tensor, dtype: Dtype) -> Result<Tensor> {
-        self.of_log(&log_softmax(y, dtype)?)
-    }
-
-    fn of_log(&self, log_p: &Tensor) -> Result<Tensor> {
-        let (labels, mask) = (self.0.get(), self.1.get());
-        let each = log_p.f_nll_loss_nd(labels, None::<Tensor>, Reduction::None, -100)?;
-        Ok(each.f_mul(mask)?.f_mean(log_p.f_kind()?)?)
-    }
-
-    fn output(self, loss: Tensor) -> Output {
-        let Self(Constant(labels), Constant(mask)) = self;
-        Output { loss, mask, labels }
-    }
+/// Pseudo labels and mask from the logits `target`, in libtorch operations.
+fn select(target: &Tensor, threshold: f64) -> Result<(Tensor, Tensor)> {
+    let q = target.f_detach()?.f_softmax(1, None::<Kind>)?;
+    let (confidence, labels) = q.f_max_dim(1, false)?;
+    let mask = confidence.f_gt(threshold)?.f_to_kind(Kind::Float)?;
+    Ok((labels, mask))
 }
 
 fn log_softmax(y: &Tensor, dtype: Dtype) -> Result<Tensor> {
     Ok(y.f_log_softmax(1, dtype.at_least_f32().kind())?)
 }
 
+fn of_log(log_p: &Tensor, labels: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let each = log_p.f_nll_loss_nd(labels, None::<Tensor>, Reduction::None, -100)?;
+    Ok(each.f_mul(mask)?.f_mean(log_p.f_kind()?)?)
+}
+
 /// The same in libtorch operations.
 fn composite(y: &Tensor, y_target: &Tensor, threshold: f64, dtype: Dtype) -> Result<Output> {
-    let held = Held::of(y_target, threshold)?;
-    let loss = held.loss(y, dtype)?;
-    Ok(held.output(loss))
+    let (labels, mask) = select(y_target, threshold)?;
+    let loss = of_log(&log_softmax(y, dtype)?, &labels, &mask)?;
+    Ok(Output { loss, mask, labels })
 }
 
 fn operations(
@@ -146,15 +130,15 @@ fn operations(
     threshold: f64,
     dtype: Dtype,
 ) -> Result<(Output, Option<StoredGrad>)> {
-    let held = Held::of(target, threshold)?;
+    let (labels, mask) = select(target, threshold)?;
     let log_p = log_softmax(&input.tensor.f_detach()?, dtype)?;
-    let loss = held.of_log(&log_p)?;
+    let loss = of_log(&log_p, &labels, &mask)?;
     let grad = if input.wants_grad() {
-        let mask = held.1.get().f_to_kind(log_p.f_kind()?)?;
-        let weight = mask.f_mul_scalar(1.0 / mask.numel() as f64)?;
-        Some(nll_gradient(&log_p, held.0.get(), &weight)?)
+        let weight = mask.f_to_kind(log_p.f_kind()?)?;
+        let weight = weight.f_mul_scalar(1.0 / weight.numel() as f64)?;
+        Some(nll_gradient(&log_p, &labels, &weight)?)
     } else {
         None
     };
-    Ok((held.output(loss), grad))
+    Ok((Output { loss, mask, labels }, grad))
 }

@@ -7,7 +7,7 @@
 //! backward.
 
 use crate::error::{Error, Result};
-use crate::torch::autograd::{Composite, StoredGrad, attach};
+use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::Input;
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
@@ -57,16 +57,17 @@ impl Exchanged<'_> {
         input: &Tensor,
         grad: Option<StoredGrad>,
     ) -> Result<()> {
-        let Some(mut grad) = grad else {
-            return Ok(());
-        };
-        grad.scale /= self.world_size as f64;
-        let formula: Composite = Box::new(move |_: &[Tensor]| {
-            Err(Error::Bridge(format!(
-                "{class}: no second derivative (create_graph=True) across ranks"
-            )))
+        let grad = grad.map(|grad| StoredGrad {
+            scale: grad.scale / self.world_size as f64,
+            ..grad
         });
-        attach(label, loss, &[input], vec![Some(grad)], formula)
+        attach(label, loss, &[input], [grad], || {
+            Ok(move |_: &[Tensor]| {
+                Err(Error::Bridge(format!(
+                    "{class}: no second derivative (create_graph=True) across ranks"
+                )))
+            })
+        })
     }
 }
 

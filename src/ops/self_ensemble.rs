@@ -16,7 +16,8 @@ use crate::torch::{Dtype, Stored, by_dtype, scalar, vector};
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
-const CLASS: &str = "ClassBalanceLoss";
+/// The class, for messages.
+pub const CLASS: &str = "ClassBalanceLoss";
 const LABEL: &CStr = c"ClassBalanceBackward";
 /// Elements that are added or written in the time in which one exponential is computed.
 const CHEAP: usize = 4;
@@ -35,21 +36,19 @@ pub fn check_num_classes(num_classes: i64) -> Result<()> {
 pub fn class_balance(p: &Tensor, num_classes: i64) -> Result<Tensor> {
     let (input, dtype) = checked(p, num_classes)?;
     let out = loss_dtype(&input, dtype);
-    let formula: Composite = Box::new(move |t: &[Tensor]| composite(&t[0], out.kind()));
+    let formula = move |t: &[Tensor]| composite(&t[0], out.kind());
     match place(&[&input]) {
         Place::Cuda => {
             let (loss, slope) = cuda::self_ensemble::class_balance(&input, dtype, out)?;
-            same_rows(&input, dtype, loss, slope, formula)
+            same_rows(&input, dtype, loss, slope, Box::new(formula))
         }
         Place::Operations => {
             let (loss, slope) = operations(&input, out.kind())?;
-            same_rows(&input, dtype, loss, slope, formula)
+            same_rows(&input, dtype, loss, slope, Box::new(formula))
         }
         Place::Cpu => {
             let (loss, grad) = fused(&input, dtype, out)?;
-            if let Some(grad) = grad {
-                attach(LABEL, &loss, &[p], vec![Some(grad)], formula)?;
-            }
+            attach(LABEL, &loss, &[p], [grad], || Ok(formula))?;
             Ok(loss)
         }
         Place::Composite => composite(p, out.kind()),

@@ -9,10 +9,11 @@ use crate::torch::input::Input;
 use crate::torch::{Dtype, by_dtype, scalar};
 use tch::{Kind, Tensor};
 
-const CLASS: &str = "StrongWeakConsistencyLoss";
+/// The class, for messages.
+pub const CLASS: &str = "StrongWeakConsistencyLoss";
 
 /// `ValueError` for a threshold that is NaN or a temperature that is not above 0.
-pub fn check(threshold: f64, temperature: f64) -> Result<()> {
+pub fn check_uda(threshold: f64, temperature: f64) -> Result<()> {
     not_nan(CLASS, "threshold", threshold)?;
     positive(CLASS, "temperature", temperature)
 }
@@ -24,7 +25,7 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
         Input::new(CLASS, "y_strong", y_strong)?,
         Input::new(CLASS, "y", y)?,
     );
-    check(threshold, temperature)?;
+    check_uda(threshold, temperature)?;
     let (dtype, weak_dtype) = (strong.floating()?, weak.floating()?);
     strong.classes()?;
     weak.like(&strong)?;
@@ -45,8 +46,9 @@ pub fn uda(y_strong: &Tensor, y: &Tensor, threshold: f64, temperature: f64) -> R
     if grad.is_some() {
         // As an input of the node, y is checked for in-place writes; detached, it gets no gradient.
         let inputs = [y_strong, &y.f_detach()?];
-        let formula = Box::new(move |t: &[Tensor]| Ok(Formula::of(&t[0], &t[1], call)?.loss));
-        attach(c"UdaBackward", &loss, &inputs, vec![grad, None], formula)?;
+        attach(c"UdaBackward", &loss, &inputs, [grad, None], || {
+            Ok(move |t: &[Tensor]| Ok(Formula::of(&t[0], &t[1], call)?.loss))
+        })?;
     }
     Ok(loss)
 }

@@ -1,9 +1,7 @@
 use super::{elements, number, tensor, without_gil};
-use crate::ops::cc_loss as ops;
+use crate::ops::cc_loss::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
-
-const CLASS: &str = "CCConsistency";
 
 /// Loss, fraction of the rows that are selected, and whether none is (false if only the device knows). The
 /// differentiated input comes first.
@@ -31,8 +29,5 @@ pub fn cc_loss(
 #[pyfunction]
 pub fn check_cc_loss(temperature: &Bound<'_, PyAny>, thr: &Bound<'_, PyAny>) -> PyResult<()> {
     let temperature = number(CLASS, "temperature", temperature)?;
-    Ok(ops::check_arguments(
-        temperature,
-        number(CLASS, "thr", thr)?,
-    )?)
+    Ok(ops::check_cc_loss(temperature, number(CLASS, "thr", thr)?)?)
 }

@@ -1,9 +1,7 @@
 use super::{elements, number, tensor, without_gil};
-use crate::ops::dst as ops;
+use crate::ops::dst::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
-
-const CLASS: &str = "WorstCaseEstimationLoss";
 
 /// The worst-case estimation loss from the logits of both heads on labeled and unlabeled rows.
 #[pyfunction]

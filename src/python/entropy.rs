@@ -1,5 +1,5 @@
-use super::{elements, tensor, without_gil};
-use crate::ops::entropy as ops;
+use super::{elements, reduction_named, tensor, without_gil};
+use crate::ops::entropy::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
@@ -8,12 +8,12 @@ use pyo3_tch::PyTensor;
 pub fn entropy(
     py: Python<'_>,
     predictions: &Bound<'_, PyAny>,
-    reduction: &str,
+    reduction: &Bound<'_, PyAny>,
 ) -> PyResult<PyTensor> {
-    let predictions = tensor("entropy", "predictions", predictions)?;
-    let mean = ops::parse_reduction(reduction)?;
+    let predictions = tensor(CLASS, "predictions", predictions)?;
+    let reduction = reduction_named(CLASS, reduction)?;
     without_gil(py, elements(&predictions), move || {
-        ops::entropy(&predictions, mean)
+        ops::entropy(&predictions, reduction)
     })
     .map(PyTensor)
 }

@@ -1,28 +1,29 @@
-use super::{tensor, without_gil};
+use super::{MANY, caught, integer, tensor, without_gil};
 use crate::error::{Error, Result};
-use crate::ops::flexmatch as ops;
+use crate::ops::flexmatch::{self as ops, CLASS};
 use crate::torch::pages;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use pyo3::sync::MutexExt;
 use pyo3::types::IntoPyDict;
 use pyo3_tch::PyTensor;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{LockResult, Mutex, MutexGuard, PoisonError};
 use tch::Tensor;
-
-const CLASS: &str = "DynamicThresholdingModule";
 
 /// The labels of all samples and their counts.
 #[pyclass(frozen, module = "tllib_rs._core")]
 pub struct FlexMatch {
-    // No thread that holds it acquires the GIL, so it may be waited for with the GIL held: see `FlexMatch::locked`.
     state: Mutex<ops::FlexMatch>,
     samples: usize,
 }
 
-/// A number of classes or samples: at least one, and no more than memory could hold.
-fn positive(name: &str, n: i64) -> PyResult<usize> {
-    const MOST: i64 = 1 << 40;
-    let most = if name == "num_classes" { 1 << 30 } else { MOST };
+/// No more than memory could hold.
+const MOST_CLASSES: i64 = 1 << 30;
+const MOST_SAMPLES: i64 = 1 << 40;
+
+/// A number of classes or samples: at least one.
+fn count(name: &str, n: &Bound<'_, PyAny>, most: i64) -> PyResult<usize> {
+    let n = integer(CLASS, name, n)?;
     match usize::try_from(n) {
         Ok(count) if count > 0 && n <= most => Ok(count),
         _ => Err(PyValueError::new_err(format!(
@@ -32,38 +33,32 @@ fn positive(name: &str, n: i64) -> PyResult<usize> {
 }
 
 impl FlexMatch {
-    /// Runs `body` with the lock. Dropping a tensor that Python has seen may take the GIL, or release it and take it
-    /// again: those that were replaced are dropped after the lock is released.
-    fn locked<T>(&self, body: impl FnOnce(&mut ops::FlexMatch) -> T) -> T {
-        let (result, retired) = {
-            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-            (body(&mut state), state.retired())
-        };
-        drop(retired);
-        result
+    /// Runs `body` with the lock and the GIL. A thread waits for the lock without the GIL: under the lock libtorch may
+    /// run Python code, such as a dispatch mode, which gives up the GIL.
+    fn locked<T>(
+        &self,
+        py: Python<'_>,
+        body: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
+    ) -> PyResult<T> {
+        let state = self.state.lock_py_attached(py);
+        Ok(caught(|| with_state(state, body))?)
+    }
+
+    /// Runs `body` with the lock and, as there are many samples, without the GIL.
+    fn locked_without_gil<T: Send>(
+        &self,
+        py: Python<'_>,
+        body: impl FnOnce(&mut ops::FlexMatch) -> Result<T> + Send,
+    ) -> PyResult<T> {
+        without_gil(py, self.samples, || with_state(self.state.lock(), body))
     }
 
     /// Checks whether others can reach the labels, and then answers `asked`.
-    fn look(&self, asked: impl FnOnce(&ops::FlexMatch) -> bool) -> PyResult<bool> {
-        self.locked(ops::FlexMatch::adopt)?;
-        Ok(self.locked(|state| {
+    fn look(&self, py: Python<'_>, asked: impl FnOnce(&ops::FlexMatch) -> bool) -> PyResult<bool> {
+        self.locked(py, ops::FlexMatch::adopt)?;
+        self.locked(py, |state| {
             state.look();
-            asked(state)
-        }))
-    }
-
-    /// Replaces the labels by `labels` with `assign`, which reads all of them.
-    fn replace(
-        &self,
-        py: Python<'_>,
-        labels: &Bound<'_, PyAny>,
-        assign: impl FnOnce(&mut ops::FlexMatch, &Tensor) -> Result<()> + Send,
-    ) -> PyResult<()> {
-        let labels = tensor(CLASS, "net_outputs", labels)?;
-        without_gil(py, self.samples, move || {
-            let labels = labels;
-            // The lock is released before the argument is dropped, which may take the GIL.
-            self.locked(|state| assign(state, &labels))
+            Ok(asked(state))
         })
     }
 
@@ -74,11 +69,25 @@ impl FlexMatch {
         py: Python<'_>,
         step: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
     ) -> PyResult<T> {
-        if self.is_stale()? {
-            without_gil(py, self.samples, || self.locked(ops::FlexMatch::refresh))?;
+        if self.is_stale(py)? {
+            self.locked_without_gil(py, ops::FlexMatch::refresh)?;
         }
-        Ok(self.locked(step)?)
+        self.locked(py, step)
     }
+}
+
+/// Dropping a tensor that Python has seen may run code that calls the module: those that were replaced are dropped after
+/// the lock is released.
+fn with_state<T>(
+    state: LockResult<MutexGuard<'_, ops::FlexMatch>>,
+    body: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
+) -> Result<T> {
+    let mut state = state.unwrap_or_else(PoisonError::into_inner);
+    let result = body(&mut state);
+    let retired = state.retired();
+    drop(state);
+    drop(retired);
+    result
 }
 
 #[pymethods]
@@ -87,16 +96,14 @@ impl FlexMatch {
     #[new]
     #[pyo3(signature = (classes, samples, device, counts_on_device=None, dtype=None))]
     fn new(
-        classes: i64,
-        samples: i64,
+        classes: &Bound<'_, PyAny>,
+        samples: &Bound<'_, PyAny>,
         device: &Bound<'_, PyAny>,
         counts_on_device: Option<bool>,
         dtype: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let (classes, count) = (
-            positive("num_classes", classes)?,
-            positive("n_unlabeled_samples", samples)?,
-        );
+        let classes = count("num_classes", classes, MOST_CLASSES)?;
+        let samples = count("n_unlabeled_samples", samples, MOST_SAMPLES)?;
         let torch = device.py().import("torch")?;
         let dtype = match dtype {
             Some(dtype) => dtype.clone(),
@@ -113,24 +120,26 @@ impl FlexMatch {
         let state = ops::FlexMatch::new(classes, labels, counts_on_device)?;
         Ok(Self {
             state: Mutex::new(state),
-            samples: count,
+            samples,
         })
     }
 
     /// The label of each sample, -1 where it has none yet. May be written.
     #[getter]
-    fn net_outputs(&self) -> PyResult<PyTensor> {
-        Ok(PyTensor(self.locked(ops::FlexMatch::net_outputs)?))
+    fn net_outputs(&self, py: Python<'_>) -> PyResult<PyTensor> {
+        self.locked(py, ops::FlexMatch::net_outputs).map(PyTensor)
     }
 
     #[setter]
     fn set_net_outputs(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.replace(py, labels, ops::FlexMatch::set_net_outputs)
+        let labels = tensor(CLASS, "net_outputs", labels)?;
+        self.locked_without_gil(py, move |state| state.set_net_outputs(&labels))
     }
 
     /// Replaces the labels by a copy of `labels`, which may be of any of the types that labels are stored in.
     fn load(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
-        self.replace(py, labels, ops::FlexMatch::load)
+        let labels = tensor(CLASS, "net_outputs", labels)?;
+        self.locked_without_gil(py, move |state| state.load(&labels))
     }
 
     /// The learning status of the class of each label, float32.
@@ -142,8 +151,8 @@ impl FlexMatch {
     ) -> PyResult<PyTensor> {
         let labels = tensor(CLASS, "pseudo_labels", labels)?;
         let status = |state: &mut ops::FlexMatch| state.status(&labels, warmup);
-        if self.locked(|state| state.has_totals()) {
-            return Ok(PyTensor(self.locked(status)?));
+        if self.locked(py, |state| Ok(state.has_totals()))? {
+            return self.locked(py, status).map(PyTensor);
         }
         self.with(py, status).map(PyTensor)
     }
@@ -173,13 +182,13 @@ impl FlexMatch {
         let idxes = tensor(CLASS, "idxes", idxes)?;
         let mask = tensor(CLASS, "selected_mask", selected_mask)?;
         let labels = tensor(CLASS, "pseudo_labels", pseudo_labels)?;
-        self.locked(|state| state.check(&idxes, &mask, &labels))?;
+        self.locked(py, |state| state.check(&idxes, &mask, &labels))?;
         // Waits for the device without the lock, and without the GIL, which the thread that exchanges what was
         // packed before needs.
         let [idxes, mask, labels] =
-            without_gil(py, usize::MAX, move || ops::on_host([idxes, mask, labels]))?;
-        let packed = self.locked(|state| state.pack(&idxes, &mask, &labels))?;
-        Ok(PyTensor(packed))
+            without_gil(py, MANY, move || ops::on_host([idxes, mask, labels]))?;
+        self.locked(py, |state| state.pack(&idxes, &mask, &labels))
+            .map(PyTensor)
     }
 
     /// Writes what `pack` made, in order.
@@ -189,19 +198,19 @@ impl FlexMatch {
     }
 
     /// From now on the status is computed from these totals, int64, which include `counts`.
-    fn set_totals(&self, totals: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn set_totals(&self, py: Python<'_>, totals: &Bound<'_, PyAny>) -> PyResult<()> {
         let totals = tensor(CLASS, "totals", totals)?;
-        Ok(self.locked(|state| state.set_totals(&totals))?)
+        self.locked(py, |state| state.set_totals(&totals))
     }
 
     /// Whether anybody else can reach the labels now.
-    fn is_shared(&self) -> PyResult<bool> {
-        self.look(ops::FlexMatch::is_shared)
+    fn is_shared(&self, py: Python<'_>) -> PyResult<bool> {
+        self.look(py, ops::FlexMatch::is_shared)
     }
 
     /// Whether the next step counts all samples again.
-    fn is_stale(&self) -> PyResult<bool> {
-        self.look(ops::FlexMatch::is_stale)
+    fn is_stale(&self, py: Python<'_>) -> PyResult<bool> {
+        self.look(py, ops::FlexMatch::is_stale)
     }
 
     /// Samples per class, preceded by those without a label, int64.

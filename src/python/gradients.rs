@@ -1,4 +1,4 @@
-use super::{tensor, without_gil};
+use super::{MANY, tensor, without_gil};
 use crate::torch::autograd;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
@@ -13,6 +13,6 @@ pub fn gradients(
 ) -> PyResult<Option<Vec<Option<PyTensor>>>> {
     let loss = tensor("gradients", "loss", loss)?;
     // Whatever the size: a pass that holds the node's lock may wait for the GIL.
-    let grads = without_gil(py, usize::MAX, move || autograd::gradients(&loss, count))?;
+    let grads = without_gil(py, MANY, move || autograd::gradients(&loss, count))?;
     Ok(grads.map(|grads| grads.into_iter().map(|grad| grad.map(PyTensor)).collect()))
 }

@@ -1,12 +1,10 @@
-use super::{elements, number, tensor, without_gil};
-use crate::ops::mcc as ops;
+use super::{MANY, elements, number, tensor, without_gil};
+use crate::ops::mcc::{self as ops, CLASS};
 use crate::ops::ranks::Exchanged;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 use std::sync::{Mutex, PoisonError};
-
-const CLASS: &str = "MinimumClassConfusionLoss";
 
 /// The minimum class confusion of `logits` (minibatch, C) at `temperature`.
 #[pyfunction]
@@ -75,7 +73,7 @@ impl MccPart {
         let taken = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
         let part = taken.ok_or_else(finished)?;
         // Whatever the size: off the CPU this runs torch's autograd, which refuses to run with the GIL held.
-        without_gil(py, usize::MAX, move || {
+        without_gil(py, MANY, move || {
             part.finish(&Exchanged {
                 sums: &sums,
                 world_size,

@@ -1,5 +1,5 @@
-use super::{must_be, number, without_gil};
-use crate::ops::mean_teacher as ops;
+use super::{MANY, must_be, number, without_gil};
+use crate::ops::mean_teacher::{self as ops, CLASS};
 use crate::torch::input::Borrowed;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
@@ -8,8 +8,6 @@ use pyo3::sync::GILOnceCell;
 use pyo3::types::{PyDict, PyString, PyType};
 use std::collections::HashSet;
 use std::hash::{BuildHasherDefault, Hasher};
-
-const CLASS: &str = "EMATeacher";
 
 /// `teacher <- alpha * teacher + (1 - alpha) * student` over all parameters, in place. The
 /// parameters are the ones of this moment.
@@ -40,7 +38,7 @@ pub fn ema_update_parameters(
 fn update(py: Python<'_>, teacher: &Walk<'_>, student: &Walk<'_>, alpha: f64) -> PyResult<()> {
     same_shards(teacher, student)?;
     let (teachers, students) = (&teacher.tensors[..], &student.tensors[..]);
-    without_gil(py, usize::MAX, || ops::update(teachers, students, alpha))
+    without_gil(py, MANY, || ops::update(teachers, students, alpha))
 }
 
 /// `list(module.parameters())`, walked here: each parameter once, in the order of definition. A

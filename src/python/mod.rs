@@ -18,9 +18,10 @@ mod self_tuning;
 mod uda;
 
 use crate::error::{Error, Result, silence_libtorchs_panics};
+use crate::ops::Reduction;
 use crate::torch::input::Input;
 use crate::torch::team;
-use pyo3::exceptions::{PyIndexError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyOverflowError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyFloat, PyInt};
 use pyo3_tch::PyTensor;
@@ -29,6 +30,8 @@ use tch::Tensor;
 
 /// Elements below which a kernel is done before another thread could use the GIL.
 const GIL_WORTH: usize = 1 << 14;
+/// More than any kernel is worth the GIL for, and sums of it are numbers too.
+const MANY: usize = usize::MAX >> 8;
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
@@ -79,14 +82,41 @@ fn number(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<f64> {
     }
     object
         .extract()
-        .map_err(|_| must_be(class, name, "a number", object))
+        .map_err(|error| unusable(class, name, "a number", object, &error))
 }
 
 /// The integer behind `object`, or a `TypeError` that names the argument.
 fn integer(class: &str, name: &str, object: &Bound<'_, PyAny>) -> PyResult<i64> {
     object
         .extract()
-        .map_err(|_| must_be(class, name, "an integer", object))
+        .map_err(|error| unusable(class, name, "an integer", object, &error))
+}
+
+/// The error about an argument that is not `expected`, or too large.
+fn unusable(
+    class: &str,
+    name: &str,
+    expected: &str,
+    object: &Bound<'_, PyAny>,
+    error: &PyErr,
+) -> PyErr {
+    if error.is_instance_of::<PyOverflowError>(object.py()) {
+        return PyValueError::new_err(format!("{class}: {name} must fit into 64 bits"));
+    }
+    must_be(class, name, expected, object)
+}
+
+/// The reduction that `name` names, or an error of the class.
+fn reduction_named(class: &str, name: &Bound<'_, PyAny>) -> PyResult<Reduction> {
+    let text: Option<String> = name
+        .extract()
+        .map_err(|_| must_be(class, "reduction", "a str", name))?;
+    Ok(Reduction::parse(class, text.as_deref())?)
+}
+
+/// Runs `body`; a panic becomes an error.
+fn caught<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Error::panicked(&*panic)))
 }
 
 /// Runs `body` without the GIL if it touches enough `elements` to be worth it.
@@ -95,26 +125,17 @@ fn without_gil<T: Send>(
     elements: usize,
     body: impl FnOnce() -> Result<T> + Send,
 ) -> PyResult<T> {
-    let body = || {
-        catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(Error::panicked(&*panic)))
-    };
     Ok(if elements >= GIL_WORTH {
-        py.allow_threads(body)?
+        py.allow_threads(|| caught(body))?
     } else {
-        body()?
+        caught(body)?
     })
 }
 
-/// The number of elements; 0 for a tensor that is not dense, which the checks will refuse. On a device `usize::MAX`: a
+/// The number of elements; 0 for a tensor that is not dense, which the checks will refuse. [`MANY`] on a device: a
 /// first launch compiles, and operations may wait.
 fn elements(tensor: &Tensor) -> usize {
-    Input::new("", "", tensor).map_or(0, |input| {
-        if input.is_cpu() {
-            input.numel()
-        } else {
-            usize::MAX
-        }
-    })
+    Input::new("", "", tensor).map_or(0, |input| if input.is_cpu() { input.numel() } else { MANY })
 }
 
 #[pymodule]

@@ -1,10 +1,8 @@
-use super::{elements, must_be, tensor, without_gil};
-use crate::ops::pi_model::{self as ops, Mask, Reduction};
+use super::{elements, must_be, reduction_named, tensor, without_gil};
+use crate::ops::pi_model::{self as ops, CLASS, Mask};
 use pyo3::prelude::*;
 use pyo3::types::PyFloat;
 use pyo3_tch::PyTensor;
-
-const CLASS: &str = "L2ConsistencyLoss";
 
 /// The L2 consistency of `p1` and `p2`, (minibatch, C, ...), times `mask`, reduced.
 #[pyfunction]
@@ -29,7 +27,7 @@ pub fn pi_model(
                 .map_err(|_| must_be(CLASS, "mask", "a torch.Tensor or a number", mask))?,
         ),
     };
-    let reduction = parse(CLASS, reduction)?;
+    let reduction = reduction_named(CLASS, reduction)?;
     without_gil(py, 2 * elements(&p1), move || {
         ops::pi_model(&p1, &p2, &mask, reduction)
     })
@@ -39,12 +37,5 @@ pub fn pi_model(
 /// Raises unless `reduction` is one that the class named `class` accepts.
 #[pyfunction]
 pub fn check_reduction(class: &str, reduction: &Bound<'_, PyAny>) -> PyResult<()> {
-    parse(class, reduction).map(|_| ())
-}
-
-fn parse(class: &str, reduction: &Bound<'_, PyAny>) -> PyResult<Reduction> {
-    let name: Option<String> = reduction
-        .extract()
-        .map_err(|_| must_be(class, "reduction", "a str", reduction))?;
-    Ok(Reduction::parse(class, name.as_deref())?)
+    reduction_named(class, reduction).map(|_| ())
 }

@@ -1,9 +1,7 @@
 use super::{elements, number, tensor, without_gil};
-use crate::ops::pseudo_label as ops;
+use crate::ops::pseudo_label::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
-
-const CLASS: &str = "ConfidenceBasedSelfTrainingLoss";
 
 /// Loss, mask and pseudo labels of `y` with labels from `y_target`, both (minibatch, C).
 #[pyfunction]

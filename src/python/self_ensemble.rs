@@ -1,10 +1,8 @@
-use super::{elements, integer, tensor, without_gil};
+use super::{MANY, elements, integer, tensor, without_gil};
 use crate::ops::ranks::Exchanged;
-use crate::ops::self_ensemble as ops;
+use crate::ops::self_ensemble::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
-
-const CLASS: &str = "ClassBalanceLoss";
 
 /// The class balance of the probabilities `p` (minibatch, `num_classes`).
 #[pyfunction]
@@ -46,7 +44,7 @@ pub fn class_balance_of_sums(
     let (p, sums) = (tensor(CLASS, "p", p)?, tensor(CLASS, "sums", sums)?);
     let num_classes = integer(CLASS, "num_classes", num_classes)?;
     // Whatever the size: off the CPU this runs torch's autograd, which refuses to run with the GIL held.
-    without_gil(py, usize::MAX, move || {
+    without_gil(py, MANY, move || {
         let all = Exchanged {
             sums: &sums,
             world_size,

@@ -1,11 +1,9 @@
 use super::{elements, integer, number, tensor, without_gil};
-use crate::ops::self_tuning as ops;
+use crate::ops::self_tuning::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 use pyo3_tch::PyTensor;
 use tch::Tensor;
-
-const CLASS: &str = "SelfTuning";
 
 /// The hyper-parameters as the class has them at the moment of a call.
 #[pyclass(frozen, module = "tllib_rs._core")]

@@ -1,9 +1,7 @@
 use super::{elements, number, tensor, without_gil};
-use crate::ops::uda as ops;
+use crate::ops::uda::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
-
-const CLASS: &str = "StrongWeakConsistencyLoss";
 
 /// The consistency of `y_strong` with `y`, both (minibatch, C).
 #[pyfunction]
@@ -27,7 +25,7 @@ pub fn uda(
 /// Raises unless both are ones that the class accepts.
 #[pyfunction]
 pub fn check_uda(threshold: &Bound<'_, PyAny>, temperature: &Bound<'_, PyAny>) -> PyResult<()> {
-    Ok(ops::check(
+    Ok(ops::check_uda(
         number(CLASS, "threshold", threshold)?,
         number(CLASS, "temperature", temperature)?,
     )?)

@@ -216,16 +216,24 @@ unsafe extern "C" {
 }
 
 /// Makes `loss` differentiable with respect to `inputs`, with one stored gradient each (`None` for
-/// an input that wants none). `label` is the node's name, as in `MccBackward`.
-pub fn attach(
+/// an input that wants none). If none wants one, nothing happens, and no composite is made. `label` is the node's
+/// name, as in `MccBackward`.
+pub fn attach<F>(
     label: &'static CStr,
     loss: &Tensor,
     inputs: &[&Tensor],
-    grads: Vec<Option<StoredGrad>>,
-    composite: Composite,
-) -> Result<()> {
-    debug_assert_eq!(inputs.len(), grads.len());
-    attach_with(label, loss, inputs, Box::new(StoredGrads(grads)), composite)
+    grads: impl Into<Vec<Option<StoredGrad>>> + AsRef<[Option<StoredGrad>]>,
+    composite: impl FnOnce() -> Result<F>,
+) -> Result<()>
+where
+    F: Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
+{
+    debug_assert_eq!(inputs.len(), grads.as_ref().len());
+    if grads.as_ref().iter().all(Option::is_none) {
+        return Ok(());
+    }
+    let stored = Box::new(StoredGrads(grads.into()));
+    attach_with(label, loss, inputs, stored, Box::new(composite()?))
 }
 
 /// Makes `output` differentiable with respect to `inputs`, with a backward pass of its own.

@@ -1,10 +1,13 @@
-// The C++ half of src/torch/: what tch does not offer. Three things besides the autograd node (node.cpp):
-//   describe   everything the checks and kernels ask of tensors, in one call;
-//   average    torch's operations on lists of tensors;
-//   bump/alias version counters and reference counts, for tensors that users may write.
+// The C++ half of src/torch/: what tch does not offer, besides the autograd node (node.cpp):
+//   describe     everything the checks and kernels ask of tensors, in one call;
+//   average      torch's operations on lists of tensors;
+//   bump, alias  version counters and reference counts, for tensors that users may write;
+//   without      guards that exclude a layer of torch's dispatch;
+// and torch's settings that tch does not read.
 #include "failure.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/CPUAllocator.h>
@@ -53,10 +56,21 @@ bool transformed() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+// Whether one of the dispatch modes with which torch traces (make_fx, AOTAutograd) is active in this thread.
+bool traces() {
+  using c10::impl::TorchDispatchModeKey;
+  for (const auto key : {TorchDispatchModeKey::FAKE, TorchDispatchModeKey::PROXY, TorchDispatchModeKey::FUNCTIONAL}) {
+    if (c10::impl::TorchDispatchModeTLS::get_mode(key).has_value()) return true;
+  }
+  return false;
+}
+
 // What is true of all tensors of a call.
 struct Surroundings {
   bool in_transform = transformed();
-  bool observed = c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing();
+  bool in_mode = c10::impl::TorchDispatchModeTLS::any_modes_set();
+  // What is traced must be operations: a value that was read would become a constant.
+  bool traced = torch::jit::tracer::isTracing() || (in_mode && traces());
   // Without a forward AD level no tensor has a tangent, and asking a tensor for one takes a lock.
   bool forward_ad = torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
   bool grad_mode = at::GradMode::is_enabled();
@@ -77,14 +91,33 @@ bool aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
 }
 
+// Storages can be freed or made smaller under their tensors. Many of torch's operations crash on such tensors.
+void check_allocated(const Tensor& t) {
+  const bool allocated = t.numel() == 0 ||
+      at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.element_size(), t.storage_offset()) <=
+          t.storage().nbytes();
+  TORCH_CHECK(allocated, "a tensor of shape ", t.sizes(), " has a storage of only ", t.storage().nbytes(), " bytes");
+}
+
 bool readable(const Tensor& t, const Surroundings& now) {
-  return !now.observed && (t.key_set() | ordinary_keys()) == ordinary_keys() && t.has_storage() && aligned(t) &&
-      !(now.forward_ad && t._fw_grad(/*level=*/0).defined());
+  if ((t.key_set() | ordinary_keys()) != ordinary_keys() || !t.has_storage()) return false;
+  check_allocated(t);
+  return !now.traced && aligned(t) && !(now.forward_ad && t._fw_grad(/*level=*/0).defined());
 }
 
 }  // namespace
 
 extern "C" {
+
+// What may be done with a tensor: each kind allows what the previous ones do. Mirrored by `Access` in
+// src/torch/input.rs.
+enum : uint8_t {
+  tllib_hidden,       // its memory cannot be read
+  tllib_observed,     // its memory holds the values as they are, aligned; a dispatch mode intercepts operations on it
+  tllib_transformed,  // operations on it return wrappers of torch.func
+  tllib_plain,        // operations on it return such tensors
+  tllib_ordinary,     // kernels may read it
+};
 
 // Mirrored by `Facts` in src/torch/input.rs.
 struct tllib_facts {
@@ -96,9 +129,7 @@ struct tllib_facts {
   int32_t device_type;
   int32_t device_index;
   bool strided;  // if not, nothing else is filled in
-  bool readable;  // its memory holds the values as they are, aligned
-  bool plain;     // readable, and operations on it return such tensors
-  bool ordinary;  // plain, and kernels may read it
+  uint8_t access;
   bool contiguous;  // false unless readable
   bool wants_grad;  // grad mode is on and the tensor requires it
   bool autocast;    // an autocast region is active for the tensor's device
@@ -108,24 +139,30 @@ struct tllib_facts {
 
 namespace {
 
+uint8_t access(const Tensor& t, const Surroundings& now) {
+  if (!readable(t, now)) return tllib_hidden;
+  if (now.in_mode) return tllib_observed;
+  if (now.in_transform) return tllib_transformed;
+  return composites_only() ? tllib_plain : tllib_ordinary;
+}
+
 void describe(const Tensor& t, const Surroundings& now, tllib_facts& out) {
   TORCH_CHECK(t.defined(), "an undefined tensor");
   out.strided = t.layout() == c10::kStrided && !t.is_nested();
   if (!out.strided) return;
   TORCH_CHECK(!t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(),
               "tensors with symbolic shapes are served under torch.compile only");
-  out.readable = readable(t, now);
-  out.plain = out.readable && !now.in_transform;
-  out.ordinary = out.plain && !composites_only();
+  out.access = access(t, now);
+  const bool readable = out.access > tllib_hidden;
   out.sizes = t.sizes().data();
-  out.strides = out.readable ? t.strides().data() : nullptr;
+  out.strides = readable ? t.strides().data() : nullptr;
   out.ndim = t.dim();
-  out.data = out.readable ? t.data_ptr() : nullptr;
+  out.data = readable ? t.data_ptr() : nullptr;
   out.kind = static_cast<int32_t>(t.scalar_type());
   const auto device = t.device();
   out.device_type = static_cast<int32_t>(device.type());
   out.device_index = device.index();
-  out.contiguous = out.readable && t.is_contiguous();
+  out.contiguous = readable && t.is_contiguous();
   out.wants_grad = now.grad_mode && t.requires_grad();
   out.autocast = device.is_cpu() ? now.autocast_cpu
                                  : at::autocast::is_autocast_available(device.type()) &&

@@ -3,6 +3,7 @@
 #include "failure.h"
 
 #include <ATen/Context.h>
+#include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DefaultDtype.h>
 #include <c10/core/Device.h>
@@ -31,14 +32,17 @@ bool tllib_allows_tf32() {
   return precision == at::Float32Precision::TF32;
 }
 
-// A copy of a CPU tensor on the device, through pinned memory, so that nothing blocks. torch's allocator keeps
-// that memory until the copy is done, and for the lifetime of a graph that captures the copy.
+// A copy of a CPU tensor on the device, through pinned memory of our own, so that nothing blocks and the tensor may be
+// written to at once. torch's allocator keeps that memory until the copy is done, and for the lifetime of a graph that
+// captures the copy.
 char* tllib_upload(const at::Tensor* from, int64_t index, at::Tensor** to) {
   return guarded([&] {
     const c10::Device device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(index));
     // torch checks the stream of the current device to find whether a graph is being captured.
     const c10::DeviceGuard guard(device);
-    *to = new at::Tensor(from->pin_memory().to(device, from->scalar_type(), /*non_blocking=*/true));
+    const auto pinned = at::empty(from->sizes(), from->options().pinned_memory(true));
+    pinned.copy_(*from);
+    *to = new at::Tensor(pinned.to(device, from->scalar_type(), /*non_blocking=*/true));
   });
 }
 

@@ -14,6 +14,25 @@ const META: i32 = 14;
 /// `c10::ScalarType::Int`
 const INT32: i32 = 3;
 const INT64: i32 = 4;
+const BOOL: i32 = 11;
+
+/// What may be done with a tensor: each kind allows what the previous ones do. Mirror of the enumeration in
+/// bridge.cpp.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+#[allow(dead_code, reason = "constructed by the bridge")]
+enum Access {
+    /// Its memory cannot be read.
+    Hidden,
+    /// Its memory holds the values as they are, aligned. A dispatch mode intercepts operations on it.
+    Observed,
+    /// Operations on it return wrappers of `torch.func`.
+    Transformed,
+    /// Operations on it return such tensors.
+    Plain,
+    /// Kernels may read it.
+    Ordinary,
+}
 
 /// Mirror of `tllib_facts` in bridge.cpp: what the checks and kernels ask of a tensor. The pointers
 /// borrow from the tensor, for as long as nobody resizes it.
@@ -27,9 +46,7 @@ pub struct Facts {
     device_type: i32,
     device_index: i32,
     strided: bool,
-    readable: bool,
-    plain: bool,
-    ordinary: bool,
+    access: Access,
     contiguous: bool,
     wants_grad: bool,
     autocast: bool,
@@ -84,6 +101,11 @@ impl Facts {
         Dtype::of(self.kind)
     }
 
+    /// Whether it holds integers that fit into 64 bits, or booleans.
+    pub fn integral(&self) -> bool {
+        matches!(self.kind, 0..=INT64 | BOOL)
+    }
+
     /// Its `c10::ScalarType`.
     pub fn scalar_type(&self) -> i32 {
         self.kind
@@ -97,23 +119,28 @@ impl Facts {
     /// Whether it is an ordinary dense CPU tensor, which kernels may read directly. Never true inside a transform
     /// of `torch.func`, where operations on it return wrappers.
     pub fn on_cpu(&self) -> bool {
-        self.ordinary && self.device_type == CPU
+        self.access >= Access::Ordinary && self.device_type == CPU
     }
 
-    /// Whether its memory is on the CPU and can be read and written, inside a transform of `torch.func` too.
-    pub fn in_cpu_memory(&self) -> bool {
-        self.readable && self.device_type == CPU
+    /// Whether its memory can be read and written.
+    pub fn readable(&self) -> bool {
+        self.access >= Access::Observed
+    }
+
+    /// Whether its memory can be read and written, and no dispatch mode waits for operations on it.
+    pub fn unobserved(&self) -> bool {
+        self.access >= Access::Transformed
     }
 
     /// Whether it is a dense tensor on the CPU or CUDA, and operations on it return such tensors. A kernel may
     /// read it unless `TLLIB_RS_COMPOSITE=1` rules kernels out.
     pub fn plain(&self) -> bool {
-        self.plain
+        self.access >= Access::Plain
     }
 
     /// Whether it is an ordinary dense CUDA tensor, which kernels there may read directly.
     pub fn on_cuda(&self) -> bool {
-        self.ordinary && self.device_type == CUDA
+        self.access >= Access::Ordinary && self.device_type == CUDA
     }
 
     /// The device of a tensor that is on the CPU or on CUDA.
@@ -324,7 +351,7 @@ impl<'a> Input<'a> {
     /// The same values in memory that may be read directly: contiguous, aligned, and without the pending
     /// negation or conjugation that a view may carry. `TypeError` for a tensor without memory on the CPU.
     pub fn in_memory(&self) -> Result<Tensor> {
-        let here = |facts: &Facts| facts.contiguous() && facts.in_cpu_memory();
+        let here = |facts: &Facts| facts.contiguous() && facts.is_cpu();
         // No operation where none is needed: under `torch.func` its result would be a wrapper.
         if here(&self.facts) {
             return Ok(self.tensor.shallow_clone());
@@ -348,24 +375,24 @@ impl<'a> Input<'a> {
         )))
     }
 
-    /// The values of a CPU tensor of integers, in order. Read without an operation where the layout
-    /// allows it: its result would be a wrapper under `torch.func`.
+    /// The values of a CPU tensor of [`Facts::integral`] type, in order.
     pub fn integers(&self) -> Result<Vec<i64>> {
-        self.integer()?;
         let plain = self.in_memory()?;
-        let len = self.numel();
-        if len == 0 {
-            return Ok(Vec::new());
-        }
         let data = plain.data_ptr();
-        // SAFETY: contiguous, with `len` elements of the type that `integer` found, and alive until
-        // the copy is made.
+        // SAFETY: contiguous and aligned, with as many elements of the type that is named as `self` has, and alive
+        // until the copy is made. torch stores a bool as one byte.
         Ok(unsafe {
-            if self.facts.kind == INT32 {
-                let values = std::slice::from_raw_parts(data.cast::<i32>(), len);
-                values.iter().copied().map(i64::from).collect()
-            } else {
-                std::slice::from_raw_parts(data.cast::<i64>(), len).to_vec()
+            match self.facts.kind {
+                0 => widened::<u8>(data, self.numel()),
+                1 => widened::<i8>(data, self.numel()),
+                2 => widened::<i16>(data, self.numel()),
+                INT32 => widened::<i32>(data, self.numel()),
+                INT64 => widened::<i64>(data, self.numel()),
+                BOOL => {
+                    let bytes = widened::<u8>(data, self.numel());
+                    bytes.into_iter().map(|byte| i64::from(byte != 0)).collect()
+                }
+                _ => return Err(self.unsupported("an integer or boolean dtype")),
             }
         })
     }
@@ -448,6 +475,17 @@ impl<'a> Input<'a> {
         // the call is a race in torch itself and excluded there too.
         Some(unsafe { Rows::strided(self.facts.data.cast_const().cast(), shape, strides) })
     }
+}
+
+/// # Safety
+/// `data` has `len` elements of type `T`.
+unsafe fn widened<T: Copy + Into<i64>>(data: *const std::ffi::c_void, len: usize) -> Vec<i64> {
+    if len == 0 {
+        return Vec::new(); // the address may be null
+    }
+    // SAFETY: per contract.
+    let values = unsafe { std::slice::from_raw_parts(data.cast::<T>(), len) };
+    values.iter().map(|&value| value.into()).collect()
 }
 
 /// A `TypeError` about a tensor without strides.

@@ -262,8 +262,14 @@ impl<T: Stored> Owned<T> {
         })
     }
 
-    /// Allocates and lets libtorch write the contents. `write` may not keep the tensor.
-    pub fn written_by(shape: &[i64], write: impl FnOnce(&Tensor) -> Result<()>) -> Result<Self> {
+    /// Allocates and lets libtorch write the contents.
+    ///
+    /// # Safety
+    /// `write` keeps no other tensor of the same memory.
+    pub unsafe fn written_by(
+        shape: &[i64],
+        write: impl FnOnce(&Tensor) -> Result<()>,
+    ) -> Result<Self> {
         let owned = Self::new(shape)?;
         write(&owned.tensor)?;
         Ok(owned)

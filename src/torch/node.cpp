@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -143,6 +144,7 @@ struct FusedLoss : Node {
     if (inputs.size() < count || released_) return false;
     std::vector<Tensor*> all(inputs.size(), nullptr);
     check(vtable_->widen(state_));
+    released_ = true;  // as in `fused`
     check(vtable_->backward(state_, &one, /*last=*/true, all.data()));
     for (size_t i = 0; i < all.size(); ++i) {
       if (i < count) grads[i] = all[i];
@@ -167,8 +169,9 @@ struct FusedLoss : Node {
     return grads;
   }
 
+  // With the GIL, which a pass of this node may need while it holds `mutex_`.
   void collect() {
-    std::lock_guard<std::mutex> lock(mutex_);
+    std::lock_guard<std::mutex> lock(ticket_mutex_);
     if (number_ == 0) {
       number_ = tickets().issue(std::static_pointer_cast<FusedLoss>(getptr()));
       ticket_ = at::scalar_tensor(number_, at::kLong);
@@ -187,8 +190,9 @@ struct FusedLoss : Node {
     std::vector<Tensor*> raw(inputs.size(), nullptr);
     // The last pass moves the gradients out. If something fails between here and the release, another pass must
     // report that they are gone.
-    released_ = last_;
-    check(vtable_->backward(state_, &incoming, last_, raw.data()));
+    const bool last = last_;
+    released_ = last;
+    check(vtable_->backward(state_, &incoming, last, raw.data()));
     variable_list grads(inputs.size());
     for (size_t i = 0; i < raw.size(); ++i) {
       if (!raw[i]) continue;
@@ -233,11 +237,12 @@ struct FusedLoss : Node {
   void* state_;
   const tllib_vtable* vtable_;
   std::string label_;
-  bool last_ = false;
+  std::atomic<bool> last_ = false;
   bool released_ = false;
+  std::mutex ticket_mutex_;
   int64_t number_ = 0;  // of the ticket, 0 for none
   Tensor ticket_;
-  bool collected_ = false;  // by compiled autograd, which has not run since
+  std::atomic<bool> collected_ = false;  // by compiled autograd, which has not run since
 };
 
 }  // namespace

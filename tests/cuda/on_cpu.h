@@ -25,7 +25,6 @@
 #define __shared__ static
 // What stands for the device itself is nobody's access.
 #define DEVICE __attribute__((no_sanitize_thread))
-#define __restrict__
 
 namespace emulated {
 
@@ -107,7 +106,6 @@ inline void __threadfence() {}
 template <typename T> DEVICE T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulated::exchange(x, (threadIdx.x % 32) ^ mask);
 }
-template <typename T> DEVICE T __shfl_sync(unsigned, T x, int lane) { return emulated::exchange(x, lane % 32); }
 DEVICE inline unsigned __ballot_sync(unsigned, int predicate) {
   std::memcpy(emulated::self().given, &predicate, sizeof predicate);
   emulated::meet_warp();
@@ -146,12 +144,6 @@ template <typename T> DEVICE T atomicMax(T* at, T x) {
   emulated::atomic_access(at, sizeof(T));
   const T old = *at;
   *at = std::max(old, x);
-  return old;
-}
-template <typename T, typename U> DEVICE T atomicExch(T* at, U x) {
-  emulated::atomic_access(at, sizeof(T));
-  const T old = *at;
-  *at = T(x);
   return old;
 }
 

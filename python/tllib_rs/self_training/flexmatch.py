@@ -141,7 +141,7 @@ class DynamicThresholdingModule:
 
     def get_threshold(self, pseudo_labels: torch.Tensor) -> torch.Tensor:
         """The threshold of each label's class, float32 (or what ``mapping_func`` makes of it), in the
-        shape of ``pseudo_labels`` (int64)."""
+        shape of ``pseudo_labels`` (int64 or int32)."""
         if torch.compiler.is_compiling():
             status = _compiled_status(self._number, pseudo_labels, bool(self.warmup))
         else:
@@ -156,10 +156,10 @@ class DynamicThresholdingModule:
         """Note the labels of the selected samples. With a process group all ranks call it.
 
         Args:
-            idxes (tensor): (minibatch,), int64, the samples' positions in the unlabeled set. Of duplicates,
-                the last selected one counts.
+            idxes (tensor): (minibatch,), int64 or int32, the samples' positions in the unlabeled set. Of
+                duplicates, the last selected one counts.
             selected_mask (tensor): (minibatch,), any numeric dtype, 1 where a sample is selected.
-            pseudo_labels (tensor): (minibatch,), int64.
+            pseudo_labels (tensor): (minibatch,), int64 or int32.
         """
         if torch.compiler.is_compiling():
             _compiled_update(self._number, idxes, selected_mask, pseudo_labels)

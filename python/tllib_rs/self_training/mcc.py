@@ -61,7 +61,7 @@ class MinimumClassConfusionLoss(nn.Module):
     DistributedDataParallel takes is the gradient of the loss. Backward sends nothing, so the incoming
     gradient must be the same on every rank.
 
-    A class that has probability 0 in every row makes tllib's loss NaN; here it contributes its limit.
+    A class that has probability 0 in every row makes tllib's loss NaN; here it contributes its limit, 1/C.
 
     Examples::
 
@@ -96,8 +96,8 @@ class MinimumClassConfusionLoss(nn.Module):
         Returns:
             :math:`M_{ab} / \sum_k M_{kb}`, (C, C), without a gradient, in the dtype of the loss. Column
             :math:`b` is what class :math:`b` is confused with: it sums to 1, or is 0 if no row predicts the
-            class. The loss is the mean of the columns' off-diagonal sums. The matrix is always of these
-            rows alone, whatever the process group.
+            class. The loss is the mean of the columns' off-diagonal sums, with 1 for a column of 0. The
+            matrix is always of these rows alone, whatever the process group.
         """
         return _core.confusion_matrix(logits, self.temperature)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tllib_rs import _core
-from tllib_rs._library import register
+from tllib_rs._library import at_least_float32, register
 
 __all__ = ["ConsistencyLoss", "L2ConsistencyLoss", "sigmoid_warm_up"]
 
@@ -92,13 +92,17 @@ class ConsistencyLoss(nn.Module):
 
     def forward(self, p1: torch.Tensor, p2: torch.Tensor, mask: torch.Tensor | float = 1.0) -> torch.Tensor:
         """See the class."""
-        losses = self.distance_measure(p1, p2) * mask
+        return self._reduced(self.distance_measure(p1, p2) * mask)
+
+    def _reduced(self, losses: torch.Tensor) -> torch.Tensor:
         if self.reduction == "mean":
             return losses.mean()
         if self.reduction == "sum":
             return losses.sum()
-        if not torch.compiler.is_compiling():
-            _core.check_reduction(type(self).__name__, self.reduction)
+        if self.reduction not in ("none", None):
+            raise ValueError(
+                f"{type(self).__name__}: reduction must be 'none', 'mean' or 'sum', got {self.reduction!r}"
+            )
         return losses
 
     def extra_repr(self) -> str:
@@ -106,22 +110,37 @@ class ConsistencyLoss(nn.Module):
         return f"reduction={self.reduction!r}"
 
 
+def _wide_squared_distance(p1, p2):
+    # A float32 mask promotes half types, and a float32 loss of exact distances is what eager calls round.
+    mask = torch.ones((1,) * (p1.dim() - 1), device=p1.device) if p1.dtype.itemsize == 2 else 1.0
+    return _core.pi_model(p1, p2, mask, "none")
+
+
 _compiled = register(
     "pi_model",
     "(Tensor p1, Tensor p2)",
-    lambda p1, p2: _core.pi_model(p1, p2, 1.0, "none"),
+    _wide_squared_distance,
     lambda p1, p2: (
-        p1.new_empty(p1.shape[:1] + p1.shape[2:], dtype=torch.promote_types(p1.dtype, p2.dtype)),
+        p1.new_empty(
+            p1.shape[:1] + p1.shape[2:], dtype=at_least_float32(torch.promote_types(p1.dtype, p2.dtype))
+        ),
     ),
     differentiable=2,
-    widened="on devices",
 )
+
+
+def _dtype_of(p1: torch.Tensor, p2: torch.Tensor, mask: torch.Tensor | float) -> torch.dtype:
+    """The dtype of the loss."""
+    device, dtype = p1.device.type, torch.promote_types(p1.dtype, p2.dtype)
+    if device != "cpu" and torch.is_autocast_enabled(device):
+        dtype = at_least_float32(dtype)
+    return (p1.new_empty(1, dtype=dtype) * mask).dtype  # torch.result_type cannot be traced
 
 
 def _squared_distance(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
     """The squared distance of each row, over dimension 1."""
     if torch.compiler.is_compiling():
-        return _compiled(p1, p2)
+        return _compiled(p1, p2).to(_dtype_of(p1, p2, 1.0))
     return _core.pi_model(p1, p2, 1.0, "none")
 
 
@@ -167,6 +186,8 @@ class L2ConsistencyLoss(ConsistencyLoss):
     def forward(self, p1: torch.Tensor, p2: torch.Tensor, mask: torch.Tensor | float = 1.0) -> torch.Tensor:
         """See the class."""
         # Scripts may assign another measure.
-        if torch.compiler.is_compiling() or self.distance_measure is not _squared_distance:
+        if self.distance_measure is not _squared_distance:
             return super().forward(p1, p2, mask)
+        if torch.compiler.is_compiling():
+            return self._reduced(_compiled(p1, p2) * mask).to(_dtype_of(p1, p2, mask))
         return _core.pi_model(p1, p2, mask, self.reduction)

@@ -1,11 +1,13 @@
 """Self-ensembling: `Self-ensembling for Visual Domain Adaptation (ICLR 2018)
 <https://arxiv.org/abs/1706.05208>`_. Its teacher is in :mod:`tllib_rs.self_training.mean_teacher`."""
 
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional as F
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks
@@ -30,9 +32,11 @@ def _against(prior: torch.Tensor, p: torch.Tensor, num_classes: int) -> torch.Te
         # Only for the errors that it raises.
         _core.class_balance(p.detach() if isinstance(p, torch.Tensor) else p, num_classes)
     means = p.mean(dim=0, dtype=torch.promote_types(p.dtype, torch.float32))
-    prior = prior.to(means)
-    logs = means.log().clamp(min=-100), (-means).log1p().clamp(min=-100)
-    loss = -(prior * logs[0] + (1 - prior) * logs[1]).mean()
+    # torch aborts a device where a mean is no probability, and refuses to run under autocast there.
+    inside = (means >= 0) & (means <= 1)
+    with torch.autocast(p.device.type, enabled=False):
+        each = F.binary_cross_entropy(torch.where(inside, means, 0.5), prior.to(means), reduction="none")
+    loss = torch.where(inside, each, means.masked_fill(inside, 0) * math.nan).mean()
     return loss if torch.is_autocast_enabled(p.device.type) else loss.to(p.dtype)
 
 

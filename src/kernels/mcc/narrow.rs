@@ -30,11 +30,9 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             sweep.logits.side_by_side(rows.clone(), &mut z);
             let largest = held(largest(&z));
             let total = exp_shifted::<I, _>(&z, &largest, inverse_t, &mut p);
-            let (mut reciprocal, mut others) = ([E::Acc::ZERO; LANES], [E::Acc::ZERO; LANES]);
+            let mut reciprocal = [E::Acc::ZERO; LANES];
             for k in 0..LANES {
                 reciprocal[k] = E::Acc::of(1.0 / total[k]);
-                // The largest exponential is 1.
-                others[k] = E::Acc::of((total[k] - 1.0) / total[k]);
             }
             let mut weight = weights::<I, _>(&mut p, &reciprocal);
             for k in 0..rows.len() {
@@ -48,13 +46,14 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             // The remaining lanes repeat a row.
             weight[rows.len()..].fill(E::Acc::ZERO);
             let most = reciprocal.iter().fold(E::Acc::ZERO, |a, &r| r.larger(a));
+            let (weight, reciprocal) = (held(weight), held(reciprocal));
             let classes = p.iter().zip(s.iter_mut()).zip(e.iter_mut());
-            let (weight, reciprocal, others) = (held(weight), held(reciprocal), held(others));
             if most < E::Acc::of(CERTAIN) {
                 for ((p, s), e) in classes {
                     add::<I, _>(&weight, p, |k| E::Acc::ONE - p[k], s, e);
                 }
             } else {
+                let others = held(others(&p, &reciprocal));
                 for ((p, s), e) in classes {
                     let not = |k: usize| {
                         let (exact, not) = (others[k], E::Acc::ONE - p[k]);
@@ -89,6 +88,20 @@ pub fn weights<I: Isa, F: Real>(p: &mut [Lanes<F>], reciprocal: &Lanes<F>) -> La
         weights[k] = F::of(1.0 + Real::exp::<I>(LN_2 * log2[k].to_f64()));
     }
     weights
+}
+
+/// `1 - largest` in each lane, where `largest` is the largest probability: the sum of all others.
+#[inline(always)]
+fn others<F: Real>(p: &[Lanes<F>], largest: &Lanes<F>) -> Lanes<F> {
+    let (mut rest, mut ties) = ([F::ZERO; LANES], [-F::ONE; LANES]);
+    for p in p {
+        each_lane(|k| {
+            let lead = p[k] == largest[k];
+            rest[k] += if lead { F::ZERO } else { p[k] };
+            ties[k] += if lead { F::ONE } else { F::ZERO };
+        });
+    }
+    std::array::from_fn(|k| rest[k] + ties[k] * largest[k])
 }
 
 /// Adds `w p` to `s` and `w p (1 - p)` to `e`, where `not` gives `1 - p`.

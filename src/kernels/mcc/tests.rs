@@ -42,6 +42,45 @@ fn logits(rows: usize, cols: usize) -> Vec<f64> {
         .collect()
 }
 
+/// Rows that are nearly certain, one class in two of them each, so that all classes are alike.
+#[test]
+fn confident_rows_keep_their_digits() {
+    for cols in [2, 10, NARROW, NARROW + 1] {
+        for gap in [5.0, 20.0, 30.0, 40.0] {
+            let rows = 2 * cols;
+            let z: Vec<f64> = (0..rows * cols)
+                .map(|k| {
+                    if k / cols % cols == k % cols {
+                        gap
+                    } else {
+                        0.0
+                    }
+                })
+                .collect();
+            let (e, rest) = ((-gap).exp(), (cols - 1) as f64);
+            let total = 1.0 + rest * e;
+            let (p, q) = (1.0 / total, e / total);
+            let exact = (p * rest * q + rest * q * (1.0 - q)) / (p + rest * q);
+            let threads = NonZeroUsize::MIN;
+            let loss = mcc(
+                Rows::contiguous(&z, rows, cols).unwrap(),
+                1.0,
+                None,
+                threads,
+            );
+            assert!((loss.value / exact - 1.0).abs() < 1e-13, "{cols} {gap}");
+            let z: Vec<_> = z.iter().map(|&z| z as f32).collect();
+            let loss = mcc(
+                Rows::contiguous(&z, rows, cols).unwrap(),
+                1.0,
+                None,
+                threads,
+            );
+            assert!((loss.value / exact - 1.0).abs() < 1e-6, "{cols} {gap}");
+        }
+    }
+}
+
 #[test]
 fn matches_the_matrix_formula_and_finite_differences() {
     for (rows, cols, t) in [

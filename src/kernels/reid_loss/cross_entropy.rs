@@ -14,7 +14,7 @@ use super::super::Loss;
 use super::super::element::{Element, stored_scale};
 use super::super::isa::{Isa, Kernel};
 use super::super::lanes;
-use super::super::parallel::{cut, run, split};
+use super::super::parallel::{cut_optional, run, split};
 use super::super::real::Real;
 use super::super::reduce;
 use super::super::rows::Rows;
@@ -63,15 +63,11 @@ pub fn cross_entropy<E: Element>(
     let scale = stored_scale::<E>(weight * bound);
     let ranges = split(rows, threads);
     let narrow = lanes::narrow(&ranges, cols, widest);
-    let mut grads = match grad {
-        Some(grad) => cut(grad, &ranges, cols).into_iter().map(Some).collect(),
-        None => Vec::new(),
-    }
-    .into_iter();
+    let grads = cut_optional(grad, &ranges, cols);
     let jobs: Vec<_> = ranges
         .into_iter()
-        .map(|range| {
-            let grad = grads.next().flatten();
+        .zip(grads)
+        .map(|(range, grad)| {
             let sweep = Sweep {
                 logits,
                 targets,
@@ -199,9 +195,16 @@ fn smooth_row<E: Element>(
         };
         grad[label] = E::store(E::Acc::of(weight * at_label));
     }
-    let shifted = reduce::sum_of_pairs(z, z, |z, _| z - p.max);
-    // Without smoothing rest is 0, and 0 times an infinite logarithm is NaN, as in tllib.
-    mass * p.total.ln() - hit * (z[label] - p.max).to_f64() - rest * shifted
+    let shifted = |z: &[E::Acc]| reduce::sum_of_pairs(z, z, |z, _| z - p.max);
+    let own = z[label] - p.max;
+    // Where a target is 0, 0 times an infinite logarithm is NaN, as in tllib.
+    let logs = if own.finite() {
+        hit * own.to_f64() + rest * shifted(z)
+    } else {
+        let others = shifted(&z[..label]) + shifted(&z[label + 1..]);
+        (hit + rest) * own.to_f64() + rest * others
+    };
+    mass * p.total.ln() - logs
 }
 
 #[cfg(test)]

@@ -17,7 +17,8 @@ use crate::torch::{Dtype, Stored, by_dtype, scalar};
 use operations::{Call, composite, operations};
 use tch::Tensor;
 
-const CLASS: &str = "CCConsistency";
+/// The class, for messages.
+pub const CLASS: &str = "CCConsistency";
 /// Multiplications, when the C x C matrix is formed, up to which f64 costs no significant time. It keeps the
 /// digits that the sum over a batch of unrelated predictions loses in f32, as in tllib.
 const EXACT: usize = 3 << 20;
@@ -36,7 +37,7 @@ pub struct Output {
 }
 
 /// `ValueError` for a temperature that is not above 0 or a threshold that is NaN.
-pub fn check_arguments(temperature: f64, thr: f64) -> Result<()> {
+pub fn check_cc_loss(temperature: f64, thr: f64) -> Result<()> {
     positive(CLASS, "temperature", temperature)?;
     not_nan(CLASS, "thr", thr)
 }
@@ -50,7 +51,7 @@ pub fn cc_loss(
 ) -> Result<Output> {
     let weak = Input::new(CLASS, "logits", logits)?;
     let strong = Input::new(CLASS, "logits_strong", logits_strong)?;
-    check_arguments(temperature, thr)?;
+    check_cc_loss(temperature, thr)?;
     let dtype = weak.floating()?;
     strong.floating()?;
     let (rows, _) = weak.matrix()?;
@@ -61,10 +62,11 @@ pub fn cc_loss(
         thr,
         selecting: widened_on_devices(&weak, dtype).kind(),
     };
-    let on_cpu = weak.on_cpu() && strong.on_cpu();
     let output = |(loss, fraction): (Tensor, Tensor)| -> Result<Output> {
+        let facts = Input::new(CLASS, "fraction", &fraction)?;
+        let known = facts.is_cpu() && facts.readable();
         Ok(Output {
-            nothing: rows == 0 || (on_cpu && fraction.f_double_value(&[])? == 0.0),
+            nothing: rows == 0 || (known && fraction.f_double_value(&[])? == 0.0),
             loss,
             fraction,
         })
@@ -78,18 +80,16 @@ pub fn cc_loss(
         }
         Place::Composite => return output(composite(logits, logits_strong, call)?),
     };
-    if let Some(grad) = grad {
-        // For second derivatives.
-        let weak = Saved::of(logits, "CCConsistency's logits")?;
-        let formula = Box::new(move |t: &[Tensor]| Ok(composite(weak.get()?, &t[0], call)?.0));
-        attach(
-            c"CcLossBackward",
-            &output.loss,
-            &[logits_strong],
-            vec![Some(grad)],
-            formula,
-        )?;
-    }
+    attach(
+        c"CcLossBackward",
+        &output.loss,
+        &[logits_strong],
+        [grad],
+        || {
+            let weak = Saved::of(logits, "CCConsistency's logits")?;
+            Ok(move |t: &[Tensor]| Ok(composite(weak.get()?, &t[0], call)?.0))
+        },
+    )?;
     Ok(output)
 }
 

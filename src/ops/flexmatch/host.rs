@@ -9,22 +9,21 @@ use crate::kernels::parallel::threads_for;
 use crate::torch::input::Input;
 use crate::torch::{Owned, by_dtype, max_threads};
 use std::ffi::c_void;
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 /// Labels that one thread counts in the time that makes another thread worth starting.
 const GRAIN: usize = 1 << 18;
 
-/// The memory of `net_outputs`, which FlexMatch keeps contiguous and of one dimension.
-fn memory(net_outputs: &Tensor) -> (*mut c_void, usize) {
-    (
-        net_outputs.data_ptr(),
-        net_outputs.size().iter().product::<i64>() as usize,
-    )
+/// The memory of `net_outputs`, which FlexMatch keeps contiguous and of one dimension. An error if somebody made its
+/// storage too small.
+fn memory(net_outputs: &Tensor) -> Result<(*mut c_void, usize)> {
+    let input = Input::new(CLASS, "net_outputs", net_outputs)?;
+    Ok((net_outputs.data_ptr(), input.numel()))
 }
 
 /// Counts all samples, of the type `stored`. `IndexError` for a label that is neither a class nor -1.
 pub fn count(net_outputs: &Tensor, stored: Stored, classes: usize) -> Result<Counts> {
-    let (data, len) = memory(net_outputs);
+    let (data, len) = memory(net_outputs)?;
     // Each thread also has a table of all classes to fill and to add up.
     let threads = threads_for(len, GRAIN.max(classes), max_threads());
     by_label!(stored, L => {
@@ -111,8 +110,8 @@ impl Pairs {
     }
 
     /// Writes the labels, stored as `stored`, and updates `counts` to match. Returns whether anything was written.
-    pub fn apply(self, counts: &mut Counts, net_outputs: &Tensor, stored: Stored) -> bool {
-        let (data, len) = memory(net_outputs);
+    pub fn apply(self, counts: &mut Counts, net_outputs: &Tensor, stored: Stored) -> Result<bool> {
+        let (data, len) = memory(net_outputs)?;
         by_label!(stored, L => {
             // SAFETY: `len` live elements of type `L`, and the state's lock excludes our own other
             // threads. A user thread that writes an alias meanwhile races with torch's own writers in
@@ -120,7 +119,7 @@ impl Pairs {
             let outputs = unsafe { std::slice::from_raw_parts_mut(data.cast::<L>(), len) };
             counts.relabel_all(outputs, &self.0);
         });
-        !self.0.is_empty()
+        Ok(!self.0.is_empty())
     }
 }
 
@@ -142,25 +141,19 @@ fn out_of_range(name: &str, value: i64, low: i64, above: usize) -> Error {
 
 /// `mask == 1`, for masks of any numeric dtype.
 fn selected(mask: &Input<'_>) -> Result<Vec<bool>> {
+    let Some(dtype) = mask.dtype() else {
+        return Ok(mask.integers()?.into_iter().map(|v| v == 1).collect());
+    };
     let contiguous = mask.in_memory()?;
     let len = mask.numel();
     if len == 0 {
         return Ok(Vec::new());
     }
     let data = contiguous.data_ptr();
-    if let Some(dtype) = mask.dtype() {
-        return by_dtype!(dtype, E => {
-            // SAFETY: contiguous, of type `E` with `len` elements, alive during the loop.
-            let values = unsafe { std::slice::from_raw_parts(data.cast::<E>().cast_const(), len) };
-            #[allow(clippy::float_cmp, reason = "tllib compares with 1")]
-            Ok(values.iter().map(|v| v.load() == 1.0).collect())
-        });
-    }
-    if mask.tensor.f_kind()? == Kind::Bool {
-        // SAFETY: torch stores a bool as one byte.
-        let values = unsafe { std::slice::from_raw_parts(data.cast::<u8>().cast_const(), len) };
-        return Ok(values.iter().map(|&v| v != 0).collect());
-    }
-    mask.integers()
-        .map(|values| values.into_iter().map(|v| v == 1).collect())
+    by_dtype!(dtype, E => {
+        // SAFETY: contiguous, of type `E` with `len` elements, alive during the loop.
+        let values = unsafe { std::slice::from_raw_parts(data.cast::<E>().cast_const(), len) };
+        #[allow(clippy::float_cmp, reason = "tllib compares with 1")]
+        Ok(values.iter().map(|v| v.load() == 1.0).collect())
+    })
 }

@@ -21,7 +21,8 @@ pub use stored::Stored;
 use tch::{Device, Kind, Tensor};
 use trust::Trust;
 
-const CLASS: &str = "DynamicThresholdingModule";
+/// The class, for messages.
+pub const CLASS: &str = "DynamicThresholdingModule";
 
 /// How often each value occurs, where `net_outputs` lives.
 enum Tally {
@@ -299,7 +300,7 @@ impl FlexMatch {
     ) -> Result<()> {
         let (outputs, stored) = (self.net_outputs.shallow_clone(), self.stored);
         let changed = match self.tally()? {
-            Tally::Host(counts) => on_host()?.apply(counts, &outputs, stored),
+            Tally::Host(counts) => on_host()?.apply(counts, &outputs, stored)?,
             Tally::Device(counts) => {
                 on_device(counts, &outputs)?;
                 true

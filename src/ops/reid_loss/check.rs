@@ -1,6 +1,5 @@
 //! The checks of the triplet losses' arguments.
 
-use super::integral;
 use super::triplet::{Arguments, Objective};
 use crate::error::{Error, Result};
 use crate::ops::finite;
@@ -35,7 +34,7 @@ impl<'a> Inputs<'a> {
         let dtype = features.floating()?;
         let (rows, dim) = matrix(&features)?;
         let labels = new(call.labels)?;
-        identities_of(&labels, &features, rows)?;
+        identities_of(&labels, &features, call.features.0)?;
         let memory = match call.memory {
             None => None,
             Some((memory, memory_labels)) => {
@@ -43,7 +42,7 @@ impl<'a> Inputs<'a> {
                     (new(("xbm_f", memory))?, new(("xbm_labels", memory_labels))?);
                 let own = memory.floating()?;
                 memory.same_device(&features)?;
-                let (rows, memory_dim) = matrix(&memory)?;
+                let (_, memory_dim) = matrix(&memory)?;
                 if memory_dim != dim {
                     return Err(
                         memory.wrong(&format!("have {dim} columns as {} has", call.features.0))
@@ -58,7 +57,7 @@ impl<'a> Inputs<'a> {
                         memory.dtype_name()
                     )));
                 }
-                identities_of(&memory_labels, &memory, rows)?;
+                identities_of(&memory_labels, &memory, "xbm_f")?;
                 Some((memory, memory_labels))
             }
         };
@@ -94,8 +93,7 @@ impl<'a> Inputs<'a> {
     /// Whether the kernels of the CPU may read everything.
     pub fn fusible(&self) -> bool {
         let labels = [Some(&self.labels), self.memory.as_ref().map(|(_, l)| l)];
-        let integral = |i: &Input<'_>| i.tensor.f_kind().is_ok_and(integral);
-        self.all(Facts::on_cpu) && labels.into_iter().flatten().all(integral)
+        self.all(Facts::on_cpu) && labels.into_iter().flatten().all(|labels| labels.integral())
     }
 
     /// Whether `is` holds for every argument.
@@ -116,12 +114,14 @@ fn matrix(input: &Input<'_>) -> Result<(i64, i64)> {
     }
 }
 
-/// One label for each of `rows`.
-fn identities_of(labels: &Input<'_>, features: &Input<'_>, rows: i64) -> Result<()> {
+/// One label for each row of the features that are called `name`.
+fn identities_of(labels: &Input<'_>, features: &Input<'_>, name: &str) -> Result<()> {
     labels.same_device(features)?;
-    if *labels.shape() != [rows] {
+    let rows = &features.shape()[..1];
+    if labels.shape() != rows {
         return Err(labels.wrong(&format!(
-            "have shape ({rows},), one label for each row of features"
+            "have shape ({},), one label for each row of {name}",
+            rows[0]
         )));
     }
     Ok(())

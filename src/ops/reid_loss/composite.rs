@@ -118,6 +118,25 @@ pub fn of_pairs(
     of_differences(&t, objective, reference, kind)
 }
 
+/// The loss of pairs that are given, as a function of what is differentiated: for second derivatives.
+#[derive(Clone, Copy)]
+pub struct Again {
+    pub objective: Objective,
+    pub normalize: bool,
+    /// The dtype of the features.
+    pub kind: Kind,
+    /// The dtype of the loss.
+    pub out: Kind,
+}
+
+impl Again {
+    /// The loss of the features and the memory, if there is one.
+    pub fn loss(self, t: &[Tensor], pairs: &Pairs, reference: Option<&Tensor>) -> Result<Tensor> {
+        let (u, v) = sides(&t[0], t.get(1), self.normalize, self.kind)?;
+        of_pairs(&u, &v, pairs, self.objective, reference, self.out)
+    }
+}
+
 /// The loss in `kind` of anchors whose distances differ by `t`.
 pub fn of_differences(
     t: &Tensor,

@@ -8,11 +8,13 @@ use crate::ops::{Place, finite, inside, loss_dtype, place, stored, threads};
 use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::saved::Saved;
-use crate::torch::{Dtype, Stored, by_dtype, scalar};
+use crate::torch::{Stored, by_dtype, scalar};
+use std::ffi::CStr;
 use tch::{Kind, Tensor};
 
 const SOFT: &str = "CrossEntropyLoss";
 const SMOOTH: &str = "CrossEntropyLossWithLabelSmooth";
+const LABEL: &CStr = c"SoftCrossEntropyBackward";
 
 /// The cross entropy of the logits `y` with the softmax of the logits `labels`, both (N, C, ...).
 pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
@@ -24,18 +26,8 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let target_dtype = targets.floating()?;
     input.classes()?;
     targets.like(&input)?;
-    let wider = if target_dtype == Dtype::F64 {
-        Dtype::F64
-    } else {
-        dtype
-    };
-    let out = if dtype == target_dtype {
-        dtype
-    } else {
-        wider.at_least_f32()
-    };
-    let kind = loss_dtype(&input, out).kind();
-    let loss = match place(&[&input, &targets]) {
+    let kind = loss_dtype(&input, dtype.promote(target_dtype)).kind();
+    let (loss, grad) = match place(&[&input, &targets]) {
         Place::Cuda => {
             cuda::cross_entropy::soft(&input, &targets, dtype, loss_dtype(&input, dtype))?
         }
@@ -46,10 +38,11 @@ pub fn cross_entropy(y: &Tensor, labels: &Tensor) -> Result<Tensor> {
         Place::Operations => soft_operations(&input, labels, kind)?,
         Place::Composite => return soft_composite(y, labels, kind),
     };
-    attached(y, loss, || {
+    attach(LABEL, &loss, &[y], [grad], || {
         let held = Saved::of(labels, "CrossEntropyLoss's labels")?;
-        Ok(move |y: &Tensor| soft_composite(y, held.get()?, kind))
-    })
+        Ok(move |t: &[Tensor]| soft_composite(&t[0], held.get()?, kind))
+    })?;
+    Ok(loss)
 }
 
 /// By the CPU kernel.
@@ -62,29 +55,6 @@ where
     let loss = kernel(logits, targets, grad.slice(), threads(2 * input.numel()));
     let out = scalar(loss.value, loss_dtype(input, input.floating()?))?;
     Ok((out, grad.stored(loss.scale)))
-}
-
-/// Makes the loss differentiable with respect to `y`, where there is a gradient; only then is a formula made.
-fn attached<F>(
-    y: &Tensor,
-    (loss, grad): (Tensor, Option<StoredGrad>),
-    formula: impl FnOnce() -> Result<F>,
-) -> Result<Tensor>
-where
-    F: Fn(&Tensor) -> Result<Tensor> + Send + Sync + 'static,
-{
-    if grad.is_some() {
-        let formula = formula()?;
-        let formula = Box::new(move |t: &[Tensor]| formula(&t[0]));
-        attach(
-            c"SoftCrossEntropyBackward",
-            &loss,
-            &[y],
-            vec![grad],
-            formula,
-        )?;
-    }
-    Ok(loss)
 }
 
 /// The soft cross entropy in libtorch operations.
@@ -154,7 +124,7 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
     // tllib does not compare num_classes with y: it only divides the smoothing mass.
     let (hit, rest) = (1.0 - epsilon, epsilon / num_classes as f64);
     let kind = loss_dtype(&input, dtype).kind();
-    let loss = match place(&[&input]) {
+    let (loss, grad) = match place(&[&input]) {
         Place::Cuda if cuda::reaches(&indices) => {
             let out = loss_dtype(&input, dtype);
             cuda::cross_entropy::smooth(&input, &indices, (hit, rest), dtype, out)?
@@ -163,27 +133,29 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
             smooth_operations(&input, labels, (hit, rest), kind)?
         }
         Place::Cpu if indices.on_cpu() => {
-            let labels = checked(labels, cols)?;
-            let loss = by_dtype!(dtype, E => {
+            let labels = checked(&indices, cols)?;
+            let (loss, grad) = by_dtype!(dtype, E => {
                 fused::<E>(&input, Targets::Smooth { labels: &labels, hit, rest })?
             });
-            return attached(y, loss, || {
-                Ok(move |y: &Tensor| {
-                    smooth_composite(y, &Tensor::f_from_slice(&labels)?, hit, rest, kind)
+            attach(LABEL, &loss, &[y], [grad], || {
+                Ok(move |t: &[Tensor]| {
+                    smooth_composite(&t[0], &Tensor::f_from_slice(&labels)?, hit, rest, kind)
                 })
-            });
+            })?;
+            return Ok(loss);
         }
         _ => return smooth_composite(y, labels, hit, rest, kind),
     };
-    attached(y, loss, || {
+    attach(LABEL, &loss, &[y], [grad], || {
         let held = Saved::of(labels, "CrossEntropyLossWithLabelSmooth's labels")?;
-        Ok(move |y: &Tensor| smooth_composite(y, held.get()?, hit, rest, kind))
-    })
+        Ok(move |t: &[Tensor]| smooth_composite(&t[0], held.get()?, hit, rest, kind))
+    })?;
+    Ok(loss)
 }
 
 /// The values of `labels`; `IndexError` unless all are columns.
-fn checked(labels: &Tensor, cols: usize) -> Result<Vec<i64>> {
-    let values = Vec::<i64>::try_from(labels.f_contiguous()?)?;
+fn checked(labels: &Input<'_>, cols: usize) -> Result<Vec<i64>> {
+    let values = labels.integers()?;
     let wrong = |label: i64| label < 0 || label >= cols as i64;
     match values.iter().enumerate().find(|&(_, &label)| wrong(label)) {
         None => Ok(values),
@@ -211,11 +183,16 @@ fn smooth_of_log(
     kind: Kind,
 ) -> Result<Tensor> {
     let inside = inside(kind);
-    let own = log_p
-        .f_gather(1, &labels.f_unsqueeze(1)?, false)?
-        .f_squeeze_dim(1)?;
-    let all = log_p.f_sum_dim_intlist(1, false, inside)?;
-    let each = own.f_mul_scalar(hit)?.f_add(&all.f_mul_scalar(rest)?)?;
+    let index = labels.f_unsqueeze(1)?;
+    let own = log_p.f_gather(1, &index, false)?.f_squeeze_dim(1)?;
+    // Two infinite terms must not cancel, nor an infinite logarithm of the label meet another target than its own.
+    let (others, hit) = if hit > 0.0 && rest > 0.0 {
+        (log_p.shallow_clone(), hit)
+    } else {
+        (log_p.f_scatter_value(1, &index, 0.0)?, hit + rest)
+    };
+    let others = others.f_sum_dim_intlist(1, false, inside)?;
+    let each = own.f_mul_scalar(hit)?.f_add(&others.f_mul_scalar(rest)?)?;
     Ok(each.f_mean(inside)?.f_neg()?.f_to_kind(kind)?)
 }
 

@@ -2,9 +2,8 @@
 //! the device.
 
 use super::check::Inputs;
-use super::composite::{Pairs, of_pairs, sides};
-use super::integral;
-use super::triplet::{Arguments, Objective, bound};
+use super::composite::Pairs;
+use super::triplet::{Arguments, LABEL, Objective, bound};
 use crate::cuda::triplet::{Features, LARGEST, Mined, Mining, mine};
 use crate::cuda::triplet_gradient::pull;
 use crate::cuda::{self, Stream};
@@ -12,12 +11,13 @@ use crate::error::Result;
 use crate::kernels::reid_loss::triplet::Role;
 use crate::torch::autograd::attach;
 use crate::torch::input::Input;
-use tch::{Kind, Tensor};
+use tch::Kind;
+use tch::Tensor;
 
 /// Whether the kernels take these arguments.
 pub fn serves(inputs: &Inputs<'_>) -> bool {
     let fits = |input: &Input<'_>| input.shape().iter().all(|&n| n <= LARGEST);
-    let labels = |i: &Input<'_>| cuda::reaches(i) && i.tensor.f_kind().is_ok_and(integral);
+    let labels = |i: &Input<'_>| cuda::reaches(i) && i.integral();
     // Each side is read in its own dtype.
     let features = |i: &Input<'_>| cuda::serves(&[i]) && fits(i);
     let memory = inputs.memory.as_ref();
@@ -57,36 +57,16 @@ pub fn triplet(call: &Arguments<'_>, inputs: &Inputs<'_>) -> Result<Tensor> {
     let role = memory.map_or(Role::Both, |_| Role::Anchors);
     let grad = |input, role| pull(&stream, (input, role), (&u, v), &pairs, inputs.dtype, bound);
     let mut grads = vec![grad(&inputs.features, role)?];
-    let mut differentiable = vec![call.features.1];
     if let Some((input, _)) = memory {
         grads.push(grad(input, Role::Candidates)?);
-        differentiable.push(input.tensor);
     }
-    if grads.iter().any(Option::is_some) {
-        let formula = formula(call, pairs);
-        attach(
-            c"TripletBackward",
-            &loss,
-            &differentiable,
-            grads,
-            Box::new(formula),
-        )?;
-    }
+    attach(LABEL, &loss, &call.differentiable(), grads, || {
+        let again = call.again(Kind::Float, Kind::Float);
+        Ok(move |t: &[Tensor]| {
+            let ([index, offset], reference) = pairs.parts()?;
+            let taught = matches!(again.objective, Objective::Taught);
+            again.loss(t, &Pairs { index, offset }, taught.then_some(&reference))
+        })
+    })?;
     Ok(loss)
-}
-
-/// The loss of the mined pairs, in operations that autograd can differentiate.
-fn formula(
-    call: &Arguments<'_>,
-    mined: cuda::triplet::Pairs,
-) -> impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static {
-    let (objective, normalize) = (call.objective, call.normalize);
-    move |t: &[Tensor]| {
-        let kind = Kind::Float;
-        let ([index, offset], references) = mined.parts()?;
-        let pairs = Pairs { index, offset };
-        let (u, v) = sides(&t[0], t.get(1), normalize, kind)?;
-        let reference = matches!(objective, Objective::Taught).then_some(&references);
-        of_pairs(&u, &v, &pairs, objective, reference, kind)
-    }
 }

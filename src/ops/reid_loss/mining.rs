@@ -25,12 +25,10 @@ pub fn hardest(dist_mat: &Tensor, identity_mat: &Tensor) -> Result<(Tensor, Tens
     let distances = Input::new(CLASS, "dist_mat", dist_mat)?;
     let identity = Input::new(CLASS, "identity_mat", identity_mat)?;
     let dtype = distances.floating()?;
-    let [_, cols] = *distances.shape() else {
-        return Err(distances.wrong("have shape (N, M) with M > 0"));
+    let cols = match *distances.shape() {
+        [_, cols] if cols > 0 => cols,
+        _ => return Err(distances.wrong("have shape (N, M) with M > 0")),
     };
-    if cols == 0 {
-        return Err(distances.wrong("have shape (N, M) with M > 0"));
-    }
     identity.like(&distances)?;
     let place = place(&[&distances, &identity]);
     if place == Place::Cuda && cols <= LARGEST {

@@ -15,13 +15,3 @@ pub use cross_entropy::{check_smoothing, cross_entropy, label_smooth};
 pub use distances::{distances, distances_backward};
 pub use mining::hardest;
 pub use triplet::{Arguments, Objective, triplet};
-
-use tch::Kind;
-
-/// Whether labels of this kind fit into 64-bit integers.
-fn integral(kind: Kind) -> bool {
-    matches!(
-        kind,
-        Kind::Uint8 | Kind::Int8 | Kind::Int16 | Kind::Int | Kind::Int64 | Kind::Bool
-    )
-}

@@ -1,10 +1,8 @@
 //! The triplet losses in libtorch operations, with the gradient in closed form: that of 2N pairs.
 
 use super::check::Inputs;
-use super::composite::{
-    Distances, Pairs, Search, Side, of_differences, of_pairs, reference, sides,
-};
-use super::triplet::{Arguments, Objective};
+use super::composite::{Distances, Pairs, Search, Side, of_differences, reference};
+use super::triplet::{Arguments, LABEL, Objective};
 use crate::error::Result;
 use crate::kernels::reid_loss::{CLAMP, SMALLEST_NORM};
 use crate::ops::stored;
@@ -45,25 +43,18 @@ pub fn triplet(call: &Arguments<'_>, inputs: &Inputs<'_>, kind: Kind, out: Kind)
             vec![of_u.transpose()?, of_v.transpose()?]
         }
     };
-    let mut differentiable = vec![call.features.1];
-    differentiable.extend(call.memory.map(|(memory, _)| memory));
-    let (objective, normalize) = (call.objective, call.normalize);
-    let held = (
-        Constant(pairs.index),
-        Constant(pairs.offset),
-        reference.map(Constant),
-    );
-    let formula = Box::new(move |t: &[Tensor]| {
-        let (index, offset, reference) = &held;
-        let pairs = Pairs {
-            index: index.get().shallow_clone(),
-            offset: offset.get().shallow_clone(),
-        };
-        let (u, v) = sides(&t[0], t.get(1), normalize, kind)?;
-        let reference = reference.as_ref().map(Constant::get);
-        of_pairs(&u, &v, &pairs, objective, reference, out)
-    });
-    attach(c"TripletBackward", &loss, &differentiable, grads, formula)?;
+    attach(LABEL, &loss, &call.differentiable(), grads, || {
+        let again = call.again(kind, out);
+        let (index, offset) = (Constant(pairs.index), Constant(pairs.offset));
+        let reference = reference.map(Constant);
+        Ok(move |t: &[Tensor]| {
+            let pairs = Pairs {
+                index: index.get().shallow_clone(),
+                offset: offset.get().shallow_clone(),
+            };
+            again.loss(t, &pairs, reference.as_ref().map(Constant::get))
+        })
+    })?;
     Ok(loss)
 }
 

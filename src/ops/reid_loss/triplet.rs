@@ -1,7 +1,7 @@
 //! The triplet losses on tensors.
 
 use super::check::Inputs;
-use super::composite::{Pairs, composite, of_pairs, sides};
+use super::composite::{Again, Pairs, composite};
 use super::device;
 use super::mining::{Features, mine};
 use super::operations;
@@ -19,7 +19,11 @@ use crate::ops::threads;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::input::{Facts, Input};
 use crate::torch::{Owned, Stored, by_dtype, dense, scalar};
+use std::ffi::CStr;
 use tch::{Kind, Tensor};
+
+/// The node's name.
+pub const LABEL: &CStr = c"TripletBackward";
 
 /// A call of one of the three losses. Tensors come with the name of their argument.
 pub struct Arguments<'a> {
@@ -39,6 +43,27 @@ pub struct Arguments<'a> {
     pub normalize: bool,
 }
 
+impl<'a> Arguments<'a> {
+    /// The features and the memory.
+    pub fn differentiable(&self) -> Vec<&'a Tensor> {
+        let memory = self.memory.map(|(memory, _)| memory);
+        [Some(self.features.1), memory]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    /// For second derivatives: features in `kind`, the loss in `out`.
+    pub fn again(&self, kind: Kind, out: Kind) -> Again {
+        Again {
+            objective: self.objective,
+            normalize: self.normalize,
+            kind,
+            out,
+        }
+    }
+}
+
 /// The loss, differentiable with respect to the features and the memory.
 pub fn triplet(call: &Arguments<'_>) -> Result<Tensor> {
     let inputs = Inputs::check(call)?;
@@ -54,27 +79,20 @@ pub fn triplet(call: &Arguments<'_>) -> Result<Tensor> {
             composite(call, kind, out)
         };
     }
-    let done = by_dtype!(inputs.dtype, E => fused::<E>(call, &inputs)?);
-    if done.grads.iter().any(Option::is_some) {
-        let mut differentiable = vec![call.features.1];
-        differentiable.extend(call.memory.map(|(memory, _)| memory));
-        let (objective, normalize, hardest, reference) =
-            (call.objective, call.normalize, done.hardest, done.reference);
-        let formula = Box::new(move |t: &[Tensor]| {
-            let pairs = Pairs::of(&hardest, kind)?;
+    let Fused {
+        loss,
+        grads,
+        hardest,
+        reference,
+    } = by_dtype!(inputs.dtype, E => fused::<E>(call, &inputs)?);
+    attach(LABEL, &loss, &call.differentiable(), grads, || {
+        let again = call.again(kind, out);
+        Ok(move |t: &[Tensor]| {
             let reference = Tensor::f_from_slice(&reference)?.f_to_kind(out)?;
-            let (u, v) = sides(&t[0], t.get(1), normalize, kind)?;
-            of_pairs(&u, &v, &pairs, objective, Some(&reference), out)
-        });
-        attach(
-            c"TripletBackward",
-            &done.loss,
-            &differentiable,
-            done.grads,
-            formula,
-        )?;
-    }
-    Ok(done.loss)
+            again.loss(t, &Pairs::of(&hardest, kind)?, Some(&reference))
+        })
+    })?;
+    Ok(loss)
 }
 
 struct Fused {
@@ -108,12 +126,6 @@ where
         tensor: out.into_tensor(),
         norms: Some(norms),
     })
-}
-
-fn integers(labels: &Input<'_>) -> Result<Vec<i64>> {
-    Ok(Vec::try_from(
-        labels.tensor.f_to_kind(Kind::Int64)?.f_contiguous()?,
-    )?)
 }
 
 fn fused<E>(call: &Arguments<'_>, inputs: &Inputs<'_>) -> Result<Fused>
@@ -155,9 +167,9 @@ where
     let memory_labels = inputs
         .memory
         .as_ref()
-        .map(|(_, labels)| integers(labels))
+        .map(|(_, labels)| labels.integers())
         .transpose()?;
-    let identities = Identities::new(&integers(&inputs.labels)?, memory_labels.as_deref());
+    let identities = Identities::new(&inputs.labels.integers()?, memory_labels.as_deref());
     let hardest = mine(&u, &v, &identities)?;
     let reference = match (&inputs.teacher, call.objective) {
         (Some(teacher), Objective::Taught) => taught(teacher, call, &hardest)?,

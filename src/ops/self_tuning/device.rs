@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::torch::autograd::Backward;
 use crate::torch::input::Input;
 use crate::torch::saved::Saved;
-use crate::torch::{Dtype, dense};
+use crate::torch::{Dtype, beside, dense};
 use tch::{Kind, Tensor};
 
 /// Sizes are 32-bit in the kernels.
@@ -73,7 +73,7 @@ pub fn step(
     if !(cuda::reaches(queue_ptr) && cuda::serves(&[&keys])) {
         return Ok(None);
     }
-    let Some(labels) = readable(batch.beside(labels)?)? else {
+    let Some(labels) = readable(beside(labels, Kind::Int64, batch.h_q)?)? else {
         return Ok(None);
     };
     let wanted = checked.h_q.wants_grad();

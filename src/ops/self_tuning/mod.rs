@@ -19,9 +19,10 @@ use check::{Checked, Pointers};
 use node::{Held, Node};
 use plan::Plan;
 pub use queue::History;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-const CLASS: &str = "SelfTuning";
+/// The class, for messages.
+pub const CLASS: &str = "SelfTuning";
 
 /// The hyper-parameters of the class.
 #[derive(Clone, Copy)]
@@ -65,19 +66,7 @@ pub struct Batch<'a> {
 impl Batch<'_> {
     /// The labels as int64 on the device of the queries.
     fn classes(&self) -> Result<Tensor> {
-        self.beside(self.labels)
-    }
-
-    /// `labels` as int64 on the device of the queries. A copy from the host to a device does not
-    /// wait for it.
-    fn beside(&self, labels: &Tensor) -> Result<Tensor> {
-        let device = self.h_q.device();
-        if !matches!(device, Device::Cuda(_)) || labels.device() != Device::Cpu {
-            return beside(labels, Kind::Int64, self.h_q);
-        }
-        // Pinned memory is read when the device gets to it, by when the caller may have overwritten it.
-        let own = labels.f_to_device_(Device::Cpu, Kind::Int64, false, true)?;
-        Ok(own.f_to_device_(device, Kind::Int64, true, false)?)
+        beside(self.labels, Kind::Int64, self.h_q)
     }
 }
 
@@ -95,7 +84,8 @@ pub fn self_tuning(
         return Ok(out);
     }
     let (Some(labels), Some(places)) = (checked.on_host(settings)?, pointers.on_host()?) else {
-        let entering = batch.beside(batch.enqueued.map_or(batch.labels, |(_, all)| all))?;
+        let entering = batch.enqueued.map_or(batch.labels, |(_, all)| all);
+        let entering = beside(entering, Kind::Int64, batch.h_q)?;
         let plan = Plan::on_device(&entering, queue_ptr, settings.keys)?;
         return composite(batch, queue_ptr, settings, checked.dtype, &plan);
     };
@@ -164,10 +154,13 @@ fn scores<E: Element<Acc = E> + Real + Stored>(
     let queue = batch.queue_list.f_detach()?;
     let columns = settings.keys * settings.classes;
     // After the column of the own key: scores then move within their row only.
-    let mut scores = Owned::<E>::written_by(&[labels.len() as i64, 1 + columns], |out| {
+    let product = |out: &Tensor| {
         let _ = queries.f_mm_out(&out.f_narrow(1, 1, columns)?, &queue)?;
         Ok(())
-    })?;
+    };
+    let shape = [labels.len() as i64, 1 + columns];
+    // SAFETY: the product keeps nothing; the view that it writes to is gone.
+    let mut scores = unsafe { Owned::<E>::written_by(&shape, product)? };
     let (q, k) = (
         Input::new(CLASS, "h_q", &queries)?,
         Input::new(CLASS, "h_k", &keys)?,

@@ -87,14 +87,11 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     let (height, width) = scores.size2()?;
     let queue = batch.queue_list.f_detach()?;
     let (dim, _) = queue.size2()?;
-    let mut grad = Owned::<E>::written_by(&[height, dim], |grad| {
-        // Autocast does not apply to the variant with an output argument.
-        let _ = scores
-            .f_narrow(1, 1, width - 1)?
-            .f_mm_out(grad, &queue.f_tr()?)?;
-        Ok(())
-    })?
-    .into_tensor();
+    let mut grad = Owned::<E>::new(&[height, dim])?.into_tensor();
+    // Autocast does not apply to the variant with an output argument.
+    let _ = scores
+        .f_narrow(1, 1, width - 1)?
+        .f_mm_out(&grad, &queue.f_tr()?)?;
     let _ = grad.f_addcmul_(&scores.f_narrow(1, 0, 1)?, &keys)?;
     Ok(grad)
 }

@@ -72,6 +72,15 @@ fn soft<I: Isa, F: Real>(
     values
 }
 
+/// The sum of `z_c - max` over the classes but the label, in one lane.
+#[cold]
+#[inline(never)]
+fn others<F: Real>(p: &Softmax<'_, F>, label: &Lanes<F>, k: usize) -> f64 {
+    let label = label[k].to_f64() as usize;
+    let columns = p.z.iter().enumerate().filter(|&(c, _)| c != label);
+    columns.map(|(_, z)| (z[k] - p.max[k]).to_f64()).sum()
+}
+
 /// As [`smooth_row`](super::smooth_row), for each lane.
 #[inline(always)]
 fn smooth<I: Isa, F: Real>(
@@ -92,9 +101,12 @@ fn smooth<I: Isa, F: Real>(
     for k in 0..LANES {
         let total = split.own[k] + split.others[k];
         let logit = split.logit[k] - p.max[k];
-        // Without smoothing rest is 0, and 0 times an infinite logarithm is NaN, as in tllib.
-        let shifted = shifted[k].to_f64();
-        values[k] = mass * Real::ln::<I>(total) - hit * logit.to_f64() - rest * shifted;
+        let logs = if logit.finite() {
+            hit * logit.to_f64() + rest * shifted[k].to_f64()
+        } else {
+            (hit + rest) * logit.to_f64() + rest * others(&p, label, k)
+        };
+        values[k] = mass * Real::ln::<I>(total) - logs;
         let p_label = split.own[k] / total;
         let direct = mass * p_label - hit - rest;
         // S (p - 1) + (S - t): 1 - p is the sum of the others, which keeps its digits here.

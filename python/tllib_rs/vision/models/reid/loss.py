@@ -27,8 +27,7 @@ def _scalar_like(features, *_):
 
 
 def _cross_entropy_like(y, targets):
-    wider = at_least_float32(torch.promote_types(y.dtype, targets.dtype))
-    return (y.new_empty((), dtype=y.dtype if y.dtype == targets.dtype else wider),)
+    return (y.new_empty((), dtype=torch.promote_types(y.dtype, targets.dtype)),)
 
 
 def _soft_triplet_like(features, teacher, _, margin, *__):
@@ -349,7 +348,7 @@ class TripletLoss(nn.Module):
         if not _is_fused(self.margin_loss):
             return _ranked(self.margin_loss, (f, f), (labels, labels), self.normalize_feature)
         call = _compiled_triplet if torch.compiler.is_compiling() else _core.triplet
-        return call(f, labels, self.margin_loss.margin, self.normalize_feature)
+        return call(f, labels, self.margin_loss.margin, bool(self.normalize_feature))
 
     extra_repr = _settings
 
@@ -406,7 +405,7 @@ class TripletLossXBM(nn.Module):
             return _ranked(self.ranking_loss, (f, xbm_f), (labels, xbm_labels), self.normalize_feature)
         f, xbm_f = _of_one_dtype(f, xbm_f)
         call = _compiled_triplet_xbm if torch.compiler.is_compiling() else _core.triplet_xbm
-        return call(f, xbm_f, labels, xbm_labels, self.ranking_loss.margin, self.normalize_feature)
+        return call(f, xbm_f, labels, xbm_labels, self.ranking_loss.margin, bool(self.normalize_feature))
 
     extra_repr = _settings
 
@@ -480,9 +479,9 @@ class SoftTripletLoss(nn.Module):
         """See the class."""
         if self._ranks is not None:
             features_1, features_2, labels = self._gathered(features_1, features_2, labels)
-            return _core.soft_triplet(features_1, features_2, labels, self.margin, self.normalize_feature)
-        call = _compiled_soft_triplet if torch.compiler.is_compiling() else _core.soft_triplet
-        return call(features_1, features_2, labels, self.margin, self.normalize_feature)
+        compiled = self._ranks is None and torch.compiler.is_compiling()
+        call = _compiled_soft_triplet if compiled else _core.soft_triplet
+        return call(features_1, features_2, labels, self.margin, bool(self.normalize_feature))
 
     extra_repr = _settings
 
