@@ -6,7 +6,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch.nn import functional as F
 
-from benches._case import COMPILED, COPY, LIMIT, PLAIN, Bar, Case, Footprint, Provider, faster, seeded, within
+from benches._case import (
+    COMPILED,
+    COPY,
+    LIMIT,
+    OURS,
+    PLAIN,
+    TOLERANCE,
+    Bar,
+    Case,
+    Footprint,
+    Provider,
+    faster,
+    seeded,
+    within,
+)
 from benches._providers import compiled
 
 SMALL = [(32, 31), (64, 100)]
@@ -30,6 +44,37 @@ LARGE = (1024, 8192)
 MATRIX = 10_000
 #: How many times faster than plain a row loss has to be at the small shapes.
 SMALL_BAR = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A setting other than contiguous float32 with a gradient, of ours and plain alone."""
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+    strided: bool = False
+    gradient: bool = True
+    #: What :func:`benches._case.check` accepts: plain rounds every step to a half type.
+    tolerance: float = TOLERANCE
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` in this setting; labels stay as they are."""
+        if not x.is_floating_point():
+            return x
+        x = x.to(self.dtype)
+        # Columns of a matrix three times as wide.
+        return x.repeat(1, 3)[:, : x.shape[1]] if self.strided else x
+
+
+#: Half types where rows are long and short, what an evaluation does, and a slice.
+VARIANTS = [
+    Variant("bfloat16", (256, 1000), torch.bfloat16, tolerance=5e-2),
+    Variant("float16", (64, 100), torch.float16, tolerance=2e-2),
+    Variant("float64", (448, 100), torch.float64),
+    Variant("slice of columns", (4096, 10), strided=True),
+    Variant("no gradient", (4096, 10), gradient=False),
+]
 
 #: Makes the inputs of a loss from (generator, rows, classes).
 Inputs = Callable[[torch.Generator, int, int], tuple[torch.Tensor, ...]]
@@ -71,8 +116,9 @@ def loss_cases(
     differentiated: Sequence[int] = (0,),
     tolerances: Mapping[str, float] | None = None,
 ) -> list[Case]:
-    """A case for each of :data:`SHAPES` and :data:`DEVICE_SHAPES`. ``limit``: at most how many times as long
-    as the limit ours may take; at the small shapes :data:`SMALL_BAR` applies, and ``bars`` come on top."""
+    """A case for each of :data:`SHAPES`, :data:`DEVICE_SHAPES` and :data:`VARIANTS`. ``limit``: at most how
+    many times as long as the limit ours may take; at the small shapes :data:`SMALL_BAR` applies, and ``bars``
+    come on top."""
 
     def case(shape):
         found = [within(LIMIT, limit)] if limit else []
@@ -84,7 +130,31 @@ def loss_cases(
         )
         return dataclasses.replace(case, tolerances=tolerances or {}, on_device=shape in DEVICE_SHAPES)
 
-    return [case(shape) for shape in SHAPES + DEVICE_SHAPES]
+    def variant(kind):
+        case = variant_case(kind, losses(kind.shape[1]), inputs, loss=loss, differentiated=differentiated)
+        return dataclasses.replace(
+            case, tolerances={OURS: max(kind.tolerance, (tolerances or {}).get(OURS, 0))}
+        )
+
+    return [*map(case, SHAPES + DEVICE_SHAPES), *map(variant, VARIANTS)]
+
+
+def variant_case(
+    variant: Variant,
+    losses: Mapping[str, Callable | None],
+    inputs: Inputs,
+    *,
+    loss: str,
+    differentiated: Sequence[int],
+) -> Case:
+    """A training step of ours and of the plain formulation, or the forward pass alone."""
+
+    def set_up():
+        tensors = [variant.of(x) for x in inputs(seeded(), *variant.shape)]
+        wanted = differentiated if variant.gradient else []
+        return {name: step_of(losses[name], tensors, wanted) for name in (OURS, PLAIN)}
+
+    return Case(f"{loss} {variant.shape} {variant.name}".strip(), set_up, loss=loss)
 
 
 def loss_case(
@@ -147,8 +217,11 @@ def footprint(
 
 
 def step_of(function: Callable, tensors: Sequence[torch.Tensor], differentiated: Iterable[int]) -> Provider:
-    """Forward and backward of a loss, the first of the outputs if there are several."""
-    inputs = [x.clone() for x in tensors]
+    """Forward and, unless nothing is ``differentiated``, backward of a loss, the first output if there
+    are several."""
+    inputs = [
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in tensors
+    ]
     leaves = [inputs[k].requires_grad_() for k in differentiated]
 
     def forward():
@@ -158,8 +231,9 @@ def step_of(function: Callable, tensors: Sequence[torch.Tensor], differentiated:
         for leaf in leaves:
             leaf.grad = None
         outputs = forward()
-        scalar = outputs[0] if isinstance(outputs, tuple) else outputs
-        scalar.backward()
+        if leaves:
+            scalar = outputs[0] if isinstance(outputs, tuple) else outputs
+            scalar.backward()
         return outputs
 
     def result():

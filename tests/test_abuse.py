@@ -13,6 +13,7 @@ from tllib_rs.self_training.dst import WorstCaseEstimationLoss
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.self_training.mean_teacher import EMATeacher
+from tllib_rs.self_training.pi_model import L2ConsistencyLoss
 from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
 from tllib_rs.vision.models.reid.loss import SoftTripletLoss, TripletLoss
 
@@ -100,7 +101,11 @@ def test_ema_with_a_storage_that_was_resized():
 
 
 def test_numbers_that_no_float_holds():
-    for call in (lambda: MinimumClassConfusionLoss(10**400), lambda: EMATeacher(nn.Linear(1, 1), 10**400)):
+    for call in (
+        lambda: MinimumClassConfusionLoss(10**400),
+        lambda: EMATeacher(nn.Linear(1, 1), 10**400),
+        lambda: L2ConsistencyLoss()(torch.ones(2, 2), torch.ones(2, 2), 10**400),
+    ):
         with pytest.raises(ValueError, match="must fit into 64 bits"):
             call()
 

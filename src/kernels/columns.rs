@@ -9,9 +9,13 @@ use super::rows::{Rows, Scratch};
 use std::array::from_fn;
 use std::marker::PhantomData;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 
 /// Terms of a row that are summed in the computing type. These sums are added up in f64.
 const FLUSH: usize = 32;
+
+/// Rows whose sums stay in the L1 cache while the columns are read.
+const BLOCK: usize = 1024;
 
 /// Minimum number of rows for which a column is worth a sweep of its own.
 const TALL: usize = 16;
@@ -74,16 +78,35 @@ impl<E: Element, T: Each<N>, const N: usize> Kernel for Sweep<'_, '_, E, T, N> {
     fn run<I: Isa>(mut self) -> Vec<f64> {
         let count = self.weights.len();
         let mut sums = vec![0.0; count];
-        let (mut part, mut slopes) = (vec![E::Acc::ZERO; count], vec![E::Acc::ZERO; count]);
-        let mut scratch = self.columns.map(|columns| columns.scratch());
-        let last = self.columns[0].rows();
+        for (block, sums) in sums.chunks_mut(BLOCK).enumerate() {
+            let rows = block * BLOCK..block * BLOCK + sums.len();
+            if self.grads.iter().any(Option::is_some) {
+                self.block::<I, true>(rows, sums);
+            } else {
+                self.block::<I, false>(rows, sums);
+            }
+        }
+        sums
+    }
+}
+
+impl<E: Element, T: Each<N>, const N: usize> Sweep<'_, '_, E, T, N> {
+    /// Adds the terms of some rows to their `sums`. `GRAD` says that there are gradients to write.
+    #[inline(always)]
+    fn block<I: Isa, const GRAD: bool>(&mut self, rows: Range<usize>, sums: &mut [f64]) {
+        let weights = &self.weights[rows.clone()];
+        let columns = self.columns.map(|columns| columns.columns(rows.clone()));
+        let mut scratch = columns.map(|columns| columns.scratch());
+        let (mut part, mut slopes) = ([E::Acc::ZERO; BLOCK], [E::Acc::ZERO; BLOCK]);
+        let last = columns[0].rows();
         for j in 0..last {
-            let column = elements(&self.columns, j, &mut scratch);
-            terms::<I, _, T, N>(column, self.weights, &mut part, &mut slopes);
+            let column = elements(&columns, j, &mut scratch);
+            terms::<I, _, T, N, GRAD>(column, weights, &mut part, &mut slopes);
             for (k, grad) in self.grads.iter_mut().enumerate() {
                 if let Some(grad) = grad {
                     let sign = if k == 0 { E::Acc::ONE } else { -E::Acc::ONE };
-                    for (g, &slope) in grad[j * count..(j + 1) * count].iter_mut().zip(&slopes) {
+                    let grad = &mut grad[j * self.weights.len()..][rows.clone()];
+                    for (g, &slope) in grad.iter_mut().zip(&slopes) {
                         *g = E::store(slope * sign);
                     }
                 }
@@ -95,7 +118,6 @@ impl<E: Element, T: Each<N>, const N: usize> Kernel for Sweep<'_, '_, E, T, N> {
                 }
             }
         }
-        sums
     }
 }
 
@@ -113,9 +135,9 @@ fn elements<'s, E: Element, const N: usize>(
     })
 }
 
-/// Adds the terms of a column to `part`, and writes their derivatives times the weights.
+/// Adds the terms of a column to `part` and, with `GRAD`, writes their derivatives times the weights.
 #[inline(always)]
-fn terms<I: Isa, F: Real, T: Each<N>, const N: usize>(
+fn terms<I: Isa, F: Real, T: Each<N>, const N: usize, const GRAD: bool>(
     column: [&[F]; N],
     weights: &[F],
     part: &mut [F],
@@ -130,7 +152,9 @@ fn terms<I: Isa, F: Real, T: Each<N>, const N: usize>(
     for i in 0..count {
         let (term, slope) = T::term::<I, F>(column.map(|column| column[i]));
         part[i] += term;
-        slopes[i] = slope * weights[i];
+        if GRAD {
+            slopes[i] = slope * weights[i];
+        }
     }
 }
 
@@ -201,7 +225,7 @@ mod tests {
 
     #[test]
     fn columns_and_rows_agree() {
-        for shape in [(1, 3), (32, 2), (45, 70), (300, 33)] {
+        for shape in [(1, 3), (32, 2), (45, 70), (300, 33), (BLOCK + 7, 3)] {
             agree::<f64>(shape, 1e-13);
             agree::<f32>(shape, 1e-6);
             agree::<F16>(shape, 2e-3);

@@ -1,4 +1,4 @@
-use super::{elements, must_be, reduction_named, tensor, without_gil};
+use super::{elements, reduction_named, tensor, unusable, without_gil};
 use crate::ops::pi_model::{self as ops, CLASS, Mask};
 use pyo3::prelude::*;
 use pyo3::types::PyFloat;
@@ -22,10 +22,9 @@ pub fn pi_model(
     };
     let mask = match tensor {
         Some(tensor) => Mask::Tensor(tensor.0),
-        None => Mask::Number(
-            mask.extract()
-                .map_err(|_| must_be(CLASS, "mask", "a torch.Tensor or a number", mask))?,
-        ),
+        None => Mask::Number(mask.extract().map_err(|error| {
+            unusable(CLASS, "mask", "a torch.Tensor or a number", mask, &error)
+        })?),
     };
     let reduction = reduction_named(CLASS, reduction)?;
     without_gil(py, 2 * elements(&p1), move || {
