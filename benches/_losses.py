@@ -115,8 +115,9 @@ def loss_cases(
     bars: Mapping[tuple[int, int], Sequence[Bar]] | None = None,
     differentiated: Sequence[int] = (0,),
     tolerances: Mapping[str, float] | None = None,
+    variants: Sequence[Variant] = VARIANTS,
 ) -> list[Case]:
-    """A case for each of :data:`SHAPES`, :data:`DEVICE_SHAPES` and :data:`VARIANTS`. ``limit``: at most how
+    """A case for each of :data:`SHAPES`, :data:`DEVICE_SHAPES` and ``variants``. ``limit``: at most how
     many times as long as the limit ours may take; at the small shapes :data:`SMALL_BAR` applies, and ``bars``
     come on top."""
 
@@ -136,7 +137,7 @@ def loss_cases(
             case, tolerances={OURS: max(kind.tolerance, (tolerances or {}).get(OURS, 0))}
         )
 
-    return [*map(case, SHAPES + DEVICE_SHAPES), *map(variant, VARIANTS)]
+    return [*map(case, SHAPES + DEVICE_SHAPES), *map(variant, variants)]
 
 
 def variant_case(
