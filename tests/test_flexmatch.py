@@ -262,29 +262,55 @@ def test_masks_of_every_numeric_dtype(dtype):
     assert module.net_outputs[:4].tolist() == [4, -1, 2, -1]
 
 
+class Slow(TorchDispatchMode):
+    """Gives up the GIL in every operation."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        time.sleep(0.002)
+        return function(*args, **(kwargs or {}))
+
+
 def test_in_a_dispatch_mode():
-    """Profilers and activation checkpoints set one. Python code runs with the module locked then."""
-    module, others = make(), []
-
-    class Slow(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            time.sleep(0.01)  # another thread runs
-            return function(*args, **(kwargs or {}))
-
-    def read():
-        for _ in range(100):
-            others.append(module.get_threshold(torch.tensor([1])))
-
-    thread = threading.Thread(target=read, daemon=True)
+    """Profilers and activation checkpoints set one."""
+    module = make()
     with Slow():
+        module.load_state_dict({"net_outputs": torch.full((50,), -1)})
+        module.update(torch.arange(10)[::2], torch.ones(5), torch.ones(5, dtype=torch.int64))
+        assert module.get_threshold(torch.tensor([1, 0])).tolist() == pytest.approx([0.95, 0])
+        assert module.class_counts().tolist() == [45, 0, 5, 0, 0, 0]
+
+
+@pytest.mark.parametrize("samples", [50, 40_000])
+def test_threads_in_dispatch_modes_do_not_wait_for_each_other_for_ever(samples):
+    """Their Python code runs with the module locked."""
+    module, idxes = make(samples=samples), torch.arange(10)
+    states = [{"net_outputs": torch.full((samples,), k)} for k in range(3)]
+    ends = time.monotonic() + 1.5
+
+    def step(state):
+        module.load_state_dict(state)
+        module.get_threshold(idxes % 5)
+        module.update(idxes, torch.ones(10), idxes % 5)
+        module.net_outputs = torch.zeros(samples, dtype=torch.int64)
+
+    def plainly():
+        while time.monotonic() < ends:
+            step(states[0])
+
+    def slowly(k):
+        with Slow():
+            while time.monotonic() < ends:
+                step(states[k])
+
+    threads = [
+        threading.Thread(target=plainly, daemon=True),
+        *(threading.Thread(target=slowly, args=(k,), daemon=True) for k in (1, 2)),
+    ]
+    for thread in threads:
         thread.start()
-        for _ in range(5):
-            module.load_state_dict({"net_outputs": torch.full((50,), -1)})
-            module.update(torch.arange(10)[::2], torch.ones(5), torch.ones(5, dtype=torch.int64))
-            assert module.get_threshold(torch.tensor([1, 0])).tolist() == pytest.approx([0.95, 0])
-    thread.join(60)
-    assert not thread.is_alive(), "waits for ever"
-    assert len(others) == 100
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "waits for ever"
 
 
 def test_integer_types_negative_indices_and_shapes():

@@ -24,9 +24,11 @@ use super::parallel::{cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::{Rows, store_row};
+mod classes;
 mod narrow;
 mod sums;
 
+use classes::{Slopes, total};
 pub(super) use narrow::weights;
 use std::f64::consts::LN_2;
 use std::num::NonZeroUsize;
@@ -105,12 +107,9 @@ pub fn sweep<E: Element>(
             move || lanes::dispatch(sweep, narrow)
         })
         .collect();
-    let (kept, mut parts): (Vec<_>, Vec<_>) = run(sweeps).into_iter().unzip();
     // There is one range at least.
-    let mut sums = parts.swap_remove(0);
-    for part in parts {
-        sums.add(&part);
-    }
+    let (kept, parts): (Vec<_>, Vec<_>) = run(sweeps).into_iter().unzip();
+    let sums = Sums::of(parts);
     Swept { sums, kept, ranges }
 }
 
@@ -125,23 +124,10 @@ pub fn finish<E: Element>(
     let cols = logits.cols();
     // |dL/dz| <= 4 / T, from s_c >= w_i p_ic.
     let scale = stored_scale::<E>(4.0 / temperature);
-    let tiny = E::Acc::TINY.to_f64();
-    // NaN is not below TINY: it stays in the loss.
-    let present = |s: f64| !(s < tiny);
-    let of_class = |(&s, &e): (&f64, &f64)| if present(s) { e / s } else { 1.0 };
-    let of_classes: Vec<f64> = sums.s.iter().zip(&sums.e).map(of_class).collect();
-    // If there is a row, some class is present.
-    let value = if sums.s.iter().any(|&s| present(s)) {
-        reduce::sum(&of_classes) / cols as f64
-    } else {
-        f64::NAN
-    };
+    let mut slopes = grad.is_some().then(|| Slopes::<E::Acc>::new(cols));
+    let value = total(&sums, slopes.as_mut(), ranges.len()) / cols as f64;
 
-    if grad.is_some() {
-        let ratio: Vec<_> = of_classes.iter().map(|x| E::Acc::of(1.0 - x)).collect();
-        let inverse = |&s: &f64| E::Acc::of(if present(s) { 1.0 / s } else { 0.0 });
-        let inverse: Vec<_> = sums.s.iter().map(inverse).collect();
-        let (ratio, inverse) = (&ratio, &inverse);
+    if let Some(Slopes { ratio, inverse }) = &slopes {
         let narrow = lanes::narrow(&ranges, cols, NARROW);
         let parts = cut_optional(grad, &ranges, cols);
         let jobs: Vec<_> = ranges
@@ -290,11 +276,12 @@ impl<E: Element> Kernel for Gradient<'_, E> {
         let cols = self.logits.cols();
         let factor = -1.0 / (cols as f64 * self.temperature);
         let inverse_t = E::Acc::of(1.0 / self.temperature);
-        let mut h = vec![E::Acc::ZERO; cols];
+        let mut room = vec![E::Acc::ZERO; cols + PAGE];
+        let h = apart(&mut room, cols, self.inverse);
         if let Some(out) = E::exact_mut(self.out) {
             for (row, kept) in out.chunks_exact_mut(cols).zip(&self.kept) {
                 let factor = E::Acc::of(factor) * kept.weight;
-                gradient_row::<I, _>(row, kept, (self.ratio, self.inverse), factor, &mut h);
+                gradient_row::<I, _>(row, kept, (self.ratio, self.inverse), factor, h);
             }
             return;
         }
@@ -310,10 +297,23 @@ impl<E: Element> Kernel for Gradient<'_, E> {
                 *p = ((z - kept.max) * inverse_t).exp_nonpositive::<I>() * kept.reciprocal;
             }
             let factor = E::Acc::of(factor) * kept.weight;
-            gradient_row::<I, _>(&mut p, kept, (self.ratio, self.inverse), factor, &mut h);
+            gradient_row::<I, _>(&mut p, kept, (self.ratio, self.inverse), factor, h);
             store_row(&p, E::Acc::of(self.scale), out);
         }
     }
+}
+
+/// Bytes after which a processor that compares only the low bits of addresses takes a load for one of a recent store.
+const PAGE: usize = 4096;
+
+/// `count` numbers of `room`, which has [`PAGE`] more, so that storing them does not delay loads of `other` at the same
+/// index or behind it.
+#[inline(always)]
+fn apart<'a, F>(room: &'a mut [F], count: usize, other: &[F]) -> &'a mut [F] {
+    let line = 64;
+    let distance = (other.as_ptr() as usize).wrapping_sub(room.as_ptr() as usize + line);
+    let start = distance % PAGE / size_of::<F>();
+    &mut room[start..start + count]
 }
 
 /// Turns the probabilities of a row into its gradient, in place: with the slopes

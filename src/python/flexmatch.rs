@@ -1,4 +1,4 @@
-use super::{MANY, caught, integer, tensor, without_gil};
+use super::{GIL_WORTH, MANY, caught, integer, tensor, without_gil};
 use crate::error::{Error, Result};
 use crate::ops::flexmatch::{self as ops, CLASS};
 use crate::torch::pages;
@@ -44,13 +44,16 @@ impl FlexMatch {
         Ok(caught(|| with_state(state, body))?)
     }
 
-    /// Runs `body` with the lock and, as there are many samples, without the GIL.
-    fn locked_without_gil<T: Send>(
+    /// The same for what reads all samples, without the GIL if there are many.
+    fn locked_for_all<T: Send>(
         &self,
         py: Python<'_>,
         body: impl FnOnce(&mut ops::FlexMatch) -> Result<T> + Send,
     ) -> PyResult<T> {
-        without_gil(py, self.samples, || with_state(self.state.lock(), body))
+        if self.samples < GIL_WORTH {
+            return self.locked(py, body);
+        }
+        without_gil(py, MANY, || with_state(self.state.lock(), body))
     }
 
     /// Checks whether others can reach the labels, and then answers `asked`.
@@ -70,7 +73,7 @@ impl FlexMatch {
         step: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
     ) -> PyResult<T> {
         if self.is_stale(py)? {
-            self.locked_without_gil(py, ops::FlexMatch::refresh)?;
+            self.locked_for_all(py, ops::FlexMatch::refresh)?;
         }
         self.locked(py, step)
     }
@@ -133,13 +136,13 @@ impl FlexMatch {
     #[setter]
     fn set_net_outputs(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
         let labels = tensor(CLASS, "net_outputs", labels)?;
-        self.locked_without_gil(py, move |state| state.set_net_outputs(&labels))
+        self.locked_for_all(py, move |state| state.set_net_outputs(&labels))
     }
 
     /// Replaces the labels by a copy of `labels`, which may be of any of the types that labels are stored in.
     fn load(&self, py: Python<'_>, labels: &Bound<'_, PyAny>) -> PyResult<()> {
         let labels = tensor(CLASS, "net_outputs", labels)?;
-        self.locked_without_gil(py, move |state| state.load(&labels))
+        self.locked_for_all(py, move |state| state.load(&labels))
     }
 
     /// The learning status of the class of each label, float32.

@@ -1,10 +1,13 @@
 //! The sums over rows that the loss needs: in the computing type for a few rows, then in f64.
 
-use super::super::isa::Isa;
+use super::super::isa::{Isa, Kernel, dispatch};
+use super::super::parallel::{cut, run, split, threads_for};
 use super::super::real::Real;
 use super::{FLUSH, Lead, Row};
+use std::ops::Range;
 
 /// `s_c` and `e_c` per class. The sums of several batches add up to those over all their rows.
+#[derive(Default)]
 pub struct Sums {
     /// `s_c`
     pub s: Vec<f64>,
@@ -13,11 +16,53 @@ pub struct Sums {
 }
 
 impl Sums {
-    /// Adds the sums over more rows.
-    pub(super) fn add(&mut self, other: &Self) {
-        let s = self.s.iter_mut().zip(&other.s);
-        for (sum, part) in s.chain(self.e.iter_mut().zip(&other.e)) {
-            *sum += part;
+    /// The sums over all rows, from those over parts of them, with at most as many threads as there are parts.
+    pub(super) fn of(mut parts: Vec<Self>) -> Self {
+        let threads = parts.len();
+        let mut sums = parts.swap_remove(0);
+        if parts.is_empty() {
+            return sums;
+        }
+        let ranges = of_classes(sums.s.len(), threads);
+        let jobs: Vec<_> = cut(&mut sums.s, &ranges, 1)
+            .into_iter()
+            .zip(cut(&mut sums.e, &ranges, 1))
+            .zip(ranges)
+            .map(|((s, e), range)| {
+                let parts = &parts;
+                move || {
+                    for part in parts {
+                        let parts = [&part.s[range.clone()], &part.e[range.clone()]];
+                        dispatch(Add([&mut *s, &mut *e], parts));
+                    }
+                }
+            })
+            .collect();
+        run(jobs);
+        sums
+    }
+}
+
+/// Classes that make another thread worthwhile.
+const GRAIN: usize = 1 << 13;
+
+/// Each thread's range of `count` classes.
+pub(super) fn of_classes(count: usize, threads: usize) -> Vec<Range<usize>> {
+    split(count, threads_for(count, GRAIN, threads))
+}
+
+/// Adds numbers to others.
+struct Add<'a, 'b>([&'a mut [f64]; 2], [&'b [f64]; 2]);
+
+impl Kernel for Add<'_, '_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        for (sums, parts) in self.0.into_iter().zip(self.1) {
+            for (sum, part) in sums.iter_mut().zip(parts) {
+                *sum += part;
+            }
         }
     }
 }
@@ -29,7 +74,7 @@ pub(super) struct Totals<F> {
     e: Vec<F>,
     /// The number of rows in these.
     rows: usize,
-    sums: Sums,
+    sums: Option<Sums>,
 }
 
 impl<F: Real> Totals<F> {
@@ -39,10 +84,7 @@ impl<F: Real> Totals<F> {
             s: vec![F::ZERO; cols],
             e: vec![F::ZERO; cols],
             rows: 0,
-            sums: Sums {
-                s: vec![0.0; cols],
-                e: vec![0.0; cols],
-            },
+            sums: None,
         }
     }
 
@@ -83,19 +125,33 @@ impl<F: Real> Totals<F> {
 
     #[inline(always)]
     fn flush(&mut self) {
-        let s = self.sums.s.iter_mut().zip(&mut self.s);
-        for (sum, part) in s.chain(self.sums.e.iter_mut().zip(&mut self.e)) {
+        self.rows = 0;
+        let Some(sums) = &mut self.sums else {
+            self.sums = Some(Sums {
+                s: widened(&self.s),
+                e: widened(&self.e),
+            });
+            self.s.fill(F::ZERO);
+            self.e.fill(F::ZERO);
+            return;
+        };
+        let s = sums.s.iter_mut().zip(&mut self.s);
+        for (sum, part) in s.chain(sums.e.iter_mut().zip(&mut self.e)) {
             *sum += part.to_f64();
             *part = F::ZERO;
         }
-        self.rows = 0;
     }
 
     #[inline(always)]
     pub(super) fn sums(mut self) -> Sums {
         self.flush();
-        self.sums
+        self.sums.unwrap_or_default()
     }
+}
+
+#[inline(always)]
+fn widened<F: Real>(part: &[F]) -> Vec<f64> {
+    part.iter().map(|x| x.to_f64()).collect()
 }
 
 /// Adds `w p_c` to `s_c` and `w p_c (1 - p_c)` to `e_c`.

@@ -11,8 +11,7 @@ use crate::error::Result;
 use crate::kernels::reid_loss::triplet::Role;
 use crate::torch::autograd::attach;
 use crate::torch::input::Input;
-use tch::Kind;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 /// Whether the kernels take these arguments.
 pub fn serves(inputs: &Inputs<'_>) -> bool {

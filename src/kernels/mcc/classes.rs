@@ -1,0 +1,94 @@
+//! What the loss and its gradient need of each class, from the sums over all rows.
+
+use super::super::isa::{Isa, Kernel, dispatch};
+use super::super::parallel::{cut_optional, run};
+use super::super::real::Real;
+use super::super::reduce;
+use super::Sums;
+use super::sums::of_classes;
+
+/// Classes whose terms are computed before they are added up.
+const BLOCK: usize = 512;
+
+/// For the gradient.
+pub(super) struct Slopes<F> {
+    /// `1 - e_c / s_c`
+    pub(super) ratio: Vec<F>,
+    /// `1 / s_c`, 0 for a class that is absent.
+    pub(super) inverse: Vec<F>,
+}
+
+impl<F: Real> Slopes<F> {
+    /// Room for those of `count` classes.
+    pub(super) fn new(count: usize) -> Self {
+        Self {
+            ratio: vec![F::ZERO; count],
+            inverse: vec![F::ZERO; count],
+        }
+    }
+}
+
+/// `sum_c e_c / s_c`, with 1 for a class that is absent, and NaN if all are: then there was no row. Also writes what
+/// the gradient needs.
+pub(super) fn total<F: Real>(sums: &Sums, slopes: Option<&mut Slopes<F>>, threads: usize) -> f64 {
+    let ranges = of_classes(sums.s.len(), threads);
+    let (ratio, inverse) = match slopes {
+        Some(slopes) => (Some(&mut slopes.ratio[..]), Some(&mut slopes.inverse[..])),
+        None => (None, None),
+    };
+    let jobs: Vec<_> = cut_optional(ratio, &ranges, 1)
+        .into_iter()
+        .zip(cut_optional(inverse, &ranges, 1))
+        .zip(ranges)
+        .map(|((ratio, inverse), range)| {
+            let part = Part {
+                s: &sums.s[range.clone()],
+                e: &sums.e[range],
+                slopes: ratio.zip(inverse),
+            };
+            move || dispatch(part)
+        })
+        .collect();
+    let found = run(jobs);
+    if found.iter().all(|&(_, present)| present == 0) {
+        return f64::NAN;
+    }
+    found.iter().map(|(total, _)| total).sum()
+}
+
+/// Some of the classes.
+struct Part<'a, F> {
+    s: &'a [f64],
+    e: &'a [f64],
+    slopes: Option<(&'a mut [F], &'a mut [F])>,
+}
+
+impl<F: Real> Kernel for Part<'_, F> {
+    /// The sum of the terms, and how many classes are present.
+    type Output = (f64, usize);
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self) -> Self::Output {
+        let tiny = F::TINY.to_f64();
+        let (mut terms, mut total, mut present) = ([0.0; BLOCK], 0.0, 0);
+        for (block, (s, e)) in self.s.chunks(BLOCK).zip(self.e.chunks(BLOCK)).enumerate() {
+            let terms = &mut terms[..s.len()];
+            for ((term, &s), &e) in terms.iter_mut().zip(s).zip(e) {
+                // NaN is not below TINY: it stays in the loss.
+                *term = if s < tiny { 1.0 } else { e / s };
+                present += usize::from(!(s < tiny));
+            }
+            total += reduce::sum(terms);
+            if let Some((ratio, inverse)) = &mut self.slopes {
+                let out = ratio[block * BLOCK..]
+                    .iter_mut()
+                    .zip(&mut inverse[block * BLOCK..]);
+                for (((ratio, inverse), &term), &s) in out.zip(&*terms).zip(s) {
+                    *ratio = F::of(1.0 - term);
+                    *inverse = F::of(if s < tiny { 0.0 } else { 1.0 / s });
+                }
+            }
+        }
+        (total, present)
+    }
+}
