@@ -178,6 +178,8 @@ def test_a_prior_of_one_s_own_where_means_are_0_and_1(compiled):
     value = (torch.compile(loss, backend="aot_eager") if compiled else loss)(p)
     expected = F.binary_cross_entropy(p.mean(dim=0), prior)
     torch.testing.assert_close(value, expected)
+    with torch.autograd.set_detect_anomaly(True):
+        loss(p).backward()
     inputs = (p, prior)
     torch.testing.assert_close(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs))
 
@@ -209,6 +211,7 @@ def test_what_a_prior_of_one_s_own_refuses():
     [
         (0.25, TypeError, "uniform_distribution must be a tensor, got float"),
         (torch.ones(3), ValueError, r"uniform_distribution must have shape \[4\], got shape \[3\]"),
+        (torch.tensor([0.5, 0.6, 0.0, -0.1]), ValueError, "uniform_distribution must hold probabilities"),
     ],
 )
 def test_bad_priors(prior, error, message):

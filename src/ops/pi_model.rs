@@ -140,11 +140,10 @@ impl<'a> Call<'a> {
 
     /// The scale of the stored gradients if no element of the mask is above `largest`.
     fn scale<E: Element>(&self, largest: f64) -> f64 {
-        // Allows for differences of up to 8192 before the scaled gradient leaves the headroom of float16, and
-        // almost four times as much before it overflows. No digits are lost: differences of float16 numbers are
-        // multiples of its smallest. Only a mean makes gradients small.
+        // Allows for differences of up to 128 before the scaled gradient leaves the headroom of float16, and
+        // four times as much before it overflows. Only a mean makes gradients small.
         if self.reduction == Reduction::Mean {
-            stored_scale::<E>(2.0 * 8192.0 * self.mean() * largest.abs())
+            stored_scale::<E>(256.0 * self.mean() * largest.abs())
         } else {
             1.0
         }
@@ -168,8 +167,8 @@ impl<'a> Call<'a> {
             number: self.number,
             each: self.reduction == Reduction::None,
             mean: self.mean(),
-            // The values of a mask on the device are not known here: float16 has headroom for masks up to 1, and up
-            // to 30,000 gradients of probabilities do not overflow.
+            // The values on the device are not known here: with masks up to 1 float16 has headroom for them, and with
+            // masks up to 512 gradients of probabilities do not overflow.
             scale: by_dtype!(dtype, E => self.scale::<E>(self.number)),
         };
         cuda::pi_model::pi_model(&self.p1, &self.p2, &weights, dtype, self.out)
@@ -259,17 +258,36 @@ impl<'a> Call<'a> {
             let columns = columns::fit(&a) && columns::fit(&b);
             let room = |input: &Input<'_>| Room::<E>::laid_out(input, columns);
             let (mut grad_a, mut grad_b) = (room(&self.p1)?, room(&self.p2)?);
-            let largest = weights.map_or(self.number, |w| w.iter().fold(0.0, |a: f64, w| a.max(w.abs())));
-            let scale = self.scale::<E>(largest);
-            let out = Outputs {
-                distances,
-                grad_a: grad_a.slice(),
-                grad_b: grad_b.slice(),
+            let mut run = |scale: f64, distances: &mut [f64]| {
+                let out = Outputs {
+                    distances,
+                    grad_a: grad_a.slice(),
+                    grad_b: grad_b.slice(),
+                };
+                let kernel = if columns { pi_model_by_columns } else { kernel };
+                kernel(a, b, weights, scale * self.mean() * self.number, out, threads(self.p1.numel()));
             };
-            let kernel = if columns { pi_model_by_columns } else { kernel };
-            kernel(a, b, weights, scale * self.mean() * self.number, out, threads(self.p1.numel()));
+            let largest = weights.map_or(self.number, |w| w.iter().fold(0.0, |a: f64, w| a.max(w.abs())));
+            let mut scale = self.scale::<E>(largest);
+            run(scale, distances);
+            if let Some(headroom) = E::HEADROOM {
+                let bound = self.bound(weights, distances);
+                // The gradient of larger differences might overflow at this scale.
+                if bound * scale > 2.0 * headroom {
+                    scale = scale.min(stored_scale::<E>(bound));
+                    run(scale, distances);
+                }
+            }
             Ok(vec![grad_a.stored(scale), grad_b.stored(scale)])
         })
+    }
+
+    /// No element of the gradients for `p1` and `p2` is above this.
+    fn bound(&self, weights: Option<&[f64]>, distances: &[f64]) -> f64 {
+        let weight = |i: usize| weights.map_or(self.number, |w| w[i]).abs();
+        let rows = distances.iter().enumerate();
+        let largest = rows.fold(0.0, |most: f64, (i, d)| most.max(d.sqrt() * weight(i)));
+        2.0 * self.mean() * largest
     }
 }
 

@@ -4,6 +4,7 @@
 #include "failure.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -174,7 +175,9 @@ struct FusedLoss : Node {
     std::lock_guard<std::mutex> lock(ticket_mutex_);
     if (number_ == 0) {
       number_ = tickets().issue(std::static_pointer_cast<FusedLoss>(getptr()));
-      ticket_ = at::scalar_tensor(number_, at::kLong);
+      // Not by torch's dispatcher, which might call Python code.
+      ticket_ = at::detail::empty_cpu({}, at::TensorOptions(at::kLong));
+      *ticket_.mutable_data_ptr<int64_t>() = number_;
     }
     collected_ = true;
   }

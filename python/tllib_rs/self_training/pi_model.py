@@ -112,7 +112,9 @@ class ConsistencyLoss(nn.Module):
 
 def _wide_squared_distance(p1, p2):
     # A float32 mask promotes half types, and a float32 loss of exact distances is what eager calls round.
-    mask = torch.ones((1,) * (p1.dim() - 1), device=p1.device) if p1.dtype.itemsize == 2 else 1.0
+    mask = 1.0
+    if p1.dtype.itemsize == 2:
+        mask = torch.ones((1,) * (p1.dim() - 1), dtype=torch.float32, device=p1.device)
     return _core.pi_model(p1, p2, mask, "none")
 
 

@@ -36,7 +36,8 @@ def _against(prior: torch.Tensor, p: torch.Tensor, num_classes: int) -> torch.Te
     inside = (means >= 0) & (means <= 1)
     with torch.autocast(p.device.type, enabled=False):
         each = F.binary_cross_entropy(torch.where(inside, means, 0.5), prior.to(means), reduction="none")
-    loss = torch.where(inside, each, means.masked_fill(inside, 0) * math.nan).mean()
+    # Its gradient is NaN, too.
+    loss = (each + means * torch.zeros_like(means).masked_fill(~inside, math.nan)).mean()
     return loss if torch.is_autocast_enabled(p.device.type) else loss.to(p.dtype)
 
 
@@ -67,7 +68,7 @@ class ClassBalanceLoss(nn.Module):
         TypeError: p is not a floating-point tensor, or num_classes is not an integer.
         ValueError: p is not (minibatch, C), the mean of a column is below 0 or above 1, or num_classes is
             below 1; this process is not a member of the group. An assigned ``uniform_distribution`` is not
-            (C,), or there is a group.
+            (C,) or holds numbers outside [0, 1], or there is a group.
         RuntimeError: the group was destroyed; ``create_graph=True`` with a group.
 
     With a group the ranks all-reduce their column sums and numbers of rows, which may differ and be 0, in one
@@ -115,6 +116,8 @@ class ClassBalanceLoss(nn.Module):
                 f"ClassBalanceLoss: uniform_distribution must have shape [{self.num_classes}], "
                 f"got shape {list(prior.shape)}"
             )
+        if not ((prior >= 0) & (prior <= 1)).all():
+            raise ValueError("ClassBalanceLoss: uniform_distribution must hold probabilities")
         if self._ranks is not None:
             raise ValueError("ClassBalanceLoss: uniform_distribution is 1 / num_classes with process_group")
         self._prior = prior

@@ -74,7 +74,8 @@ pub(super) struct Totals<F> {
     e: Vec<F>,
     /// The number of rows in these.
     rows: usize,
-    sums: Option<Sums>,
+    /// Empty before the first time.
+    sums: Sums,
 }
 
 impl<F: Real> Totals<F> {
@@ -84,7 +85,7 @@ impl<F: Real> Totals<F> {
             s: vec![F::ZERO; cols],
             e: vec![F::ZERO; cols],
             rows: 0,
-            sums: None,
+            sums: Sums::default(),
         }
     }
 
@@ -126,17 +127,17 @@ impl<F: Real> Totals<F> {
     #[inline(always)]
     fn flush(&mut self) {
         self.rows = 0;
-        let Some(sums) = &mut self.sums else {
-            self.sums = Some(Sums {
+        if self.sums.s.is_empty() {
+            self.sums = Sums {
                 s: widened(&self.s),
                 e: widened(&self.e),
-            });
+            };
             self.s.fill(F::ZERO);
             self.e.fill(F::ZERO);
             return;
-        };
-        let s = sums.s.iter_mut().zip(&mut self.s);
-        for (sum, part) in s.chain(sums.e.iter_mut().zip(&mut self.e)) {
+        }
+        let s = self.sums.s.iter_mut().zip(&mut self.s);
+        for (sum, part) in s.chain(self.sums.e.iter_mut().zip(&mut self.e)) {
             *sum += part.to_f64();
             *part = F::ZERO;
         }
@@ -145,7 +146,7 @@ impl<F: Real> Totals<F> {
     #[inline(always)]
     pub(super) fn sums(mut self) -> Sums {
         self.flush();
-        self.sums.unwrap_or_default()
+        self.sums
     }
 }
 
