@@ -132,10 +132,8 @@ def loss_cases(
         return dataclasses.replace(case, tolerances=tolerances or {}, on_device=shape in DEVICE_SHAPES)
 
     def variant(kind):
-        case = variant_case(kind, losses(kind.shape[1]), inputs, loss=loss, differentiated=differentiated)
-        return dataclasses.replace(
-            case, tolerances={OURS: max(kind.tolerance, (tolerances or {}).get(OURS, 0))}
-        )
+        tolerance = max(kind.tolerance, (tolerances or {}).get(OURS, 0))
+        return variant_case(kind, losses(kind.shape[1]), inputs, tolerance, loss, differentiated)
 
     return [*map(case, SHAPES + DEVICE_SHAPES), *map(variant, variants)]
 
@@ -144,7 +142,7 @@ def variant_case(
     variant: Variant,
     losses: Mapping[str, Callable | None],
     inputs: Inputs,
-    *,
+    tolerance: float,
     loss: str,
     differentiated: Sequence[int],
 ) -> Case:
@@ -155,7 +153,8 @@ def variant_case(
         wanted = differentiated if variant.gradient else []
         return {name: step_of(losses[name], tensors, wanted) for name in (OURS, PLAIN)}
 
-    return Case(f"{loss} {variant.shape} {variant.name}".strip(), set_up, loss=loss)
+    setting = f"{loss} {variant.shape} {variant.name}".strip()
+    return Case(setting, set_up, loss=loss, tolerances={OURS: tolerance})
 
 
 def loss_case(

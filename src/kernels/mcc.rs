@@ -276,7 +276,7 @@ impl<E: Element> Kernel for Gradient<'_, E> {
         let cols = self.logits.cols();
         let factor = -1.0 / (cols as f64 * self.temperature);
         let inverse_t = E::Acc::of(1.0 / self.temperature);
-        let mut room = vec![E::Acc::ZERO; cols + PAGE];
+        let mut room = vec![E::Acc::ZERO; cols + PAGE / size_of::<E::Acc>()];
         let h = apart(&mut room, cols, self.inverse);
         if let Some(out) = E::exact_mut(self.out) {
             for (row, kept) in out.chunks_exact_mut(cols).zip(&self.kept) {
@@ -306,7 +306,7 @@ impl<E: Element> Kernel for Gradient<'_, E> {
 /// Bytes after which a processor that compares only the low bits of addresses takes a load for one of a recent store.
 const PAGE: usize = 4096;
 
-/// `count` numbers of `room`, which has [`PAGE`] more, so that storing them does not delay loads of `other` at the same
+/// `count` numbers of `room`, which has [`PAGE`] bytes more, so that storing them does not delay loads of `other` at the same
 /// index or behind it.
 #[inline(always)]
 fn apart<'a, F>(room: &'a mut [F], count: usize, other: &[F]) -> &'a mut [F] {

@@ -26,6 +26,14 @@ pub fn threads_for(work: usize, grain: usize, limit: usize) -> NonZeroUsize {
     NonZeroUsize::new((work / grain.max(1)).min(limit)).unwrap_or(NonZeroUsize::MIN)
 }
 
+/// Classes that make another thread worthwhile for what is done once for each, after the rows.
+const CLASSES: usize = 1 << 13;
+
+/// Splits `0..count` classes over as many threads as they deserve, at most `limit`.
+pub fn split_classes(count: usize, limit: usize) -> Vec<Range<usize>> {
+    split(count, threads_for(count, CLASSES, limit))
+}
+
 /// Splits `0..n` into at most `parts` ranges of nearly equal length, none empty (unless `n` is 0).
 pub fn split(n: usize, parts: NonZeroUsize) -> Vec<Range<usize>> {
     let parts = parts.get().min(n.max(1));

@@ -12,7 +12,7 @@
 
 use super::element::Element;
 use super::isa::{Isa, Kernel, dispatch};
-use super::parallel::{cut, run, split, threads_for};
+use super::parallel::{cut, run, split, split_classes};
 use super::real::Real;
 use super::reduce;
 use super::rows::Rows;
@@ -30,8 +30,6 @@ const SUMS: usize = 64;
 const TILE: usize = 1024;
 /// Columns whose terms are computed before they are added up.
 const BLOCK: usize = 512;
-/// Columns that make another thread worthwhile.
-const GRAIN: usize = 1 << 13;
 
 /// The mean of each column; NaN over no rows.
 pub fn column_means<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64> {
@@ -152,7 +150,7 @@ fn add_rows<E: Element>(p: Rows<'_, E>, start: usize, sums: &mut [f64]) {
 pub fn class_balance(means: &[f64], rows: usize, threads: NonZeroUsize) -> (f64, Vec<f64>) {
     let classes = means.len() as f64;
     let mut slopes = vec![0.0; means.len()];
-    let ranges = split(means.len(), threads_for(means.len(), GRAIN, threads.get()));
+    let ranges = split_classes(means.len(), threads.get());
     let jobs: Vec<_> = cut(&mut slopes, &ranges, 1)
         .into_iter()
         .zip(ranges)

@@ -100,6 +100,7 @@ class ConsistencyLoss(nn.Module):
         if self.reduction == "sum":
             return losses.sum()
         if self.reduction not in ("none", None):
+            # Not _core.check_reduction, which the compiler cannot trace.
             raise ValueError(
                 f"{type(self).__name__}: reduction must be 'none', 'mean' or 'sum', got {self.reduction!r}"
             )

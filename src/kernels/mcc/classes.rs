@@ -1,11 +1,10 @@
 //! What the loss and its gradient need of each class, from the sums over all rows.
 
 use super::super::isa::{Isa, Kernel, dispatch};
-use super::super::parallel::{cut_optional, run};
+use super::super::parallel::{cut_optional, run, split_classes};
 use super::super::real::Real;
 use super::super::reduce;
 use super::Sums;
-use super::sums::of_classes;
 
 /// Classes whose terms are computed before they are added up.
 const BLOCK: usize = 512;
@@ -31,7 +30,7 @@ impl<F: Real> Slopes<F> {
 /// `sum_c e_c / s_c`, with 1 for a class that is absent, and NaN if all are: then there was no row. Also writes what
 /// the gradient needs.
 pub(super) fn total<F: Real>(sums: &Sums, slopes: Option<&mut Slopes<F>>, threads: usize) -> f64 {
-    let ranges = of_classes(sums.s.len(), threads);
+    let ranges = split_classes(sums.s.len(), threads);
     let (ratio, inverse) = match slopes {
         Some(slopes) => (Some(&mut slopes.ratio[..]), Some(&mut slopes.inverse[..])),
         None => (None, None),

@@ -1,10 +1,9 @@
 //! The sums over rows that the loss needs: in the computing type for a few rows, then in f64.
 
 use super::super::isa::{Isa, Kernel, dispatch};
-use super::super::parallel::{cut, run, split, threads_for};
+use super::super::parallel::{cut, run, split_classes};
 use super::super::real::Real;
 use super::{FLUSH, Lead, Row};
-use std::ops::Range;
 
 /// `s_c` and `e_c` per class. The sums of several batches add up to those over all their rows.
 #[derive(Default)]
@@ -23,7 +22,7 @@ impl Sums {
         if parts.is_empty() {
             return sums;
         }
-        let ranges = of_classes(sums.s.len(), threads);
+        let ranges = split_classes(sums.s.len(), threads);
         let jobs: Vec<_> = cut(&mut sums.s, &ranges, 1)
             .into_iter()
             .zip(cut(&mut sums.e, &ranges, 1))
@@ -41,14 +40,6 @@ impl Sums {
         run(jobs);
         sums
     }
-}
-
-/// Classes that make another thread worthwhile.
-const GRAIN: usize = 1 << 13;
-
-/// Each thread's range of `count` classes.
-pub(super) fn of_classes(count: usize, threads: usize) -> Vec<Range<usize>> {
-    split(count, threads_for(count, GRAIN, threads))
 }
 
 /// Adds numbers to others.
