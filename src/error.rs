@@ -19,6 +19,11 @@ pub enum Error {
     /// Devices that differ: `RuntimeError`.
     #[error("{0}")]
     Device(String),
+    /// A class whose object is called from within a call to it: `RuntimeError`.
+    #[error(
+        "{0}: called by code, such as a dispatch mode, that runs within a call to the same object"
+    )]
+    Reentered(&'static str),
     /// libtorch refused: `RuntimeError`, with its first line.
     #[error("libtorch: {}", first_line(.0))]
     Torch(#[from] tch::TchError),

@@ -280,6 +280,31 @@ def test_in_a_dispatch_mode():
         assert module.class_counts().tolist() == [45, 0, 5, 0, 0, 0]
 
 
+class Calls(TorchDispatchMode):
+    """Calls ``step`` in every operation."""
+
+    def __init__(self, step):
+        super().__init__()
+        self._step = step
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self._step()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("samples", [50, 40_000])
+def test_a_dispatch_mode_that_calls_the_module_does_not_wait_for_itself(samples):
+    module = make(samples=samples)
+    other = make()
+    state = {"net_outputs": torch.zeros(samples, dtype=torch.int64)}
+    with Calls(other.class_counts):
+        module.load_state_dict(state)
+    with Calls(module.class_counts), pytest.raises(RuntimeError, match="within a call to the same object"):
+        module.load_state_dict(state)
+    module.load_state_dict({"net_outputs": torch.ones(samples, dtype=torch.int64)})
+    assert module.class_counts().tolist() == [0, 0, samples, 0, 0, 0]
+
+
 @pytest.mark.parametrize("samples", [50, 40_000])
 def test_threads_in_dispatch_modes_do_not_wait_for_each_other_for_ever(samples):
     """Their Python code runs with the module locked."""

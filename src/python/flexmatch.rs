@@ -7,6 +7,8 @@ use pyo3::prelude::*;
 use pyo3::sync::MutexExt;
 use pyo3::types::IntoPyDict;
 use pyo3_tch::PyTensor;
+use std::ptr;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{LockResult, Mutex, MutexGuard, PoisonError};
 use tch::Tensor;
 
@@ -14,7 +16,28 @@ use tch::Tensor;
 #[pyclass(frozen, module = "tllib_rs._core")]
 pub struct FlexMatch {
     state: Mutex<ops::FlexMatch>,
+    /// The thread that holds the lock, as [`this_thread`] has it, or 0.
+    holder: AtomicUsize,
     samples: usize,
+}
+
+/// A number that no other thread has while this one lives.
+fn this_thread() -> usize {
+    thread_local!(static PLACE: u8 = const { 0 });
+    PLACE.with(|place| ptr::from_ref(place).addr())
+}
+
+/// The lock on the state of a module.
+struct Held<'a> {
+    state: MutexGuard<'a, ops::FlexMatch>,
+    holder: &'a AtomicUsize,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        // Before the lock is released.
+        self.holder.store(0, Ordering::Relaxed);
+    }
 }
 
 /// No more than memory could hold.
@@ -40,8 +63,9 @@ impl FlexMatch {
         py: Python<'_>,
         body: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
     ) -> PyResult<T> {
-        let state = self.state.lock_py_attached(py);
-        Ok(caught(|| with_state(state, body))?)
+        Ok(caught(|| {
+            self.with_state(|state| state.lock_py_attached(py), body)
+        })?)
     }
 
     /// The same for what reads all samples, without the GIL if there are many.
@@ -53,7 +77,31 @@ impl FlexMatch {
         if self.samples < GIL_WORTH {
             return self.locked(py, body);
         }
-        without_gil(py, MANY, || with_state(self.state.lock(), body))
+        without_gil(py, MANY, || self.with_state(Mutex::lock, body))
+    }
+
+    /// Dropping a tensor that Python has seen may run code that calls the module: those that were replaced are dropped
+    /// after the lock is released. Code that libtorch runs under the lock may call it as well, and would wait for itself.
+    fn with_state<'a, T>(
+        &'a self,
+        lock: impl FnOnce(&'a Mutex<ops::FlexMatch>) -> LockResult<MutexGuard<'a, ops::FlexMatch>>,
+        body: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
+    ) -> Result<T> {
+        // Relaxed: what this thread wrote itself is what matters.
+        if self.holder.load(Ordering::Relaxed) == this_thread() {
+            return Err(Error::Reentered(CLASS));
+        }
+        let state = lock(&self.state).unwrap_or_else(PoisonError::into_inner);
+        self.holder.store(this_thread(), Ordering::Relaxed);
+        let mut held = Held {
+            state,
+            holder: &self.holder,
+        };
+        let result = body(&mut held.state);
+        let retired = held.state.retired();
+        drop(held);
+        drop(retired);
+        result
     }
 
     /// Checks whether others can reach the labels, and then answers `asked`.
@@ -77,20 +125,6 @@ impl FlexMatch {
         }
         self.locked(py, step)
     }
-}
-
-/// Dropping a tensor that Python has seen may run code that calls the module: those that were replaced are dropped after
-/// the lock is released.
-fn with_state<T>(
-    state: LockResult<MutexGuard<'_, ops::FlexMatch>>,
-    body: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
-) -> Result<T> {
-    let mut state = state.unwrap_or_else(PoisonError::into_inner);
-    let result = body(&mut state);
-    let retired = state.retired();
-    drop(state);
-    drop(retired);
-    result
 }
 
 #[pymethods]
@@ -123,6 +157,7 @@ impl FlexMatch {
         let state = ops::FlexMatch::new(classes, labels, counts_on_device)?;
         Ok(Self {
             state: Mutex::new(state),
+            holder: AtomicUsize::new(0),
             samples,
         })
     }

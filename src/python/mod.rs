@@ -40,7 +40,9 @@ impl From<Error> for PyErr {
             Error::Type(_) => PyTypeError::new_err(text),
             Error::Value(_) => PyValueError::new_err(text),
             Error::Index(_) => PyIndexError::new_err(text),
-            Error::Device(_) | Error::Cuda(_) => PyRuntimeError::new_err(text),
+            Error::Device(_) | Error::Reentered(_) | Error::Cuda(_) => {
+                PyRuntimeError::new_err(text)
+            }
             Error::Torch(_) | Error::Bridge(_) => {
                 raised_inside().unwrap_or_else(|| PyRuntimeError::new_err(text))
             }
