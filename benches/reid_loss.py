@@ -24,12 +24,14 @@ from tests.plain import reid_loss as plain
 from tllib_rs.vision.models.reid import loss as ours
 
 MODULE = "vision.models.reid.loss"
-SOFT_CROSS, SMOOTH, SOFT_TRIPLET, TRIPLET, DISTANCES = (
+SOFT_CROSS, SMOOTH, SOFT_TRIPLET, TRIPLET, MEMORY_TRIPLET, DISTANCES, OWN_DISTANCES = (
     "soft cross entropy",
     "label smooth",
     "soft triplet",
     "triplet",
+    "triplet with a memory",
     "pairwise distance",
+    "pairwise distance from itself",
 )
 EPSILON, MARGIN = 0.1, 0.3
 #: Two softmaxes.
@@ -37,6 +39,8 @@ SOFT_BAR = 1.3
 
 #: Rows and features of the triplet losses, and images of each person in a batch.
 BATCHES = [(64, 2048), (256, 2048), (1024, 256), (4096, 512)]
+#: The same for those with a memory, and its rows.
+MEMORIES = [(64, 512, 8192), (64, 128, 65_536)]
 COMPILED_SHAPE = (256, 2048)
 LARGE, SAME = (4096, 2048), 4
 PLAIN_BAR, PRODUCT_BAR = 4.0, 2.5
@@ -76,6 +80,15 @@ def _triplet() -> Mapping[str, Callable | None]:
     }
 
 
+def _memory_triplet() -> Mapping[str, Callable | None]:
+    tllib = original(MODULE, "TripletLossXBM")
+    return {
+        OURS: ours.TripletLossXBM(MARGIN),
+        PLAIN: lambda *inputs: plain.triplet_xbm(*inputs, MARGIN),
+        TLLIB: tllib and tllib(MARGIN),
+    }
+
+
 def _metric_learning() -> Callable | None:
     """Batch-hard triplets as that package's users build them, without the normalization it begins with."""
     losses = package("pytorch_metric_learning.losses")
@@ -88,34 +101,49 @@ def _metric_learning() -> Callable | None:
     return lambda f, labels: loss(f, labels, miner(f, labels))
 
 
-def _distances() -> Mapping[str, Callable | None]:
+def _distances(reduced: Callable[[Callable], Callable]) -> Mapping[str, Callable | None]:
     name = "pairwise_euclidean_distance"
     functions = {OURS: getattr(ours, name), PLAIN: plain.distances, TLLIB: original(MODULE, name)}
-    return {key: f and _summed(f) for key, f in functions.items()}
+    return {key: f and reduced(f) for key, f in functions.items()}
 
 
 def _summed(distances: Callable) -> Callable:
     return lambda x, y: distances(x, y).sum()
 
 
-def _feature_case(loss: str, losses: Mapping[str, Callable | None], rows: int, features: int) -> Case:
-    """Features of ``rows / SAME`` persons; the limit is the product of the features with themselves."""
+def _weighted(distances: Callable) -> Callable:
+    """Of a matrix with itself; the weights are 0 on the diagonal, where a distance is rounding noise."""
+    return lambda x, weights: (distances(x, x) * weights).sum()
 
-    shape = (rows, features)
+
+def _feature_case(
+    loss: str, losses: Mapping[str, Callable | None], rows: int, features: int, memory: int = 0
+) -> Case:
+    """Features of ``rows / SAME`` persons; the limit is their product with themselves, or with the memory."""
+
+    shape = (rows, features, memory) if memory else (rows, features)
 
     def set_up():
         generator = seeded()
         labels = torch.arange(rows) // SAME
         f, teacher = torch.randn(2, rows, features, generator=generator)
-        inputs = {SOFT_TRIPLET: [f, teacher, labels], TRIPLET: [f, labels], DISTANCES: [f, teacher]}[loss]
+        remembered = torch.randn(memory, features, generator=generator)
+        inputs = {
+            SOFT_TRIPLET: [f, teacher, labels],
+            TRIPLET: [f, labels],
+            MEMORY_TRIPLET: [f, labels, remembered, torch.arange(memory) // SAME],
+            DISTANCES: [f, teacher],
+            OWN_DISTANCES: [f, torch.ones(rows, rows).fill_diagonal_(0)],
+        }[loss]
         there = {name: function for name, function in losses.items() if function is not None}
         if shape == COMPILED_SHAPE:
             there[COMPILED] = compiled(there[PLAIN])
         providers = {name: step_of(function, inputs, [0]) for name, function in there.items()}
-        other = f.clone()
-        return providers | {LIMIT: Provider(lambda: other @ other.T, None)}
+        own = f.clone()
+        other = remembered if memory else own
+        return providers | {LIMIT: Provider(lambda: own @ other.T, None)}
 
-    bars = [faster(PLAIN, 1.0)] if loss == DISTANCES else []
+    bars = [faster(PLAIN, 1.0)] if loss in (MEMORY_TRIPLET, DISTANCES, OWN_DISTANCES) else []
     if loss == SOFT_TRIPLET:
         bars = [faster(PLAIN, PLAIN_BAR)]
         bars += [within(LIMIT, PRODUCT_BAR)] if shape in PRODUCT_SHAPES else []
@@ -123,10 +151,10 @@ def _feature_case(loss: str, losses: Mapping[str, Callable | None], rows: int, f
         f"{loss} {shape}",
         set_up,
         bars,
-        quick=rows * features < 1 << 18,
-        small=rows == 64,
+        quick=max(rows, memory) * features < 1 << 18,
+        small=rows == 64 and not memory,
         loss=loss,
-        sizes={"N": rows, "F": features},
+        sizes={"N": rows, "F": features} | ({"M": memory} if memory else {}),
     )
 
 
@@ -143,7 +171,9 @@ METHOD = Method(
         *loss_cases(_label_smooth, _labelled, loss=SMOOTH, limit=1.0),
         *(_feature_case(SOFT_TRIPLET, _soft_triplet(), *shape) for shape in BATCHES),
         *(_feature_case(TRIPLET, _triplet(), *shape) for shape in BATCHES),
-        *(_feature_case(DISTANCES, _distances(), *shape) for shape in BATCHES[:3]),
+        *(_feature_case(MEMORY_TRIPLET, _memory_triplet(), *shape) for shape in MEMORIES),
+        *(_feature_case(DISTANCES, _distances(_summed), *shape) for shape in BATCHES[:3]),
+        *(_feature_case(OWN_DISTANCES, _distances(_weighted), *shape) for shape in BATCHES[:3]),
     ],
     footprints=[
         footprint(_soft_cross_entropy, logits(2), loss=SOFT_CROSS),

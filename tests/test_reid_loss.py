@@ -234,6 +234,56 @@ def test_distances_of_a_matrix_with_itself(generator):
     )
 
 
+SIDES = {
+    "one tensor": lambda f, x: f(x, x),
+    "columns": lambda f, x: (lambda columns: f(columns, columns))(x.T.contiguous().T),
+    "a view": lambda f, x: f(x, x.view_as(x)),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("shape", [(3, 0), (1, 4), (90, 7), (300, 24), (520, 300)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_product_serves_both_sides_of_a_matrix_with_itself(dtype, shape, side, threads, generator):
+    x = torch.randn(shape, generator=generator).to(dtype)
+    # Not of the diagonal, where float32 has rounding noise.
+    weights = torch.randn(shape[0], shape[0], generator=generator).fill_diagonal_(0)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for distances, like in ((pairwise_euclidean_distance, x), (plain.distances, x.double())):
+            results.append(grads_of(lambda x, f=distances: SIDES[side](f, x) * weights, [like]))
+    finally:
+        torch.set_num_threads(before)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+    for got, exact in zip(*results, strict=True):
+        size = exact.detach().abs().max() if exact.numel() else 0
+        torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=tolerance * float(size))
+    distances = SIDES[side](pairwise_euclidean_distance, x)
+    assert torch.equal(distances, distances.T)
+
+
+@pytest.mark.parametrize("shape", [(300, 64), (700, 40), (1100, 3)], ids=str)
+def test_features_that_are_their_own_memory_under_other_labels(shape, generator):
+    """Their products are symmetric, who is a positive is not."""
+    f = torch.randn(shape, generator=generator, dtype=torch.float64)
+    labels = [torch.randint(shape[0] // 8, (shape[0],), generator=generator) for _ in range(2)]
+    got = grads_of(lambda f: TripletLossXBM(0.4)(f, labels[0], f, labels[1]), [f])
+    torch.testing.assert_close(
+        got, grads_of(lambda f: plain.triplet_xbm(f, labels[0], f, labels[1], 0.4), [f])
+    )
+
+
+def test_a_matrix_and_its_constant_copy_share_no_gradient(generator):
+    x = torch.randn(20, 5, generator=generator)
+    for other in (lambda x: x.detach(), lambda x: x.clone(), lambda x: x.detach().clone()):
+        got = grads_of(lambda x, other=other: pairwise_euclidean_distance(x, other(x)).triu(1).sum(), [x])
+        expected = grads_of(lambda x, other=other: plain.distances(x, other(x)).triu(1).sum(), [x])
+        torch.testing.assert_close(got, expected)
+
+
 def test_no_gradient_where_a_distance_was_raised():
     x = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
     y = torch.tensor([[1.0, 2.0]], requires_grad=True)

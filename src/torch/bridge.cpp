@@ -199,6 +199,9 @@ bool tllib_aliased(const Tensor* t) {
   return storage.use_count() > (idle_object ? 2u : 1u);
 }
 
+// Whether both are one tensor, to autograd too.
+bool tllib_same(const Tensor* a, const Tensor* b) { return a->is_same(*b); }
+
 // Whether anybody but the caller, who has one reference, holds this very tensor. Needs the GIL.
 bool tllib_held(const Tensor* t) {
   const bool idle_object = t->unsafeGetTensorImpl()->pyobj_slot()->has_unique_reference();

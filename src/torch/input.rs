@@ -91,6 +91,13 @@ impl Facts {
         unsafe { std::slice::from_raw_parts(values, self.ndim as usize) }
     }
 
+    /// Whether both are the same memory, read the same way.
+    pub fn same(&self, other: &Self) -> bool {
+        self.data() == other.data()
+            && (self.shape(), self.strides()) == (other.shape(), other.strides())
+            && self.scalar_type() == other.scalar_type()
+    }
+
     /// The number of elements.
     pub fn numel(&self) -> usize {
         self.shape().iter().map(|&n| n as usize).product()

@@ -31,6 +31,7 @@ unsafe extern "C" {
     fn tllib_version(tensor: *const C_tensor) -> i64;
     fn tllib_aliased(tensor: *const C_tensor) -> bool;
     fn tllib_held(tensor: *const C_tensor) -> bool;
+    fn tllib_same(a: *const C_tensor, b: *const C_tensor) -> bool;
     fn tllib_free(text: *mut c_char);
     fn tllib_without_autocast() -> *mut c_void;
     fn tllib_without_transforms() -> *mut c_void;
@@ -102,6 +103,12 @@ pub fn version(tensor: &Tensor) -> i64 {
 pub fn aliased(tensor: &Tensor) -> bool {
     // SAFETY: as above.
     unsafe { tllib_aliased(tensor.as_ptr()) }
+}
+
+/// Whether both are one tensor, to autograd too.
+pub fn same(a: &Tensor, b: &Tensor) -> bool {
+    // SAFETY: as above.
+    unsafe { tllib_same(a.as_ptr(), b.as_ptr()) }
 }
 
 /// Whether anybody but the caller, who has one reference, holds this very tensor. The caller holds the GIL.

@@ -7,6 +7,9 @@
 //! dL/dy_j = y_j sum_i f_ij - sum_i f_ij x_i
 //! ```
 //!
+//! With `y = x` both are symmetric, and `x` gets `dL/dx + dL/dy = x_i sum_j s_ij - sum_j s_ij x_j` with
+//! `s_ij = f_ij + f_ji`: one product in place of two ([`own_distances`], [`own_factors`]).
+//!
 //! The caller computes the products; this module, what precedes and follows them.
 
 use super::super::element::Element;
@@ -17,6 +20,10 @@ use super::super::reduce;
 use super::super::rows::Rows;
 use super::{CLAMP, RAISED};
 use std::num::NonZeroUsize;
+use std::ops::Range;
+
+/// Rows and columns of a matrix that are transposed together.
+const TILE: usize = 16;
 
 /// Turns the products `x_i . y_j` into distances; `x` and `y` are the squared norms of the rows.
 pub fn distances<F: Real>(products: &mut [F], x: &[F], y: &[F], threads: NonZeroUsize) {
@@ -43,14 +50,132 @@ impl<F: Real> Kernel for Distances<'_, F> {
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let (clamp, raised) = (F::of(CLAMP), F::of(CLAMP.sqrt()));
         let rows = self.products.chunks_exact_mut(self.y.len().max(1));
         for (row, &x) in rows.zip(self.x) {
-            for (d, &y) in row.iter_mut().zip(self.y) {
-                let square = (x + y) - (*d + *d);
-                let root = square.sqrt();
-                // NaN stays.
-                *d = if square < clamp { raised } else { root };
+            finish(row, x, self.y);
+        }
+    }
+}
+
+/// Turns the products of a row with others into distances.
+#[inline(always)]
+fn finish<F: Real>(row: &mut [F], x: F, y: &[F]) {
+    let (clamp, raised) = (F::of(CLAMP), F::of(CLAMP.sqrt()));
+    for (d, &y) in row.iter_mut().zip(y) {
+        let square = (x + y) - (*d + *d);
+        let root = square.sqrt();
+        // NaN stays.
+        *d = if square < clamp { raised } else { root };
+    }
+}
+
+/// [`distances`] of rows with these squared norms from each other; only the products on and above the diagonal need
+/// be there.
+pub fn own_distances<F: Real>(products: &mut [F], squares: &[F], threads: NonZeroUsize) {
+    let ranges = triangle(squares.len(), true, threads);
+    let jobs: Vec<_> = cut(products, &ranges, squares.len())
+        .into_iter()
+        .zip(ranges)
+        .map(|(products, rows)| {
+            let upper = Upper {
+                products,
+                squares,
+                first: rows.start,
+            };
+            move || dispatch(upper)
+        })
+        .collect();
+    run(jobs);
+    mirror(products, squares.len(), threads);
+}
+
+/// Splits the rows of a triangle into parts of nearly equal area; row `i` of `n` has `n - i` elements if it is the
+/// `upper` one, else `i`.
+fn triangle(n: usize, upper: bool, threads: NonZeroUsize) -> Vec<Range<usize>> {
+    let parts = threads.get().min(n.max(1));
+    let boundary = |k: usize| {
+        let area = k as f64 / parts as f64;
+        let share = if upper {
+            1.0 - (1.0 - area).sqrt()
+        } else {
+            area.sqrt()
+        };
+        (n as f64 * share).round() as usize
+    };
+    (0..parts).map(|k| boundary(k)..boundary(k + 1)).collect()
+}
+
+struct Upper<'a, F> {
+    products: &'a mut [F],
+    squares: &'a [F],
+    /// The first row.
+    first: usize,
+}
+
+impl<F: Real> Kernel for Upper<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        let rows = self.products.chunks_exact_mut(self.squares.len().max(1));
+        for (i, row) in (self.first..).zip(rows) {
+            finish(&mut row[i..], self.squares[i], &self.squares[i..]);
+        }
+    }
+}
+
+/// Copies what is above the diagonal of a matrix of `n` rows and columns below it.
+fn mirror<F: Real>(matrix: &mut [F], n: usize, threads: NonZeroUsize) {
+    assert_eq!(matrix.len(), n * n, "a square matrix");
+    let square = Square {
+        start: matrix.as_mut_ptr(),
+        n,
+    };
+    let jobs: Vec<_> = triangle(n, false, threads)
+        .into_iter()
+        .map(|rows| {
+            // SAFETY: the matrix is borrowed for this function, the rows are in it, and no two jobs share one.
+            move || unsafe { square.mirror(rows) }
+        })
+        .collect();
+    run(jobs);
+}
+
+/// A matrix whose rows several threads write.
+#[derive(Clone, Copy)]
+struct Square<F> {
+    start: *mut F,
+    n: usize,
+}
+
+// SAFETY: an address alone; who reads or writes there answers for it.
+unsafe impl<F: Send + Sync> Send for Square<F> {}
+
+impl<F: Real> Square<F> {
+    /// # Safety
+    /// `start` is valid for `n * n` elements, `rows` are among the `n`, and nobody else accesses these rows below the
+    /// diagonal, nor writes above it, until this returns.
+    unsafe fn mirror(self, rows: Range<usize>) {
+        let Self { start, n } = self;
+        for top in rows.clone().step_by(TILE) {
+            let bottom = rows.end.min(top + TILE);
+            for left in (0..bottom).step_by(TILE) {
+                let mut tile = [[F::ZERO; TILE]; TILE];
+                for j in left..n.min(left + TILE) {
+                    for i in top..bottom {
+                        // Below the diagonal nothing may be read: an earlier tile of another job.
+                        if j < i {
+                            // SAFETY: `i`, `j` < n, and above the diagonal nobody writes.
+                            tile[i - top][j - left] = unsafe { *start.add(j * n + i) };
+                        }
+                    }
+                }
+                for i in top..bottom {
+                    for j in left..i.min(left + TILE) {
+                        // SAFETY: `i`, `j` < n, and row `i` below the diagonal is this call's.
+                        unsafe { *start.add(i * n + j) = tile[i - top][j - left] };
+                    }
+                }
             }
         }
     }
@@ -121,6 +246,77 @@ impl<F: Element<Acc = F> + Real> Kernel for Factors<'_, '_, F> {
             }
         }
         (of_rows, of_columns)
+    }
+}
+
+/// Writes `-s` into `negative` and returns the sums of `s` over the rows, where the distances are those of rows from
+/// each other: symmetric and contiguous.
+pub fn own_factors<F: Element<Acc = F> + Real>(
+    distances: &[F],
+    incoming: Rows<'_, F>,
+    negative: &mut [F],
+    threads: NonZeroUsize,
+) -> Vec<F> {
+    let n = incoming.rows();
+    let ranges = split(n, threads);
+    let jobs: Vec<_> = cut(negative, &ranges, n)
+        .into_iter()
+        .zip(ranges)
+        .map(|(negative, rows)| {
+            let job = OwnFactors {
+                distances: &distances[rows.start * n..rows.end * n],
+                incoming,
+                negative,
+                rows,
+            };
+            move || dispatch(job)
+        })
+        .collect();
+    run(jobs).concat()
+}
+
+struct OwnFactors<'a, 'b, F> {
+    distances: &'a [F],
+    incoming: Rows<'a, F>,
+    negative: &'b mut [F],
+    rows: Range<usize>,
+}
+
+impl<F: Element<Acc = F> + Real> Kernel for OwnFactors<'_, '_, F> {
+    type Output = Vec<F>;
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> Self::Output {
+        let n = self.incoming.cols();
+        let mut scratch = self.incoming.scratch();
+        // Columns that begin a power of two apart would share a set of the cache.
+        let apart = n + TILE;
+        let (mut columns, mut room) = (vec![F::ZERO; TILE * apart], [F::ZERO; TILE]);
+        let mut sums = Vec::with_capacity(self.rows.len());
+        let raised = F::of(RAISED);
+        let rows = self
+            .distances
+            .chunks_exact(n.max(1))
+            .zip(self.negative.chunks_exact_mut(n.max(1)));
+        for (i, (d, out)) in self.rows.clone().zip(rows) {
+            let place = (i - self.rows.start) % TILE;
+            if place == 0 {
+                let tile = self.incoming.columns(i..self.rows.end.min(i + TILE));
+                for j in 0..n {
+                    for (l, &g) in tile.row(j, &mut room).iter().enumerate() {
+                        columns[l * apart + j] = g;
+                    }
+                }
+            }
+            let g = self.incoming.in_turn(i, &mut scratch);
+            let h = &columns[place * apart..][..n];
+            for (((out, &d), &g), &h) in out.iter_mut().zip(d).zip(g).zip(h) {
+                let s = (g + h) / d;
+                *out = if d > raised { -s } else { F::ZERO };
+            }
+            sums.push(F::of(-reduce::sum(out)));
+        }
+        sums
     }
 }
 
@@ -229,6 +425,41 @@ mod tests {
             assert!(
                 (of_columns[0] - sum(0)).abs() < 1e-15 && (of_columns[1] - sum(1)).abs() < 1e-15
             );
+        }
+    }
+
+    #[test]
+    fn a_matrix_with_itself_is_symmetric() {
+        for n in [0, 1, 5, 16, 37, 70] {
+            let x: Vec<f64> = (0..2 * n).map(|k| (k * k % 23) as f64 / 4.0).collect();
+            let g: Vec<f64> = (0..n * n).map(|k| (k * 7 % 13) as f64 - 6.0).collect();
+            let row = |i: usize| &x[2 * i..2 * i + 2];
+            let dot = |i: usize, j: usize| row(i)[0] * row(j)[0] + row(i)[1] * row(j)[1];
+            let squares: Vec<f64> = (0..n).map(|i| dot(i, i)).collect();
+            let products: Vec<f64> = (0..n * n).map(|k| dot(k / n, k % n)).collect();
+            let mut plain = products.clone();
+            distances(&mut plain, &squares, &squares, NonZeroUsize::MIN);
+            let grads = Rows::contiguous(&g, n, n).unwrap();
+            let mut apart = vec![9.0; n * n];
+            let (of_rows, of_columns) = factors(&plain, grads, &mut apart, true, NonZeroUsize::MIN);
+            for threads in [1, 2, 3] {
+                let threads = NonZeroUsize::new(threads).unwrap();
+                // Below the diagonal is nothing.
+                let mut d: Vec<f64> = (0..n * n)
+                    .map(|k| if k % n < k / n { f64::NAN } else { products[k] })
+                    .collect();
+                own_distances(&mut d, &squares, threads);
+                assert_eq!(d, plain);
+                let mut negative = vec![9.0; n * n];
+                let sums = own_factors(&d, grads, &mut negative, threads);
+                for i in 0..n {
+                    assert!((sums[i] - of_rows[i] - of_columns[i]).abs() < 1e-9);
+                    for j in 0..n {
+                        let both = apart[i * n + j] + apart[j * n + i];
+                        assert!((negative[i * n + j] - both).abs() < 1e-9);
+                    }
+                }
+            }
         }
     }
 }

@@ -6,11 +6,14 @@
 //! negative = argmin of d_ij over the others
 //! ```
 //!
-//! The products `u_i.v_j` come from the caller, some rows at a time; nothing of size `N x N` is kept.
-//! `|u_i|^2` is constant in a row, so a row is searched by `key_j = |v_j|^2 - 2 u_i.v_j`. The formula
-//! cancels: rounding may reorder close candidates. Those within its error of the best one are compared
-//! again by distances computed from differences, so that the pair, its distance and its gradient do not
-//! depend on how the product was rounded. Of equal distances the first index wins.
+//! The products `u_i.v_j` come from the caller, a tile at a time; nothing of size `N x N` is kept. `|u_i|^2` is
+//! constant in a row, so candidates are ranked by `key_j = |v_j|^2 - 2 u_i.v_j`. The formula cancels: rounding may
+//! reorder close candidates. Those within its error of the best one are remembered, and compared at the end by
+//! distances computed from differences, so that the pair, its distance and its gradient depend neither on how the
+//! product was rounded nor on the tiles. Of equal distances the first index wins.
+//!
+//! If the candidates are the anchors, the products are symmetric: a tile above the diagonal also serves the anchors of
+//! its columns, and none below is needed.
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
@@ -19,17 +22,17 @@ use super::super::real::Real;
 use super::super::reduce;
 use super::super::rows::Rows;
 use super::{CLAMP, squared_distance};
+use search::{Look, Near, Side, Who};
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::ops::Range;
+
+mod search;
+
+pub use search::Seen;
 
 /// Error of a key, in units of epsilon times the squared norms, within which candidates are
 /// compared again.
 pub const ERROR: f64 = 16.0;
-/// Maximum number of candidates of one anchor that are compared again, so that features that
-/// collapsed to a point do not cost `N^2 F`.
-const COMPARED: usize = 16;
-const LANES: usize = 16;
 
 /// The identities of anchors and candidates, as small numbers.
 pub struct Identities {
@@ -59,6 +62,24 @@ impl Identities {
             candidates,
             counts,
         }
+    }
+
+    /// Who the positives and the negatives of an anchor are: all candidates where none qualifies.
+    fn of(&self, anchor: usize) -> (Who, Who) {
+        let own = self.anchors[anchor];
+        let positives = self.counts[own as usize];
+        (
+            if positives > 0 {
+                Who::Same(own)
+            } else {
+                Who::All
+            },
+            if positives < self.candidates.len() {
+                Who::Other(own)
+            } else {
+                Who::All
+            },
+        )
     }
 }
 
@@ -111,34 +132,93 @@ pub struct Mining<'a, F> {
     pub anchor_squares: &'a [F],
     /// `|v_j|^2`.
     pub squares: &'a [F],
+    /// The largest of these.
+    pub largest_square: F,
+}
+
+/// Products of some anchors with some candidates.
+#[derive(Clone, Copy)]
+pub struct Tile<'a, F> {
+    /// `u_i.v_j`, contiguous.
+    pub products: Rows<'a, F>,
+    /// The first anchor and the first candidate.
+    pub first: (usize, usize),
+    /// Whether candidates are anchors too, and those of the columns after the last row are to see the anchors of the
+    /// rows.
+    pub mirrored: bool,
 }
 
 impl<F: Element<Acc = F> + Real> Mining<'_, F> {
-    /// Mines the anchors `first..first + products.rows()`, whose products with all candidates are
-    /// the contiguous `products`, into `out`.
-    pub fn mine(
+    /// The state of every anchor before the first tile.
+    pub fn start(&self) -> Vec<Seen<F>> {
+        vec![Seen::NOTHING; self.anchors.rows()]
+    }
+
+    /// Takes a tile into account that is not the last. Every anchor has to see every candidate once, in order.
+    pub fn look(self, tile: Tile<'_, F>, seen: &mut [Seen<F>], threads: NonZeroUsize) {
+        let rows = tile.first.0..tile.first.0 + tile.products.rows();
+        let cols = tile.first.1..tile.first.1 + tile.products.cols();
+        let after = if tile.mirrored {
+            cols.start.max(rows.end)..cols.end.max(rows.end)
+        } else {
+            rows.end..rows.end
+        };
+        let (head, tail) = seen.split_at_mut(rows.end);
+        let sides = [
+            (Side::Rows, &mut head[rows.start..], rows.start),
+            (
+                Side::Columns,
+                &mut tail[after.start - rows.end..after.end - rows.end],
+                after.start,
+            ),
+        ];
+        // Each thread takes a part of either side.
+        let mut parts: Vec<Vec<Look<'_, '_, F>>> = Vec::new();
+        parts.resize_with(threads.get(), Vec::new);
+        for (side, seen, first) in sides {
+            let ranges = split(seen.len(), threads);
+            let cuts = cut(seen, &ranges, 1).into_iter().zip(ranges);
+            for (part, (seen, range)) in parts.iter_mut().zip(cuts) {
+                if !seen.is_empty() {
+                    part.push(Look {
+                        mining: self,
+                        tile,
+                        side,
+                        seen,
+                        anchor: first + range.start,
+                    });
+                }
+            }
+        }
+        let jobs = parts
+            .into_iter()
+            .map(|part| move || part.into_iter().for_each(dispatch));
+        run(jobs.collect());
+    }
+
+    /// The hardest pairs, when every anchor has seen every candidate but those of the last tile, which has the last
+    /// anchors and the last candidates.
+    pub fn finish(
         self,
-        products: Rows<'_, F>,
-        first: usize,
-        out: &mut [Hardest],
+        last: Tile<'_, F>,
+        seen: &mut [Seen<F>],
         threads: NonZeroUsize,
-    ) {
-        let ranges = split(products.rows(), threads);
-        let jobs: Vec<_> = cut(out, &ranges, 1)
+    ) -> Vec<Hardest> {
+        let ranges = split(seen.len(), threads);
+        let jobs: Vec<_> = cut(seen, &ranges, 1)
             .into_iter()
             .zip(ranges)
-            .map(|(out, range)| {
-                let search = Search {
+            .map(|(seen, range)| {
+                let finish = Finish {
                     mining: self,
-                    products,
-                    first,
-                    range,
-                    out,
+                    last,
+                    seen,
+                    first: range.start,
                 };
-                move || dispatch(search)
+                move || dispatch(finish)
             })
             .collect();
-        run(jobs);
+        run(jobs).concat()
     }
 }
 
@@ -165,81 +245,84 @@ impl<F: Element<Acc = F> + Real> Kernel for Squares<'_, F> {
     }
 }
 
-struct Search<'a, 'b, F> {
+struct Finish<'a, 'b, F> {
     mining: Mining<'a, F>,
-    products: Rows<'a, F>,
+    last: Tile<'a, F>,
+    /// The states of some anchors.
+    seen: &'b mut [Seen<F>],
+    /// The first of them.
     first: usize,
-    range: Range<usize>,
-    out: &'b mut [Hardest],
 }
 
-impl<F: Element<Acc = F> + Real> Kernel for Search<'_, '_, F> {
-    type Output = ();
+impl<F: Element<Acc = F> + Real> Kernel for Finish<'_, '_, F> {
+    type Output = Vec<Hardest>;
 
     #[inline(always)]
-    fn run<I: Isa>(self) {
-        let Mining {
-            anchors,
-            candidates,
-            identities,
-            anchor_squares,
-            squares,
-        } = self.mining;
-        let largest = reduce::max(squares).to_f64();
-        let mut keys = vec![F::ZERO; squares.len()];
-        for (k, out) in self.range.zip(self.out) {
-            let i = self.first + k;
-            let anchor = anchors.row(i, &mut []);
-            let mut defect = F::ZERO;
-            for ((key, &g), &square) in keys
-                .iter_mut()
-                .zip(self.products.row(k, &mut []))
-                .zip(squares)
-            {
-                *key = g.mul_add::<I>(-(F::ONE + F::ONE), square);
-                // 0 while all are finite, NaN for ever after one that is not.
-                defect += *key * F::ZERO;
-            }
-            if !defect.finite() {
-                *out = Hardest::NAN;
-                continue;
-            }
-            let own = identities.anchors[i];
-            let norm = anchor_squares[i].to_f64() + largest;
-            let error = F::of(ERROR * F::EPSILON * norm);
-            let square = |j: usize| squared_distance(anchor, candidates.row(j, &mut []));
-            let ids = &identities.candidates;
-            let positives = identities.counts[own as usize];
+    fn run<I: Isa>(self) -> Vec<Hardest> {
+        let before = self.last.first.0.saturating_sub(self.first);
+        if let Some(seen) = self.seen.get_mut(before..) {
+            let look = Look {
+                mining: self.mining,
+                tile: self.last,
+                side: Side::Rows,
+                seen,
+                anchor: self.first + before,
+            };
+            look.along_rows::<I>();
+        }
+        let mut out = Vec::with_capacity(self.seen.len());
+        for (k, seen) in self.seen.iter().enumerate() {
+            out.push(hardest(&self.mining, self.first + k, seen));
+        }
+        out
+    }
+}
 
-            let who = if positives > 0 {
-                Who::Same(own)
-            } else {
-                Who::All
-            };
-            let (index, found) = best(&keys, ids, who, error, |j| clamped(square(j)));
-            let positive = Found {
-                index,
-                square: found,
-                missing: positives == 0,
-            };
+/// The pairs of an anchor that has seen all candidates.
+#[inline(always)]
+fn hardest<F: Element<Acc = F> + Real>(
+    mining: &Mining<'_, F>,
+    i: usize,
+    seen: &Seen<F>,
+) -> Hardest {
+    if !seen.finite {
+        return Hardest::NAN;
+    }
+    let (positives, negatives) = mining.identities.of(i);
+    let (index, largest) = best(mining, i, &seen.positive, 1.0);
+    let positive = Found {
+        index,
+        square: largest,
+        missing: matches!(positives, Who::All),
+    };
+    let (index, smallest) = best(mining, i, &seen.negative, -1.0);
+    let negative = Found {
+        index,
+        square: -smallest,
+        missing: matches!(negatives, Who::All),
+    };
+    Hardest { positive, negative }
+}
 
-            for key in &mut keys {
-                *key = -*key;
-            }
-            let who = if positives < ids.len() {
-                Who::Other(own)
-            } else {
-                Who::All
-            };
-            let (index, found) = best(&keys, ids, who, error, |j| -clamped(square(j)));
-            let negative = Found {
-                index,
-                square: -found,
-                missing: positives == ids.len(),
-            };
-            *out = Hardest { positive, negative };
+/// The first of the candidates near the best one with the largest squared distance from anchor `i`, times `sign`, and
+/// that value.
+#[inline(always)]
+fn best<F: Element<Acc = F> + Real>(
+    mining: &Mining<'_, F>,
+    i: usize,
+    near: &Near<F>,
+    sign: f64,
+) -> (usize, f64) {
+    let anchor = mining.anchors.row(i, &mut []);
+    let mut found = (0, f64::NEG_INFINITY);
+    for index in near.indices() {
+        let candidate = mining.candidates.row(index, &mut []);
+        let value = sign * clamped(squared_distance(anchor, candidate));
+        if value > found.1 {
+            found = (index, value);
         }
     }
+    found
 }
 
 /// Below the clamp all distances are equal, and equal to a value that gets no gradient.
@@ -247,208 +330,5 @@ fn clamped(square: f64) -> f64 {
     if square < CLAMP { 0.0 } else { square }
 }
 
-/// Which candidates take part.
-#[derive(Clone, Copy)]
-enum Who {
-    Same(u32),
-    Other(u32),
-    All,
-}
-
-/// The first index with the largest `exact` value among those whose key is within `error` of the
-/// largest key, and that value.
-#[inline(always)]
-fn best<F: Real>(
-    keys: &[F],
-    ids: &[u32],
-    who: Who,
-    error: F,
-    exact: impl Fn(usize) -> f64,
-) -> (usize, f64) {
-    let (id, same) = match who {
-        Who::Same(id) => (id, true),
-        Who::Other(id) => (id, false),
-        // No identity has this number.
-        Who::All => (u32::MAX, false),
-    };
-    let takes_part = |other: u32| (other == id) == same;
-    let mut lanes = [F::NEG_INFINITY; LANES];
-    for (keys, ids) in keys.chunks(LANES).zip(ids.chunks(LANES)) {
-        for ((lane, &key), &id) in lanes.iter_mut().zip(keys).zip(ids) {
-            let key = if takes_part(id) { key } else { F::NEG_INFINITY };
-            *lane = key.larger(*lane);
-        }
-    }
-    let largest = reduce::max(&lanes);
-    let floor = largest - error;
-    let mut found = (0, f64::NEG_INFINITY);
-    let (mut compared, mut met) = (0, false);
-    for (c, (keys, ids)) in keys.chunks(LANES).zip(ids.chunks(LANES)).enumerate() {
-        let mut any = false;
-        for (&key, &id) in keys.iter().zip(ids) {
-            #[allow(
-                clippy::needless_bitwise_bool,
-                reason = "a branch would keep it from vectorising"
-            )]
-            {
-                any |= takes_part(id) & (key >= floor);
-            }
-        }
-        if !any {
-            continue;
-        }
-        for (l, (&key, &id)) in keys.iter().zip(ids).enumerate() {
-            if !takes_part(id) || key < floor {
-                continue;
-            }
-            // The largest key is always among those compared, whatever their number.
-            let first_largest = !met && key == largest;
-            if compared < COMPARED || first_largest {
-                let value = exact(c * LANES + l);
-                if value > found.1 {
-                    found = (c * LANES + l, value);
-                }
-            }
-            compared += 1;
-            met |= first_largest;
-        }
-        if compared >= COMPARED && met {
-            break;
-        }
-    }
-    found
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn features(n: usize, dim: usize, offset: f64) -> Vec<f64> {
-        (0..n * dim)
-            .map(|k| ((k * 7919 + 31 * (k / dim)) % 101) as f64 / 50.0 + offset)
-            .collect()
-    }
-
-    fn mined<F: Element<Acc = F> + Real>(
-        x: &[F],
-        dim: usize,
-        labels: &[i64],
-        threads: usize,
-    ) -> Vec<Hardest> {
-        let n = labels.len();
-        let rows = Rows::contiguous(x, n, dim).unwrap();
-        let dot = |i: usize, j: usize| {
-            (0..dim)
-                .map(|k| x[i * dim + k].to_f64() * x[j * dim + k].to_f64())
-                .sum::<f64>()
-        };
-        let products: Vec<F> = (0..n * n).map(|k| F::of(dot(k / n, k % n))).collect();
-        let identities = Identities::new(labels, None);
-        let squares = squares(rows, NonZeroUsize::new(2).unwrap());
-        let mining = Mining {
-            anchors: rows,
-            candidates: rows,
-            identities: &identities,
-            anchor_squares: &squares,
-            squares: &squares,
-        };
-        let mut out = vec![Hardest::NAN; n];
-        let products = Rows::contiguous(&products, n, n).unwrap();
-        mining.mine(products, 0, &mut out, NonZeroUsize::new(threads).unwrap());
-        out
-    }
-
-    #[test]
-    fn finds_what_a_plain_search_finds() {
-        let (n, dim) = (37, 19);
-        let x = features(n, dim, 0.0);
-        let labels: Vec<i64> = (0..n as i64).map(|i| i * i % 7 - 3).collect();
-        let d = |i: usize, j: usize| {
-            squared_distance(&x[i * dim..(i + 1) * dim], &x[j * dim..(j + 1) * dim])
-        };
-        for threads in [1, 3] {
-            for (i, got) in mined(&x, dim, &labels, threads).iter().enumerate() {
-                let same: Vec<usize> = (0..n).filter(|&j| labels[j] == labels[i]).collect();
-                let others: Vec<usize> = (0..n).filter(|&j| labels[j] != labels[i]).collect();
-                let farthest = same.iter().map(|&j| d(i, j)).fold(0.0, f64::max);
-                let nearest = others.iter().map(|&j| d(i, j)).fold(f64::MAX, f64::min);
-                assert_eq!(
-                    (got.positive.square, got.negative.square),
-                    (farthest, nearest)
-                );
-                assert_eq!(d(i, got.positive.index), farthest);
-                assert!(labels[got.negative.index] != labels[i] && !got.positive.missing);
-            }
-        }
-    }
-
-    #[test]
-    fn a_common_offset_does_not_change_the_pairs() {
-        let (n, dim) = (16, 8);
-        let labels: Vec<i64> = (0..n as i64).map(|i| i / 4).collect();
-        let index = |offset: f64| -> Vec<_> {
-            // Halves of integers are exact in f32 with the offset too.
-            let x: Vec<f32> = features(n, dim, 0.0)
-                .iter()
-                .map(|x| ((x * 50.0).round() / 2.0 + offset) as f32)
-                .collect();
-            mined(&x, dim, &labels, 1)
-                .iter()
-                .map(|h| (h.positive, h.negative))
-                .collect()
-        };
-        assert_eq!(index(0.0), index(4000.0));
-    }
-
-    #[test]
-    fn singletons_twins_and_one_identity() {
-        let x = [0.0f32, 1.0, 0.0, 1.0, 5.0, 1.0, 9.0, 9.0];
-        let got = mined(&x, 2, &[1, 1, 2, 3], 1);
-        // Twins: the anchor and its double are equally far, the first index wins.
-        assert_eq!(
-            got[1].positive,
-            Found {
-                index: 0,
-                square: 0.0,
-                missing: false
-            }
-        );
-        assert_eq!(
-            got[2].positive,
-            Found {
-                index: 2,
-                square: 0.0,
-                missing: false
-            }
-        );
-        assert_eq!(
-            got[2].negative,
-            Found {
-                index: 0,
-                square: 25.0,
-                missing: false
-            }
-        );
-        let got = mined(&x, 2, &[1, 1, 1, 1], 1);
-        assert_eq!(
-            got[3].negative,
-            Found {
-                index: 3,
-                square: 0.0,
-                missing: true
-            }
-        );
-        let collapsed = [0.5f32; 128];
-        assert_eq!(mined(&collapsed, 2, &[4; 64], 1)[40].positive.index, 0);
-    }
-
-    #[test]
-    fn values_that_are_not_finite_reach_the_pair() {
-        let x = [0.0f32, 1.0, f32::NAN, 1.0];
-        assert!(
-            mined(&x, 2, &[1, 2], 1)
-                .iter()
-                .all(|h| h.positive.square.is_nan() && h.negative.square.is_nan())
-        );
-    }
-}
+mod tests;

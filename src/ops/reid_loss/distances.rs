@@ -1,16 +1,19 @@
 //! All distances between the rows of two matrices, on tensors.
 
 use super::mining::Squares;
+use super::panels;
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
-use crate::kernels::reid_loss::distances::{distances as finish, factors, multiples};
+use crate::kernels::reid_loss::distances::{
+    distances as finish, factors, multiples, own_distances, own_factors,
+};
 use crate::kernels::reid_loss::{CLAMP, RAISED};
 use crate::ops::{Place, place, threads};
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
 use crate::torch::saved::Saved;
-use crate::torch::{Dtype, Owned, Stored, Without, dense};
+use crate::torch::{Dtype, Owned, Stored, Without, dense, same};
 use std::marker::PhantomData;
 use tch::{Kind, Tensor};
 
@@ -107,23 +110,32 @@ fn whole<'a, F: Element + Stored>(input: &'a Input<'_>) -> Option<&'a [F]> {
 }
 
 fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor> {
-    let (u, v) = (
-        dense(pair.x.tensor, F::KIND)?,
-        dense(pair.y.tensor, F::KIND)?,
-    );
+    let own = pair.x.same(&pair.y);
+    let u = dense(pair.x.tensor, F::KIND)?;
+    let v = if own {
+        u.shallow_clone()
+    } else {
+        dense(pair.y.tensor, F::KIND)?
+    };
     let (of_u, of_v) = (Input::new(CLASS, "x", &u)?, Input::new(CLASS, "y", &v)?);
     let (x, y) = (of_u.dense_rows::<F>()?, of_v.dense_rows::<F>()?);
     let shape = [x.rows() as i64, y.rows() as i64];
-    let product = |out: &Tensor| {
-        // With an output given, autocast leaves the product alone.
-        let _ = u.f_mm_out(out, &v.f_transpose(0, 1)?)?;
-        Ok(())
+    let write = |out: &Tensor| {
+        if own {
+            own_products(&u, out)
+        } else {
+            product(&u, &v, out)
+        }
     };
-    // SAFETY: the product keeps nothing.
-    let mut out = unsafe { Owned::<F>::written_by(&shape, product)? };
+    // SAFETY: the products keep nothing.
+    let mut out = unsafe { Owned::<F>::written_by(&shape, write)? };
     let squares = Squares::of(x, y);
     let work = threads(x.rows() * y.rows() / CHEAP);
-    finish(out.slice(), squares.x(), squares.y(), work);
+    if own {
+        own_distances(out.slice(), squares.y(), work);
+    } else {
+        finish(out.slice(), squares.x(), squares.y(), work);
+    }
     let out = out.into_tensor();
     let wanted = pair.wanted();
     if wanted.contains(&true) {
@@ -137,6 +149,7 @@ fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor>
                 y: Saved::of(&v, "pairwise_euclidean_distance's y")?,
                 out: Saved::of(&out, "the output of pairwise_euclidean_distance")?,
                 wanted,
+                own: same(pair.x.tensor, pair.y.tensor),
                 kind: pair.dtype.kind(),
                 element: PhantomData,
             }),
@@ -146,12 +159,40 @@ fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor>
     Ok(out)
 }
 
+/// The products of the rows of two matrices.
+fn product(x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
+    // With an output given, autocast leaves the product alone.
+    let _ = x.f_mm_out(out, &y.f_tr()?)?;
+    Ok(())
+}
+
+/// The products of the rows of a matrix, those on and above the diagonal.
+fn own_products(x: &Tensor, out: &Tensor) -> Result<()> {
+    let (rows, cols) = x.size2()?;
+    let height = panels::height(rows as usize, cols as usize) as i64;
+    if height >= rows {
+        return product(x, x, out);
+    }
+    for top in (0..rows).step_by(height as usize) {
+        let (high, wide) = (height.min(rows - top), rows - top);
+        let panel = out.f_narrow(0, top, high)?.f_narrow(1, top, wide)?;
+        product(
+            &x.f_narrow(0, top, high)?,
+            &x.f_narrow(0, top, wide)?,
+            &panel,
+        )?;
+    }
+    Ok(())
+}
+
 /// The node's state.
 struct Node<F> {
     x: Saved,
     y: Saved,
     out: Saved,
     wanted: [bool; 2],
+    /// Whether they are one tensor, whose whole gradient is then that of `x`.
+    own: bool,
     /// The dtype of the inputs.
     kind: Kind,
     element: PhantomData<F>,
@@ -161,6 +202,12 @@ impl<F: Element<Acc = F> + Real + Stored> Backward for Node<F> {
     fn grads(&mut self, incoming: &Tensor, _last: bool) -> Result<Vec<Option<Tensor>>> {
         let of = [self.x.get()?, self.y.get()?, self.out.get()?];
         let stored = |grad: Option<Tensor>| grad.map(|g| g.f_to_kind(self.kind)).transpose();
+        if self.own
+            && let [x, _, out] = of
+            && let Some(grad) = own_gradient::<F>(incoming, x, out)?
+        {
+            return Ok(vec![stored(Some(grad))?, None]);
+        }
         gradients::<F>(incoming, of, self.wanted)?
             .into_iter()
             .map(|grad| Ok(stored(grad)?))
@@ -187,22 +234,48 @@ fn gradients<F: Element<Acc = F> + Real + Stored>(
     let mut negative = Owned::<F>::new(&incoming.size())?;
     let (of_rows, of_columns) = factors(d, g, negative.slice(), wanted[1], work);
     let negative = negative.into_tensor();
-    // A side times its own factors, plus the other side times the matrix of factors.
-    let of = |(side, values): (&Tensor, &[F]), own: &[F], factors: &Tensor, other: &Tensor| {
-        let mut grad = Owned::<F>::new(&side.size())?;
-        multiples(values, own, grad.slice(), threads(values.len() / CHEAP));
-        let mut grad = grad.into_tensor();
-        let _ = grad.f_addmm_(factors, other)?;
-        Ok::<_, Error>(grad)
-    };
     Ok([
         wanted[0]
-            .then(|| of((x, u), &of_rows, &negative, y))
+            .then(|| sum((x, u), &of_rows, (&negative, y)))
             .transpose()?,
         wanted[1]
-            .then(|| of((y, v), &of_columns, &negative.f_transpose(0, 1)?, x))
+            .then(|| sum((y, v), &of_columns, (&negative.f_tr()?, x)))
             .transpose()?,
     ])
+}
+
+/// The whole gradient of `x` from that of the distances `out` of its rows from each other; `None` if kernels may not
+/// read it.
+fn own_gradient<F: Element<Acc = F> + Real + Stored>(
+    incoming: &Tensor,
+    x: &Tensor,
+    out: &Tensor,
+) -> Result<Option<Tensor>> {
+    let grad = Input::new(CLASS, "grad_output", incoming)?;
+    let (of_x, of_out) = (
+        Input::new(CLASS, "x", x)?,
+        Input::new(CLASS, "distances", out)?,
+    );
+    let (Some(g), Some(u), Some(d)) = (grad.rows::<F>(), whole(&of_x), whole(&of_out)) else {
+        return Ok(None);
+    };
+    let mut negative = Owned::<F>::new(&incoming.size())?;
+    let work = threads(g.rows() * g.cols() / CHEAP);
+    let sums = own_factors(d, g, negative.slice(), work);
+    sum((x, u), &sums, (&negative.into_tensor(), x)).map(Some)
+}
+
+/// A side times its own factors, plus the other side times the matrix of factors.
+fn sum<F: Element<Acc = F> + Real + Stored>(
+    (side, values): (&Tensor, &[F]),
+    own: &[F],
+    (factors, other): (&Tensor, &Tensor),
+) -> Result<Tensor> {
+    let mut grad = Owned::<F>::new(&side.size())?;
+    multiples(values, own, grad.slice(), threads(values.len() / CHEAP));
+    let mut grad = grad.into_tensor();
+    let _ = grad.f_addmm_(factors, other)?;
+    Ok(grad)
 }
 
 /// [`gradients`] of tensors that no kernel may read: on other devices, or under `torch.func`.

@@ -1,13 +1,15 @@
 //! Hard example mining on tensors.
 
 use super::composite::Search;
+use super::panels;
 use crate::cuda::{self, triplet::LARGEST};
 use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
+use crate::kernels::reduce::max;
 use crate::kernels::reid_loss::OFFSET;
 use crate::kernels::reid_loss::matrix::hardest as kernel;
-use crate::kernels::reid_loss::mining::{Hardest, Identities, Mining, squares};
+use crate::kernels::reid_loss::mining::{Hardest, Identities, Mining, Tile, squares};
 use crate::kernels::rows::Rows;
 use crate::ops::{Place, place, threads};
 use crate::torch::input::Input;
@@ -18,6 +20,8 @@ const CLASS: &str = "hard_examples_mining";
 /// Elements of the products that are kept at a time: they stay in the cache until they are scanned,
 /// and no matrix of N x N is ever held.
 const BLOCK: usize = 1 << 20;
+/// Anchors of a tile, if they are not the candidates.
+const HEIGHT: usize = 512;
 
 /// Indices of the hardest positive and negative of each row of `dist_mat` (N, M), where
 /// `identity_mat` is 1 for pairs of one identity and 0 for others.
@@ -117,17 +121,17 @@ impl<F: Element<Acc = F> + Real> Squares<F> {
     }
 }
 
-/// Mines `anchors` among `candidates`, a block of products at a time.
+/// Mines `anchors` among `candidates`, a tile of products at a time.
 pub fn mine<F: Element<Acc = F> + Real + Stored>(
     anchors: &Features<'_, F>,
     candidates: &Features<'_, F>,
     identities: &Identities,
 ) -> Result<Vec<Hardest>> {
-    let (n, m) = (anchors.rows.rows(), candidates.rows.rows());
-    let mut found = vec![Hardest::NAN; n];
-    if n == 0 {
-        return Ok(found);
-    }
+    let (n, m, dim) = (
+        anchors.rows.rows(),
+        candidates.rows.rows(),
+        anchors.rows.cols(),
+    );
     let squares = Squares::of(anchors.rows, candidates.rows);
     let mining = Mining {
         anchors: anchors.rows,
@@ -135,21 +139,52 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
         identities,
         anchor_squares: squares.x(),
         squares: squares.y(),
+        largest_square: max(squares.y()),
     };
-    let transposed = candidates.tensor.f_transpose(0, 1)?;
-    let block = (BLOCK / m).clamp(1, n);
-    let buffer = Owned::<F>::new(&[block as i64, m as i64])?.into_tensor();
-    for (b, found) in found.chunks_mut(block).enumerate() {
-        let (first, count) = (b * block, found.len());
-        let products = buffer.f_narrow(0, 0, count as i64)?;
-        // With an output given, autocast leaves the product alone.
-        let factor = anchors.tensor.f_narrow(0, first as i64, count as i64)?;
-        let products = factor.f_mm_out(&products, &transposed)?;
-        let view = Input::new(CLASS, "products", &products)?;
-        let rows = view.dense_rows::<F>()?;
-        // Besides the products, two distances or more of each anchor.
-        let work = count * (m + 2 * anchors.rows.cols());
-        mining.mine(rows, first, found, threads(work));
+    let mirrored = anchors.rows.same(&candidates.rows);
+    let height = if mirrored {
+        panels::height(n, dim)
+    } else {
+        n.clamp(1, HEIGHT)
+    };
+    let width = (BLOCK / height).min(m).max(1);
+    let buffer = Owned::<F>::new(&[height as i64, width as i64])?.into_tensor();
+    let mut seen = mining.start();
+    for top in (0..n).step_by(height) {
+        for left in (if mirrored { top } else { 0 }..m).step_by(width) {
+            let (high, wide) = (height.min(n - top), width.min(m - left));
+            let products = if (high, wide) == (height, width) {
+                buffer.shallow_clone()
+            } else {
+                buffer.f_as_strided([high as i64, wide as i64], [wide as i64, 1], 0)?
+            };
+            let (u, v) = (
+                rows(anchors, top, high)?,
+                rows(candidates, left, wide)?.f_tr()?,
+            );
+            // With an output given, autocast leaves the product alone.
+            let products = u.f_mm_out(&products, &v)?;
+            let view = Input::new(CLASS, "products", &products)?;
+            let tile = Tile {
+                products: view.dense_rows::<F>()?,
+                first: (top, left),
+                mirrored,
+            };
+            let keys = products.numel();
+            if (top + high, left + wide) == (n, m) {
+                // Besides, two distances or more of each anchor.
+                return Ok(mining.finish(tile, &mut seen, threads(keys + 2 * n * dim)));
+            }
+            mining.look(tile, &mut seen, threads(keys));
+        }
     }
-    Ok(found)
+    Ok(Vec::new())
+}
+
+/// Some of the rows.
+fn rows<F: Element>(of: &Features<'_, F>, first: usize, count: usize) -> Result<Tensor> {
+    if count == of.rows.rows() {
+        return Ok(of.tensor.shallow_clone());
+    }
+    Ok(of.tensor.f_narrow(0, first as i64, count as i64)?)
 }
