@@ -1,8 +1,9 @@
-"""``python -m benches [METHOD ...] [--quick] [--save] [--check] [--list] [--loaded] [--scaling]
-[--device cuda] [--share]``,
+"""``python -m benches [METHOD ...] [--case TEXT] [--quick] [--no-compiled] [--save] [--check] [--list]
+[--loaded] [--scaling] [--device cuda] [--share]``,
 ``python -m benches [--draw] [--pages]`` from what was kept."""
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # One without cases lacks the package that it is about.
     chosen = [m for stem, m in known.items() if m.cases and (stem in options.methods or not options.methods)]
+    if options.case:
+        chosen = [m for m in (_only(method, options.case) for method in chosen) if m.cases]
     if options.list:
         for method in chosen:
             print(method.stem, *(f"  {case.setting}" for case in method.cases), sep="\n")
@@ -33,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     _report.print_environment()
     effort = QUICK if options.quick else FULL
+    effort = dataclasses.replace(effort, compiled=effort.compiled and not options.no_compiled)
     if options.scaling:
         verdicts = _scaling.run(options.quick)
         return int(options.check and not all(verdict.met for verdict in verdicts))
@@ -46,6 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         verdicts = _run(chosen, effort, options)
     return int(options.check and not all(verdict.met for verdict in verdicts))
+
+
+def _only(method: Method, part: str) -> Method:
+    """Without what is judged from all cases together."""
+    cases = [case for case in method.cases if part in case.setting]
+    return dataclasses.replace(method, cases=cases, verdicts=lambda results: (), footprints=())
 
 
 def _run(chosen: Sequence[Method], effort: Effort, options: argparse.Namespace) -> list[Verdict]:
@@ -86,6 +96,8 @@ def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--quick", action="store_true", help="small settings, few rounds")
     parser.add_argument("--list", action="store_true", help="print methods and settings, run nothing")
+    parser.add_argument("--case", metavar="TEXT", help="only settings that contain this")
+    parser.add_argument("--no-compiled", action="store_true", help="without torch.compile, which takes long")
     parser.add_argument("--save", action="store_true", help="keep the results, in benches/results")
     parser.add_argument("--output", type=pathlib.Path, metavar="FILE", help="where --save puts them instead")
     parser.add_argument("--check", action="store_true", help="fail where a bar is missed")

@@ -41,7 +41,7 @@ def run(methods: Iterable[Method], effort: Effort) -> list[Verdict]:
         for case in method.cases:
             if not case.small:
                 continue
-            providers, _ = prepare(case, thorough=False)
+            providers, _ = prepare(case, compiled=False)
             compared = {name: providers[name] for name in (OURS, PLAIN)}
             labels = {"label": method.stem, "sub_label": case.setting}
             quiet = measure(compared, effort, **labels)

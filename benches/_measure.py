@@ -23,12 +23,14 @@ class Effort:
     rounds: int
     #: Seconds for all blocks of one provider; three blocks are run whatever they take.
     budget: float
-    #: Whether to include what takes seconds to prepare: torch.compile, and memory.
+    #: Whether to include settings that take seconds, and memory.
     thorough: bool = True
+    #: Whether to include torch.compile, which takes seconds for each setting.
+    compiled: bool = True
 
 
 FULL = Effort(block=0.02, rounds=25, budget=1.0)
-QUICK = Effort(block=0.002, rounds=5, budget=0.1, thorough=False)
+QUICK = Effort(block=0.002, rounds=5, budget=0.1, thorough=False, compiled=False)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Result:
 
 def run_case(method: str, case: Case, effort: Effort) -> Result:
     """Set a case up, compare its providers, and time them."""
-    providers, left_out = prepare(case, thorough=effort.thorough)
+    providers, left_out = prepare(case, compiled=effort.compiled)
     measurements = measure(providers, effort, label=method, sub_label=case.setting)
     memory = {name: peak(p.step) for name, p in providers.items()} if effort.thorough else {}
     return Result(case, measurements, memory, left_out)

@@ -53,12 +53,12 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def prepare(case: Case, *, thorough: bool, device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]:
+def prepare(case: Case, *, compiled: bool, device: str = "cpu") -> tuple[dict[str, Provider], dict[str, str]]:
     """Set a case up and compare its providers; return those that run, and why the others do not (inductor
-    does not take every formula). Compiling takes seconds, so it is done only if ``thorough``."""
+    does not take every formula). Compiling takes seconds, so it is done only if ``compiled``."""
     with torch.device(device):
         providers, left_out = dict(case.set_up()), {}
-    if not thorough and providers.pop(COMPILED, None):
+    if not compiled and providers.pop(COMPILED, None):
         left_out[COMPILED] = "it takes seconds"
     if COMPILED in providers:
         try:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from benches import _report
 from benches._case import OURS, PLAIN, Case, Method, Provider
-from benches._device import FAILURES, failure
+from benches._device import failure
 from benches._measure import Effort, measure
 from benches._providers import prepare
 
@@ -31,14 +31,14 @@ def run(methods: Iterable[Method], effort: Effort, device: str) -> None:
         for case in _chosen(method):
             try:
                 rows.append([method.stem, case.setting, *_figures(method.stem, case, effort, device)])
-            except FAILURES as error:
+            except Exception as error:
                 _report.print_verdicts([failure(case, error)])
     print(tabulate(rows, HEADS, disable_numparse=True))
 
 
 def _figures(stem: str, case: Case, effort: Effort, device: str) -> list[str]:
     """The figures in a row of the table."""
-    providers, _ = prepare(case, thorough=False, device=device)
+    providers, _ = prepare(case, compiled=False, device=device)
     network = network_step(device)
     steps = {name: Provider(_both(network, providers[name].step), None) for name in (PLAIN, OURS)}
     steps[BASE] = Provider(network, None)

@@ -60,7 +60,7 @@ def tiny() -> nn.Module:
 
 
 class VisionTransformer(nn.Module):
-    """The parameters of ViT-B/16: 152 tensors, 86,567,656 numbers."""
+    """The parameters of ViT-B/16, or of a larger one with heads as wide."""
 
     def __init__(self, width: int = 768, depth: int = 12, tokens: int = 197):
         super().__init__()
@@ -68,10 +68,15 @@ class VisionTransformer(nn.Module):
         self.token = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, tokens, width))
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 12, 4 * width, batch_first=True) for _ in range(depth)
+            nn.TransformerEncoderLayer(width, width // 64, 4 * width, batch_first=True) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 1000)
+
+
+def vit_l() -> nn.Module:
+    """The parameters of ViT-L/16."""
+    return VisionTransformer(1024, 24)
 
 
 def _averages(before: nn.Module, student: nn.Module) -> dict[str, tuple[Callable, Sequence[torch.Tensor]]]:
@@ -151,7 +156,7 @@ METHOD = Method(
         ),
         _case("MobileNet v2", mobilenet_v2),
         _case("ViT-B", VisionTransformer, bars=[within(LIMIT, LIMIT_BAR)], quick=False),
-        _case("ViT-L", lambda: VisionTransformer(1024, 24), quick=False, on_device=True),
+        _case("ViT-L", vit_l, quick=False, on_device=True),
         _case("1,000 tiny tensors", tiny, bars=[faster(FOREACH, TINY_BAR)]),
     ],
 )

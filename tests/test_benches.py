@@ -54,7 +54,9 @@ def test_device_run(capsys):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried to\nallocate"), Disagreement("off by 1")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("tried to\nallocate"), Disagreement("off by 1"), AssertionError("no")]
+)
 @pytest.mark.parametrize("way", ["--device=cpu", "--share"])
 def test_a_case_that_cannot_be_measured_leaves_the_others(error, way, monkeypatch, capsys):
     """And does not count as having met its bars."""
@@ -147,7 +149,7 @@ def test_a_wrong_provider_is_not_timed(wrong):
 @pytest.mark.parametrize("stem", [stem for stem, method in methods().items() if method.cases])
 def test_a_disturbed_result_is_caught_in_every_method(stem):
     case = methods()[stem].cases[-1 if stem == "mean_teacher" else 0]
-    providers, _ = prepare(case, thorough=False)
+    providers, _ = prepare(case, compiled=False)
     ours = providers[OURS]
 
     def disturbed():
@@ -176,6 +178,20 @@ def test_unknown_method_and_list(capsys):
     assert main(["no_such_method"]) == 2
     assert main(["--list"]) == 0
     assert "N = 10,000,000" in capsys.readouterr().out
+    assert main(["--list", "--case", "(8, 100000)"]) == 0
+    listed = capsys.readouterr().out
+    assert "mcc\n" in listed
+    assert "flexmatch" not in listed
+    assert all("(8, 100000)" in line for line in listed.splitlines() if line.startswith(" "))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_single_settings_without_the_compiler(capsys):
+    assert main(["uda", "--case", "(32, 31)", "--no-compiled"]) == 0
+    printed = capsys.readouterr().out
+    assert "(32, 31)" in printed
+    assert "(64, 100)" not in printed
+    assert "compiled  left out: it takes seconds" in printed
 
 
 @pytest.mark.parametrize(
@@ -184,6 +200,7 @@ def test_unknown_method_and_list(capsys):
         (mean_teacher.resnet50, 161, 25_557_032),
         (mean_teacher.mobilenet_v2, 158, 3_504_872),
         (mean_teacher.VisionTransformer, 152, 86_567_656),
+        (mean_teacher.vit_l, 296, 304_326_632),
         (mean_teacher.tiny, 1000, 36_000),
     ],
 )
@@ -257,7 +274,7 @@ def test_what_inductor_does_not_take_is_left_out():
         return {OURS: fine, PLAIN: fine, COMPILED: Provider(refuse, refuse)}
 
     case = Case("setting", set_up)
-    providers, left_out = prepare(case, thorough=True)
+    providers, left_out = prepare(case, compiled=True)
     assert list(providers) == [OURS, PLAIN]
     assert left_out == {COMPILED: "NotImplementedError: no such operator"}
     assert list(run_case("method", case, QUICK).measurements) == [OURS, PLAIN]
@@ -275,7 +292,7 @@ def test_the_original_is_compared_where_there_is_one():
     code = (
         "from benches._case import methods; from benches._providers import prepare\n"
         "for m in methods().values():\n"
-        "    if m.stem != 'semilearn': print(m.stem, *prepare(m.cases[-1 if m.stem == 'mean_teacher' else 0], thorough=False)[0])"
+        "    if m.stem != 'semilearn': print(m.stem, *prepare(m.cases[-1 if m.stem == 'mean_teacher' else 0], compiled=False)[0])"
     )
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

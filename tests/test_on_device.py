@@ -59,9 +59,22 @@ def of_pairs(loss):
     return "triplet" in loss.name or "pairwise" in loss.name
 
 
+#: Losses whose gradient is 0 in rows that are not selected.
+SELECTING = [loss for loss in LOSSES if loss.name in ("uda", "pseudo_label")]
+
+
 @gpu
-@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not of_pairs(loss)], ids=repr)
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize(
+    ("loss", "dtype"),
+    # Of thousands of rows in a half type, some are at the threshold after rounding and not before.
+    [
+        (x, t)
+        for x in LOSSES
+        for t in ROUNDING
+        if not of_pairs(x) and (t == torch.float32 or x not in SELECTING)
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
 def test_every_form_in_turns(loss, generator, dtype, shape):
     check_form(loss, generator, dtype, shape)
@@ -89,8 +102,6 @@ def test_gradient_of_the_loss_itself(loss, generator, dtype):
     assert_agree(on_cpu(run(loss, loss.ours, typed, weight=1.0)), expected, dtype, 4 * ROUNDING[dtype])
 
 
-#: Losses whose gradient is 0 in rows that are not selected.
-SELECTING = [loss for loss in LOSSES if loss.name in ("uda", "pseudo_label")]
 #: So large that backward is told of such rows, emulated or not: rows of a multiple of 16 bytes, and others.
 LARGE = [(700, 100), (700, 101)] if EMULATED else [(60_000, 100), (60_000, 101)]
 
@@ -157,7 +168,11 @@ def test_layouts(loss, generator, layout, dtype, shape):
         return run(loss, loss.ours, tensors)
 
     got, expected = of([placed(x) for x in views]), of([x.contiguous().to(DEVICE) for x in views])
-    assert_agree(got, expected, dtype, 2e-6)
+    # Kernels do the same in every layout. libtorch may add in another order, which changes a float32 sum of n numbers
+    # by up to sqrt(n) roundings, and so a number in a half type by a unit.
+    kernel = KERNELS and loss.name != "pairwise_distances"
+    another_order = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps * shape[1] ** 0.5)
+    assert_agree(got, expected, dtype, 2e-6 if kernel else another_order)
 
 
 @every_loss
@@ -380,7 +395,8 @@ def test_compiled_with_graphs(loss, generator):
     for _ in range(4):  # a first run, one that is recorded, and replays
         torch.compiler.cudagraph_mark_step_begin()
         value, grads = run(loss, compiled, inputs)
-        assert_agree((value.clone(), [g.clone() for g in grads]), expected, torch.float32, 1e-6)
+        # Inductor's formulation of MCC rounds in other places: 9e-7 on a CPU.
+        assert_agree((value.clone(), [g.clone() for g in grads]), expected, torch.float32, 3e-6)
 
 
 FIRST_CALL = """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.losses import LOSSES
-from tests.on_device import DEVICE, ROUNDING, on_cpu, somewhere
+from tests.on_device import DEVICE, KERNELS, ROUNDING, on_cpu, somewhere
 from tests.test_losses import assert_agree, run
 from tllib_rs.self_training.self_ensemble import ClassBalanceLoss
 
@@ -20,7 +20,13 @@ def test_parts_of_the_rows(generator, dtype, shape):
     # The gradient of a mean is small; `assert_agree` needs one that is not.
     got = run(BALANCE, BALANCE.ours, [typed], weight=len(p))
     expected = run(BALANCE, BALANCE.plain, [exact], weight=len(p))
-    assert_agree(on_cpu(got), expected, dtype, ROUNDING[dtype])
+    rounding = ROUNDING[dtype]
+    if not KERNELS:
+        # A float32 mean, rounded a few times, loses as many digits as it shares with the number it is compared with.
+        means = exact.detach().mean(dim=0)
+        shared = means.max() / (means - 1 / shape[1]).abs().max()
+        rounding = max(rounding, 4 * torch.finfo(torch.float32).eps * float(shared))
+    assert_agree(on_cpu(got), expected, dtype, rounding)
 
 
 def test_nan_where_it_cannot_raise():

@@ -49,13 +49,14 @@ def start(teachers, students, alpha):
     return ema
 
 
-def assert_values(module, expected, exact=True):
+def assert_values(module, expected, exact=True, steps=3):
+    """Unless ``exact``, each of the ``steps`` may round three times where the expected values were rounded once."""
     for got, wanted in zip(module.parameters(), expected, strict=True):
         got, where = got.detach().cpu(), (got.dtype, got.shape, got.storage_offset())
         if exact:
             assert torch.equal(got, wanted), where
         else:
-            rtol, atol = 4 * torch.finfo(got.dtype).eps, torch.finfo(got.dtype).eps
+            rtol, atol = 1.5 * steps * torch.finfo(got.dtype).eps, torch.finfo(got.dtype).eps
             torch.testing.assert_close(got, wanted, rtol=rtol, atol=atol, msg=lambda m, w=where: f"{w}: {m}")
 
 
@@ -143,7 +144,7 @@ def test_mean_teacher_captured_and_replayed(warm, generator):
     for _ in range(3):
         graph.replay()
         expected = [averaged(t, s, 0.9) for t, s in zip(expected, students, strict=True)]
-    assert_values(ema.teacher, expected, exact=KERNELS)
+    assert_values(ema.teacher, expected, exact=KERNELS, steps=3 + warm)
 
 
 @gpu
@@ -166,7 +167,7 @@ def test_mean_teacher_compiled_with_graphs(generator):
     for _ in range(4):  # a first run, one that is recorded, and replays
         update()
         expected = [averaged(t, s, 0.9) for t, s in zip(expected, students, strict=True)]
-    assert_values(ema.teacher, expected, exact=KERNELS)
+    assert_values(ema.teacher, expected, exact=KERNELS, steps=4)
 
 
 def convex(x):

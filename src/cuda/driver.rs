@@ -92,8 +92,22 @@ impl Context {
     /// Runs `body` with this context current on the thread: torch's current device may be another, and a thread
     /// that has not used CUDA yet has no context.
     fn within<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
-        // SAFETY: the context is alive: it is never released.
-        unsafe { sys::cuCtxPushCurrent_v2(self.primary.0.cast()) }
+        let current = current()?;
+        if current == self.primary {
+            return body();
+        }
+        let primary = self.primary.0.cast();
+        if current.0.is_null() && self.ordinal == 0 {
+            // To stay: the runtime makes it current as well when a thread first uses it, but cuBLAS warns if it comes
+            // first.
+            // SAFETY: the context is alive: it is never released.
+            unsafe { sys::cuCtxSetCurrent(primary) }
+                .result()
+                .map_err(reason)?;
+            return body();
+        }
+        // SAFETY: as above.
+        unsafe { sys::cuCtxPushCurrent_v2(primary) }
             .result()
             .map_err(reason)?;
         let _pushed = Pushed;
@@ -116,19 +130,15 @@ impl Context {
     /// `torch.cuda.green_contexts` makes: it has no handle to distinguish it from this context's default stream, where
     /// launches would not be ordered after the work that they depend on.
     pub fn check_default(&self, stream: Handle) -> Result<()> {
-        let mut current = std::ptr::null_mut();
         if !stream.0.is_null() {
             return Ok(());
         }
-        // SAFETY: it writes one handle.
-        unsafe { sys::cuCtxGetCurrent(&raw mut current) }
-            .result()
-            .map_err(reason)?;
-        if current.is_null() || current == self.primary.0.cast() {
+        let current = current()?;
+        if current.0.is_null() || current == self.primary {
             return Ok(());
         }
         let mut device = 0;
-        // SAFETY: as above, one number.
+        // SAFETY: it writes one number.
         unsafe { sys::cuCtxGetDevice(&raw mut device) }
             .result()
             .map_err(reason)?;
@@ -285,6 +295,16 @@ fn graph_of(stream: Handle) -> Result<u64> {
     };
     asked.result().map_err(reason)?;
     Ok(graph)
+}
+
+/// The thread's current context; null if it has none.
+fn current() -> Result<Handle> {
+    let mut current = std::ptr::null_mut();
+    // SAFETY: it writes one handle.
+    unsafe { sys::cuCtxGetCurrent(&raw mut current) }
+        .result()
+        .map_err(reason)?;
+    Ok(Handle(current.cast()))
 }
 
 /// A context that was pushed, and is popped on drop.
