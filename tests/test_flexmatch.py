@@ -4,8 +4,10 @@ import copy
 import ctypes
 import io
 import math
+import os
 import pathlib
 import pickle
+import signal
 import subprocess
 import sys
 import textwrap
@@ -336,6 +338,32 @@ def test_threads_in_dispatch_modes_do_not_wait_for_each_other_for_ever(samples):
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive(), "waits for ever"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_fork_while_another_thread_counts_does_not_wait_for_it():
+    module, labels = make(samples=50_000), torch.arange(5)
+    over = threading.Event()
+
+    def count():
+        while not over.is_set():
+            module.net_outputs[3] = 1
+            module.get_threshold(labels)
+
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
+    try:
+        for _ in range(20):
+            time.sleep(0.003)
+            child = os.fork()
+            if not child:
+                signal.alarm(10)
+                module.get_threshold(labels)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0, "waits for ever"
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_integer_types_negative_indices_and_shapes():

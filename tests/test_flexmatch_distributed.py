@@ -1,6 +1,7 @@
 """FlexMatch on several gloo ranks equals one process with the concatenated batch."""
 
 import copy
+import json
 import os
 import signal
 import time
@@ -136,6 +137,49 @@ def _message(function, *arguments, **keywords):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _in_a_fork(module, idxes):
+    """What a forked worker gets while its parent waits for the other rank; ``None`` if it waits as well."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        step = (idxes, torch.ones(len(idxes)), idxes)
+        counts, thresholds = module.class_counts().tolist(), module.get_threshold(idxes).tolist()
+        told = [counts, thresholds, _message(module.update, *step), _message(module.synchronize)]
+        os.write(writer, json.dumps(told).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        told = pipe.read()
+    os.waitpid(child, 0)
+    return told and json.loads(told)
+
+
+def _forked(rank, layout):
+    module, idxes = make(process_group=dist.group.WORLD, layout=layout), torch.arange(2)
+    module.update(idxes, torch.ones(2), idxes + 2)
+    before = module.class_counts().tolist(), module.get_threshold(idxes).tolist()
+    if rank == 0:
+        module.update(idxes + 2, torch.ones(2), idxes)
+        told = _in_a_fork(module, idxes)
+        dist.barrier()
+    else:
+        dist.barrier()
+        module.update(idxes + 2, torch.ones(2), idxes)
+        told = None
+    return before, told, module.class_counts().tolist()
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+def test_a_process_forked_in_the_middle_of_an_exchange_does_not_wait_for_it(layout):
+    (before, told, counts), (*_, of_other) = run_ranks(2, _forked, layout)
+    assert told is not None, "waits for ever"
+    seen, thresholds, *messages = told
+    assert (seen, thresholds) == before
+    assert all("a process forked from a rank cannot do" in message for message in messages)
+    assert counts == of_other != before[0]
 
 
 def _differing(rank):

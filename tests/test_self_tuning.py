@@ -452,6 +452,24 @@ def test_bad_encoders():
         model(torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, dtype=torch.int64))
 
 
+def test_encoders_that_return_a_list():
+    class Listed(nn.Module):
+        projection_dim = 4
+
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3, 4)
+
+        def forward(self, x):
+            h = self.head(x)
+            return [nn.functional.normalize(h, dim=1), h]
+
+    logits, targets, y_q = SelfTuning(Listed(), Listed(), 5, K=2)(
+        torch.randn(2, 3), torch.randn(2, 3), torch.zeros(2, dtype=torch.int64)
+    )
+    assert (logits.shape, targets.shape, y_q.shape) == ((2, 11), (2, 11), (2, 4))
+
+
 def test_copies_and_pickles():
     model = small_model()
     batch = (torch.randn(6, 3), torch.randn(6, 3), torch.randint(5, (6,)))

@@ -1,4 +1,4 @@
-use super::{GIL_WORTH, MANY, caught, integer, tensor, without_gil};
+use super::{MANY, caught, integer, tensor, without_gil};
 use crate::error::{Error, Result};
 use crate::ops::flexmatch::{self as ops, CLASS};
 use crate::torch::pages;
@@ -10,7 +10,7 @@ use pyo3_tch::PyTensor;
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{LockResult, Mutex, MutexGuard, PoisonError};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 /// The labels of all samples and their counts.
 #[pyclass(frozen, module = "tllib_rs._core")]
@@ -18,8 +18,13 @@ pub struct FlexMatch {
     state: Mutex<ops::FlexMatch>,
     /// The thread that holds the lock, as [`this_thread`] has it, or 0.
     holder: AtomicUsize,
-    samples: usize,
+    /// Whether what reads all samples releases the GIL.
+    slow: bool,
 }
+
+/// Samples on the CPU that are read in less time than other threads may have to wait for the GIL: about 10 ms. As long
+/// as it is not released, no other thread can fork the process with the lock held.
+const QUICK: usize = 1 << 24;
 
 /// A number that no other thread has while this one lives.
 fn this_thread() -> usize {
@@ -68,13 +73,13 @@ impl FlexMatch {
         })?)
     }
 
-    /// The same for what reads all samples, without the GIL if there are many.
+    /// The same for what reads all samples, without the GIL if that is slow.
     fn locked_for_all<T: Send>(
         &self,
         py: Python<'_>,
         body: impl FnOnce(&mut ops::FlexMatch) -> Result<T> + Send,
     ) -> PyResult<T> {
-        if self.samples < GIL_WORTH {
+        if !self.slow {
             return self.locked(py, body);
         }
         without_gil(py, MANY, || self.with_state(Mutex::lock, body))
@@ -154,11 +159,12 @@ impl FlexMatch {
         let mut labels = tensor(CLASS, "net_outputs", &labels)?;
         pages::ask_for_large(&labels);
         let _ = labels.f_fill_(-1).map_err(Error::from)?;
+        let slow = samples > QUICK || labels.device() != Device::Cpu;
         let state = ops::FlexMatch::new(classes, labels, counts_on_device)?;
         Ok(Self {
             state: Mutex::new(state),
             holder: AtomicUsize::new(0),
-            samples,
+            slow,
         })
     }
 

@@ -5,6 +5,7 @@ order on every rank, whenever a rank reads the result, and whatever else runs on
 """
 
 import datetime
+import os
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,12 +57,22 @@ class _Ranks(Alone):
         #: Waits for the pending exchange and returns its result.
         self._pending: Callable[[], torch.Tensor] | None = None
         self._broken: str | None = None
+        self._process = os.getpid()
 
     def _fail(self, error: RuntimeError) -> RuntimeError:
         self._broken = self._broken or str(error)
         return RuntimeError(f"{CLASS}: the exchange between the ranks failed: {self._broken}")
 
+    def _forked(self) -> bool:
+        """Whether this is a copy in a forked process, such as a worker: it has no group and no thread."""
+        return os.getpid() != self._process
+
     def _check(self) -> None:
+        if self._forked():
+            raise RuntimeError(
+                f"{CLASS}: update and synchronize exchange labels with the other ranks, which a process "
+                "forked from a rank cannot do"
+            )
         if self._broken is not None:
             raise self._fail(RuntimeError(self._broken))
 
@@ -80,7 +91,9 @@ class _Ranks(Alone):
 
     def _take(self) -> torch.Tensor | None:
         """The result of the pending exchange, or ``None`` if there is none. If the wait is interrupted, the
-        exchange stays pending."""
+        exchange stays pending. One that was pending when this process was forked never ends here."""
+        if self._forked():
+            return None
         self._check()
         if self._pending is None:
             return None
@@ -114,6 +127,7 @@ class Replicated(_Ranks):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tllib_rs_flexmatch")
 
     def update(self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor) -> None:
+        self._check()
         words = self._state.pack(idxes, selected_mask, pseudo_labels).to(self._word)
         self.complete()
         self._pending = self._thread.submit(self._exchange, words).result
@@ -177,6 +191,7 @@ class Sharded(_Ranks):
         state.set_totals(totals)
 
     def update(self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor) -> None:
+        self._check()
         self.complete()
         self._state.update(idxes, selected_mask, pseudo_labels)
         self._start()

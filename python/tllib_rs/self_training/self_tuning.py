@@ -363,8 +363,8 @@ def _check_mode(name: str, encoder: nn.Module) -> None:
 
 
 def _training_outputs(name: str, outputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(outputs, tuple) and len(outputs) == 2:
-        return outputs
+    if isinstance(outputs, (tuple, list)) and len(outputs) == 2:
+        return outputs[0], outputs[1]
     # A tensor with two rows would unpack as well, into nonsense.
     raise ValueError(
         f"SelfTuning: {name} must return (projections, predictions), as in training mode, "
