@@ -26,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [m for stem, m in known.items() if m.cases and (stem in options.methods or not options.methods)]
     if options.case:
         chosen = [m for m in (_only(method, options.case) for method in chosen) if m.cases]
+        if not chosen:
+            print(f"no setting contains {options.case!r}; --list prints them", file=sys.stderr)
+            return 2
+    if options.save and not options.output and (options.case or options.no_compiled):
+        print("--save keeps whole runs: --case and --no-compiled need --output", file=sys.stderr)
+        return 2
     if options.list:
         for method in chosen:
             print(method.stem, *(f"  {case.setting}" for case in method.cases), sep="\n")

@@ -178,6 +178,9 @@ def test_unknown_method_and_list(capsys):
     assert main(["no_such_method"]) == 2
     assert main(["--list"]) == 0
     assert "N = 10,000,000" in capsys.readouterr().out
+    assert main(["--list", "--case", "no such setting"]) == 2
+    assert main(["uda", "--save", "--no-compiled"]) == 2
+    capsys.readouterr()
     assert main(["--list", "--case", "(8, 100000)"]) == 0
     listed = capsys.readouterr().out
     assert "mcc\n" in listed

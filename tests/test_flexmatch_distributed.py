@@ -147,7 +147,8 @@ def _in_a_fork(module, idxes):
         signal.alarm(20)
         step = (idxes, torch.ones(len(idxes)), idxes)
         counts, thresholds = module.class_counts().tolist(), module.get_threshold(idxes).tolist()
-        told = [counts, thresholds, _message(module.update, *step), _message(module.synchronize)]
+        load = _message(module.load_state_dict, module.state_dict())
+        told = [counts, thresholds, _message(module.update, *step), _message(module.synchronize), load]
         os.write(writer, json.dumps(told).encode())
         os._exit(0)
     os.close(writer)

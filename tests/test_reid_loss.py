@@ -1,7 +1,7 @@
 """The losses of person re-identification."""
 
 import inspect
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -234,6 +234,16 @@ def test_distances_of_a_matrix_with_itself(generator):
     )
 
 
+@contextmanager
+def threads_of(count):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 SIDES = {
     "one tensor": lambda f, x: f(x, x),
     "columns": lambda f, x: (lambda columns: f(columns, columns))(x.T.contiguous().T),
@@ -250,13 +260,9 @@ def test_one_product_serves_both_sides_of_a_matrix_with_itself(dtype, shape, sid
     # Not of the diagonal, where float32 has rounding noise.
     weights = torch.randn(shape[0], shape[0], generator=generator).fill_diagonal_(0)
     results = []
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with threads_of(threads):
         for distances, like in ((pairwise_euclidean_distance, x), (plain.distances, x.double())):
             results.append(grads_of(lambda x, f=distances: SIDES[side](f, x) * weights, [like]))
-    finally:
-        torch.set_num_threads(before)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
     for got, exact in zip(*results, strict=True):
         size = exact.detach().abs().max() if exact.numel() else 0
@@ -270,9 +276,29 @@ def test_features_that_are_their_own_memory_under_other_labels(shape, generator)
     """Their products are symmetric, who is a positive is not."""
     f = torch.randn(shape, generator=generator, dtype=torch.float64)
     labels = [torch.randint(shape[0] // 8, (shape[0],), generator=generator) for _ in range(2)]
-    got = grads_of(lambda f: TripletLossXBM(0.4)(f, labels[0], f, labels[1]), [f])
+    expected = grads_of(lambda f: plain.triplet_xbm(f, labels[0], f, labels[1], 0.4), [f])
+    with threads_of(1):  # which takes the most panels
+        got = grads_of(lambda f: TripletLossXBM(0.4)(f, labels[0], f, labels[1]), [f])
+    torch.testing.assert_close(got, expected)
+
+
+def test_pairs_of_symmetric_products_in_many_tiles(generator):
+    """So many rows that what is above the diagonal of a panel is more than is kept at a time."""
+    f = torch.randn(4500, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(500, (4500,), generator=generator)
+    with threads_of(1):
+        symmetric = grads_of(lambda f: TripletLossXBM(0.4)(f, labels, f, labels), [f])
+        loss, *sides = grads_of(lambda f, m: TripletLossXBM(0.4)(f, labels, m, labels), [f, f.clone()])
+    assert torch.equal(symmetric[0], loss)
+    torch.testing.assert_close(symmetric[1], sum(sides))
+
+
+def test_more_memory_than_is_searched_at_a_time(generator):
+    f, memory = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (7, 5000))
+    labels, of_memory = torch.arange(7), torch.arange(5000) % 11
+    got = grads_of(lambda f, m: TripletLossXBM(0.4)(f, labels, m, of_memory), [f, memory])
     torch.testing.assert_close(
-        got, grads_of(lambda f: plain.triplet_xbm(f, labels[0], f, labels[1], 0.4), [f])
+        got, grads_of(lambda f, m: plain.triplet_xbm(f, labels, m, of_memory, 0.4), [f, memory])
     )
 
 

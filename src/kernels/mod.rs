@@ -10,6 +10,7 @@ pub mod columns;
 pub mod element;
 pub mod isa;
 pub mod lanes;
+pub mod mirror;
 pub mod parallel;
 pub mod product;
 pub mod quad;

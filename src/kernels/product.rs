@@ -3,8 +3,11 @@
 //! rows of equal length.
 
 use super::isa::{Isa, Kernel, dispatch};
+use super::mirror::mirror;
 use super::real::Real;
 use std::convert::Infallible;
+use std::hint::black_box;
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 /// An implementation of matrix products.
@@ -36,16 +39,16 @@ pub trait Multiply<F> {
     fn outer(&self, x: &[F], width: usize, out: &mut [F]) -> Result<(), Self::Error>;
 
     /// Writes what [`Multiply::outer`] left out.
-    fn finish(&self, _width: usize, _out: &mut [F]) {}
+    fn finish(&self, width: usize, out: &mut [F]);
 }
 
-/// Fills the lower triangle of a symmetric matrix of `rows` rows from its upper triangle.
-pub fn mirror<F: Real>(matrix: &mut [F], rows: usize) {
-    for i in 1..rows {
-        for j in 0..i {
-            matrix[i * rows + j] = matrix[j * rows + i];
-        }
-    }
+/// Zeros to add products to, which are in memory. Those of `vec![0; n]` may be pages that the system makes when they are written; a product
+/// that is added reads them first, and then each takes two faults, of which the second interrupts the other processors.
+pub fn zeros<F: Real>(count: usize) -> Vec<F> {
+    let mut zeros = Vec::with_capacity(count);
+    // Not seen to be 0, or the allocator would be asked for zeros again.
+    zeros.resize(count, black_box(F::ZERO));
+    zeros
 }
 
 /// This thread alone.
@@ -106,7 +109,7 @@ impl<F: Real> Multiply<F> for Alone {
     }
 
     fn finish(&self, width: usize, out: &mut [F]) {
-        mirror(out, width);
+        mirror(out, width, NonZeroUsize::MIN);
     }
 }
 
@@ -177,7 +180,7 @@ fn dots<I: Isa, F: Real>(x: [&[F]; WIDE], y: [&[F]; WIDE]) -> [[F; WIDE]; WIDE] 
         }
     }
     // If LLVM saw how the lanes are reduced, it would shuffle them accordingly in each iteration of the loop.
-    let sums = std::hint::black_box(sums);
+    let sums = black_box(sums);
     let mut out = [[F::ZERO; WIDE]; WIDE];
     for r in 0..WIDE {
         for s in 0..WIDE {

@@ -1,4 +1,4 @@
-use super::{MANY, caught, integer, tensor, without_gil};
+use super::{GIL_WORTH, MANY, caught, integer, tensor, without_gil};
 use crate::error::{Error, Result};
 use crate::ops::flexmatch::{self as ops, CLASS};
 use crate::torch::pages;
@@ -18,12 +18,13 @@ pub struct FlexMatch {
     state: Mutex<ops::FlexMatch>,
     /// The thread that holds the lock, as [`this_thread`] has it, or 0.
     holder: AtomicUsize,
-    /// Whether what reads all samples releases the GIL.
+    samples: usize,
+    /// Whether counting all samples again releases the GIL.
     slow: bool,
 }
 
-/// Samples on the CPU that are read in less time than other threads may have to wait for the GIL: about 10 ms. As long
-/// as it is not released, no other thread can fork the process with the lock held.
+/// Samples on the CPU that are counted again without releasing the GIL, in 10 ms at most: no other thread can fork the
+/// process then, with the lock held for ever in the child.
 const QUICK: usize = 1 << 24;
 
 /// A number that no other thread has while this one lives.
@@ -73,13 +74,13 @@ impl FlexMatch {
         })?)
     }
 
-    /// The same for what reads all samples, without the GIL if that is slow.
+    /// The same for what copies all samples, without the GIL if there are many.
     fn locked_for_all<T: Send>(
         &self,
         py: Python<'_>,
         body: impl FnOnce(&mut ops::FlexMatch) -> Result<T> + Send,
     ) -> PyResult<T> {
-        if !self.slow {
+        if self.samples < GIL_WORTH {
             return self.locked(py, body);
         }
         without_gil(py, MANY, || self.with_state(Mutex::lock, body))
@@ -118,7 +119,7 @@ impl FlexMatch {
         })
     }
 
-    /// Runs a step on counts that are up to date. Only counting all samples again takes long enough to
+    /// Runs a step on counts that are up to date. Only counting very many samples again takes long enough to
     /// release the GIL; a step itself handles Python's tensors and keeps it.
     fn with<T>(
         &self,
@@ -126,7 +127,11 @@ impl FlexMatch {
         step: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
     ) -> PyResult<T> {
         if self.is_stale(py)? {
-            self.locked_for_all(py, ops::FlexMatch::refresh)?;
+            if self.slow {
+                self.locked_for_all(py, ops::FlexMatch::refresh)?;
+            } else {
+                self.locked(py, ops::FlexMatch::refresh)?;
+            }
         }
         self.locked(py, step)
     }
@@ -164,6 +169,7 @@ impl FlexMatch {
         Ok(Self {
             state: Mutex::new(state),
             holder: AtomicUsize::new(0),
+            samples,
             slow,
         })
     }

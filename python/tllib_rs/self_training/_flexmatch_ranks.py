@@ -32,6 +32,9 @@ class Alone:
         """One step."""
         self._state.update(idxes, selected_mask, pseudo_labels)
 
+    def check(self) -> None:
+        """Raise if labels cannot be exchanged any more, or not in this process."""
+
     def complete(self) -> None:
         """Finish the exchange that is under way, if there is one."""
 
@@ -67,17 +70,17 @@ class _Ranks(Alone):
         """Whether this is a copy in a forked process, such as a worker: it has no group and no thread."""
         return os.getpid() != self._process
 
-    def _check(self) -> None:
-        if self._forked():
-            raise RuntimeError(
-                f"{CLASS}: update and synchronize exchange labels with the other ranks, which a process "
-                "forked from a rank cannot do"
-            )
+    def check(self) -> None:
         if self._broken is not None:
             raise self._fail(RuntimeError(self._broken))
+        if self._forked():
+            raise RuntimeError(
+                f"{CLASS}: update, load_state_dict and synchronize exchange labels with the other ranks, "
+                "which a process forked from a rank cannot do"
+            )
 
     def _run(self, collective: Any, *tensors: torch.Tensor) -> dist.Work:
-        self._check()
+        self.check()
         try:
             return collective(*tensors, group=self._group, async_op=True)
         except RuntimeError as error:
@@ -92,9 +95,9 @@ class _Ranks(Alone):
     def _take(self) -> torch.Tensor | None:
         """The result of the pending exchange, or ``None`` if there is none. If the wait is interrupted, the
         exchange stays pending. One that was pending when this process was forked never ends here."""
-        if self._forked():
+        if self._broken is None and self._forked():
             return None
-        self._check()
+        self.check()
         if self._pending is None:
             return None
         brought = self._pending()
@@ -127,7 +130,7 @@ class Replicated(_Ranks):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tllib_rs_flexmatch")
 
     def update(self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor) -> None:
-        self._check()
+        self.check()
         words = self._state.pack(idxes, selected_mask, pseudo_labels).to(self._word)
         self.complete()
         self._pending = self._thread.submit(self._exchange, words).result
@@ -191,7 +194,7 @@ class Sharded(_Ranks):
         state.set_totals(totals)
 
     def update(self, idxes: torch.Tensor, selected_mask: torch.Tensor, pseudo_labels: torch.Tensor) -> None:
-        self._check()
+        self.check()
         self.complete()
         self._state.update(idxes, selected_mask, pseudo_labels)
         self._start()

@@ -211,6 +211,7 @@ class DynamicThresholdingModule:
                 "DynamicThresholdingModule: state_dict must be a mapping with net_outputs, or that "
                 f"torch.Tensor itself, got {type(labels).__name__}"
             )
+        self._ranks.check()
         self._ranks.settle()
         self._state.load(labels)
         self._ranks.synchronize()

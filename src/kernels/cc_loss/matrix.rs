@@ -12,7 +12,7 @@ use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::lanes;
 use super::super::parallel::{cut, run};
-use super::super::product::Multiply;
+use super::super::product::{Multiply, zeros};
 use super::super::real::Real;
 use super::super::reduce;
 use super::{Inverse, NARROW, Pair, Pairs, Reader, Sums, exponentials};
@@ -30,7 +30,7 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
     let cols = pairs.cols();
     let (height, narrow) = (ROWS.min(pairs.chosen.len()), cols <= NARROW);
     let mut block = vec![F::ZERO; 2 * height * cols];
-    let (mut weak, mut strong) = (vec![F::ZERO; cols * cols], vec![F::ZERO; cols * cols]);
+    let (mut weak, mut strong) = (zeros::<F>(cols * cols), zeros::<F>(cols * cols));
     let mut sums = Sums::new(cols);
     let mut found = Vec::with_capacity(pairs.chosen.len());
     for chosen in pairs.chosen.chunks(ROWS) {

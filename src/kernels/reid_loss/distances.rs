@@ -14,6 +14,7 @@
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
+use super::super::mirror::{Triangle, mirror};
 use super::super::parallel::{cut, run, split};
 use super::super::real::Real;
 use super::super::reduce;
@@ -22,7 +23,7 @@ use super::{CLAMP, RAISED};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-/// Rows and columns of a matrix that are transposed together.
+/// Columns that become rows together.
 const TILE: usize = 16;
 
 /// Turns the products `x_i . y_j` into distances; `x` and `y` are the squared norms of the rows.
@@ -72,7 +73,7 @@ fn finish<F: Real>(row: &mut [F], x: F, y: &[F]) {
 /// [`distances`] of rows with these squared norms from each other; only the products on and above the diagonal need
 /// be there.
 pub fn own_distances<F: Real>(products: &mut [F], squares: &[F], threads: NonZeroUsize) {
-    let ranges = triangle(squares.len(), true, threads);
+    let ranges = Triangle::Upper.split(squares.len(), threads);
     let jobs: Vec<_> = cut(products, &ranges, squares.len())
         .into_iter()
         .zip(ranges)
@@ -87,22 +88,6 @@ pub fn own_distances<F: Real>(products: &mut [F], squares: &[F], threads: NonZer
         .collect();
     run(jobs);
     mirror(products, squares.len(), threads);
-}
-
-/// Splits the rows of a triangle into parts of nearly equal area; row `i` of `n` has `n - i` elements if it is the
-/// `upper` one, else `i`.
-fn triangle(n: usize, upper: bool, threads: NonZeroUsize) -> Vec<Range<usize>> {
-    let parts = threads.get().min(n.max(1));
-    let boundary = |k: usize| {
-        let area = k as f64 / parts as f64;
-        let share = if upper {
-            1.0 - (1.0 - area).sqrt()
-        } else {
-            area.sqrt()
-        };
-        (n as f64 * share).round() as usize
-    };
-    (0..parts).map(|k| boundary(k)..boundary(k + 1)).collect()
 }
 
 struct Upper<'a, F> {
@@ -120,63 +105,6 @@ impl<F: Real> Kernel for Upper<'_, F> {
         let rows = self.products.chunks_exact_mut(self.squares.len().max(1));
         for (i, row) in (self.first..).zip(rows) {
             finish(&mut row[i..], self.squares[i], &self.squares[i..]);
-        }
-    }
-}
-
-/// Copies what is above the diagonal of a matrix of `n` rows and columns below it.
-fn mirror<F: Real>(matrix: &mut [F], n: usize, threads: NonZeroUsize) {
-    assert_eq!(matrix.len(), n * n, "a square matrix");
-    let square = Square {
-        start: matrix.as_mut_ptr(),
-        n,
-    };
-    let jobs: Vec<_> = triangle(n, false, threads)
-        .into_iter()
-        .map(|rows| {
-            // SAFETY: the matrix is borrowed for this function, the rows are in it, and no two jobs share one.
-            move || unsafe { square.mirror(rows) }
-        })
-        .collect();
-    run(jobs);
-}
-
-/// A matrix whose rows several threads write.
-#[derive(Clone, Copy)]
-struct Square<F> {
-    start: *mut F,
-    n: usize,
-}
-
-// SAFETY: an address alone; who reads or writes there answers for it.
-unsafe impl<F: Send + Sync> Send for Square<F> {}
-
-impl<F: Real> Square<F> {
-    /// # Safety
-    /// `start` is valid for `n * n` elements, `rows` are among the `n`, and nobody else accesses these rows below the
-    /// diagonal, nor writes above it, until this returns.
-    unsafe fn mirror(self, rows: Range<usize>) {
-        let Self { start, n } = self;
-        for top in rows.clone().step_by(TILE) {
-            let bottom = rows.end.min(top + TILE);
-            for left in (0..bottom).step_by(TILE) {
-                let mut tile = [[F::ZERO; TILE]; TILE];
-                for j in left..n.min(left + TILE) {
-                    for i in top..bottom {
-                        // Below the diagonal nothing may be read: an earlier tile of another job.
-                        if j < i {
-                            // SAFETY: `i`, `j` < n, and above the diagonal nobody writes.
-                            tile[i - top][j - left] = unsafe { *start.add(j * n + i) };
-                        }
-                    }
-                }
-                for i in top..bottom {
-                    for j in left..i.min(left + TILE) {
-                        // SAFETY: `i`, `j` < n, and row `i` below the diagonal is this call's.
-                        unsafe { *start.add(i * n + j) = tile[i - top][j - left] };
-                    }
-                }
-            }
         }
     }
 }

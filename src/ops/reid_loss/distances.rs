@@ -1,7 +1,6 @@
 //! All distances between the rows of two matrices, on tensors.
 
 use super::mining::Squares;
-use super::panels;
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
@@ -12,6 +11,7 @@ use crate::kernels::reid_loss::{CLAMP, RAISED};
 use crate::ops::{Place, place, threads};
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
+use crate::torch::product::panel_height;
 use crate::torch::saved::Saved;
 use crate::torch::{Dtype, Owned, Stored, Without, dense, same};
 use std::marker::PhantomData;
@@ -169,7 +169,7 @@ fn product(x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
 /// The products of the rows of a matrix, those on and above the diagonal.
 fn own_products(x: &Tensor, out: &Tensor) -> Result<()> {
     let (rows, cols) = x.size2()?;
-    let height = panels::height(rows as usize, cols as usize) as i64;
+    let height = panel_height(rows as usize, cols as usize) as i64;
     if height >= rows {
         return product(x, x, out);
     }

@@ -1,7 +1,6 @@
 //! Hard example mining on tensors.
 
 use super::composite::Search;
-use super::panels;
 use crate::cuda::{self, triplet::LARGEST};
 use crate::error::Result;
 use crate::kernels::element::Element;
@@ -13,6 +12,7 @@ use crate::kernels::reid_loss::mining::{Hardest, Identities, Mining, Tile, squar
 use crate::kernels::rows::Rows;
 use crate::ops::{Place, place, threads};
 use crate::torch::input::Input;
+use crate::torch::product::panel_height;
 use crate::torch::{Dtype, Owned, Stored};
 use tch::Tensor;
 
@@ -143,7 +143,7 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
     };
     let mirrored = anchors.rows.same(&candidates.rows);
     let height = if mirrored {
-        panels::height(n, dim)
+        panel_height(n, dim)
     } else {
         n.clamp(1, HEIGHT)
     };

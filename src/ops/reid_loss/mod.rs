@@ -8,7 +8,6 @@ mod device;
 mod distances;
 mod mining;
 mod operations;
-mod panels;
 mod triplet;
 
 pub use check::{check_margin, check_triplet};

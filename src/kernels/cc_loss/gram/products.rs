@@ -1,9 +1,11 @@
 //! The products of rows with rows, and what is computed from them.
 
 use super::super::super::isa::{Isa, Kernel, dispatch};
-use super::super::super::product::{Multiply, mirror};
+use super::super::super::mirror::mirror;
+use super::super::super::product::{Multiply, zeros};
 use super::super::super::reduce;
 use super::super::Pair;
+use std::num::NonZeroUsize;
 
 /// The products of rows with rows that are needed, `n x n`.
 #[derive(Default)]
@@ -38,7 +40,7 @@ pub(super) struct Factors {
 
 impl Grams {
     pub(super) fn new(rows: usize) -> Self {
-        let room = || vec![0.0; rows * rows];
+        let room = || zeros(rows * rows);
         Self {
             rows,
             dd: room(),
@@ -73,7 +75,7 @@ impl Grams {
     /// Fills the lower triangles of the symmetric products.
     pub(super) fn mirror(&mut self) {
         for of in [&mut self.dd, &mut self.bb, &mut self.aa, &mut self.ee] {
-            mirror(of, self.rows);
+            mirror(of, self.rows, NonZeroUsize::MIN);
         }
     }
 

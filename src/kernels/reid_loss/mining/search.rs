@@ -41,7 +41,8 @@ impl<F: Real> Seen<F> {
     };
 }
 
-/// Candidates whose keys are within the error of the largest one: of more than [`COMPARED`], the first and the largest.
+/// Candidates whose keys are within the error of the largest one so far: of more than [`COMPARED`] at any time, the first
+/// and the largest.
 #[derive(Clone)]
 pub struct Near<F> {
     largest: F,
