@@ -30,7 +30,10 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
     let cols = pairs.cols();
     let (height, narrow) = (ROWS.min(pairs.chosen.len()), cols <= NARROW);
     let mut block = vec![F::ZERO; 2 * height * cols];
-    let (mut weak, mut strong) = (zeros::<F>(cols * cols), zeros::<F>(cols * cols));
+    // In one piece: of two, an allocator that gives back what is free beyond twice the largest piece would make the system
+    // supply both anew in each call.
+    let mut both = zeros::<F>(2 * cols * cols);
+    let (weak, strong) = both.split_at_mut(cols * cols);
     let mut sums = Sums::new(cols);
     let mut found = Vec::with_capacity(pairs.chosen.len());
     for chosen in pairs.chosen.chunks(ROWS) {
@@ -57,11 +60,11 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
             found.extend(part);
             sums.add(&of_part);
         }
-        products.outer(a, cols, &mut weak)?;
-        products.outer(b, cols, &mut strong)?;
+        products.outer(a, cols, weak)?;
+        products.outer(b, cols, strong)?;
     }
-    products.finish(cols, &mut weak);
-    products.finish(cols, &mut strong);
+    products.finish(cols, weak);
+    products.finish(cols, strong);
     let inverse = sums.inverse();
     let most = 1.0 / F::TINY.to_f64();
     if inverse
@@ -72,13 +75,12 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
     {
         return Ok(None);
     }
-    let (square, level) = combine(pairs, &inverse, &weak, &mut strong, grad.is_some());
+    let (square, level) = combine(pairs, &inverse, weak, strong, grad.is_some());
     let scale = pairs.scale(&inverse);
     if let Some(grad) = grad {
-        drop(weak);
         let slopes = Slopes {
             pairs,
-            matrix: &strong,
+            matrix: strong,
             level: &level,
             factor: -2.0 * pairs.factor() * scale / pairs.temperature,
         };
