@@ -70,18 +70,31 @@ impl<F: Stored + Real> Multiply<F> for Libtorch {
 }
 
 /// Adds what is on and above the diagonal of `x y`, a square matrix; below it some or all may be added as well.
-fn add_upper(x: &Tensor, y: &Tensor, out: &mut Tensor) -> Result<()> {
+fn add_upper(x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
+    upper_panels(x, y, out, |x, y, panel| {
+        let _ = panel.f_addmm_(x, y)?;
+        Ok(())
+    })
+}
+
+/// Calls `write` for every panel of `x y`, a square matrix, with its factors and its place in `out`: on and above the
+/// diagonal all is covered.
+pub fn upper_panels(
+    x: &Tensor,
+    y: &Tensor,
+    out: &Tensor,
+    mut write: impl FnMut(&Tensor, &Tensor, &mut Tensor) -> Result<()>,
+) -> Result<()> {
     let (rows, cols) = x.size2()?;
     let height = panel_height(rows as usize, cols as usize) as i64;
     if height >= rows {
-        let _ = out.f_addmm_(x, y)?;
-        return Ok(());
+        return write(x, y, &mut out.shallow_clone());
     }
     for top in (0..rows).step_by(height as usize) {
         let (high, wide) = (height.min(rows - top), rows - top);
         let (x, y) = (x.f_narrow(0, top, high)?, y.f_narrow(1, top, wide)?);
         let mut panel = out.f_narrow(0, top, high)?.f_narrow(1, top, wide)?;
-        let _ = panel.f_addmm_(&x, &y)?;
+        write(&x, &y, &mut panel)?;
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use crate::kernels::reid_loss::{CLAMP, RAISED};
 use crate::ops::{Place, place, threads};
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
-use crate::torch::product::panel_height;
+use crate::torch::product::upper_panels;
 use crate::torch::saved::Saved;
 use crate::torch::{Dtype, Owned, Stored, Without, dense, same};
 use std::marker::PhantomData;
@@ -122,9 +122,9 @@ fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor>
     let shape = [x.rows() as i64, y.rows() as i64];
     let write = |out: &Tensor| {
         if own {
-            own_products(&u, out)
+            upper_panels(&u, &v.f_tr()?, out, |x, y, panel| product(x, y, panel))
         } else {
-            product(&u, &v, out)
+            product(&u, &v.f_tr()?, out)
         }
     };
     // SAFETY: the products keep nothing.
@@ -159,29 +159,9 @@ fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor>
     Ok(out)
 }
 
-/// The products of the rows of two matrices.
+/// A product. With an output given, autocast leaves it alone.
 fn product(x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
-    // With an output given, autocast leaves the product alone.
-    let _ = x.f_mm_out(out, &y.f_tr()?)?;
-    Ok(())
-}
-
-/// The products of the rows of a matrix, those on and above the diagonal.
-fn own_products(x: &Tensor, out: &Tensor) -> Result<()> {
-    let (rows, cols) = x.size2()?;
-    let height = panel_height(rows as usize, cols as usize) as i64;
-    if height >= rows {
-        return product(x, x, out);
-    }
-    for top in (0..rows).step_by(height as usize) {
-        let (high, wide) = (height.min(rows - top), rows - top);
-        let panel = out.f_narrow(0, top, high)?.f_narrow(1, top, wide)?;
-        product(
-            &x.f_narrow(0, top, high)?,
-            &x.f_narrow(0, top, wide)?,
-            &panel,
-        )?;
-    }
+    let _ = x.f_mm_out(out, y)?;
     Ok(())
 }
 
