@@ -17,8 +17,10 @@ from torch.nn import functional as F
 
 ROWS, CLASSES, WIDTH, STEPS = 24, 7, 6, 20
 REID = "vision.models.reid.loss"
-#: Accepted between the losses of the two trainings, at every step.
-TRAINING = 1e-4
+#: Accepted between the losses of the two trainings, at every step. They run in float64: in float32 one of the million
+#: activations of a training may be so close to a ReLU's kink that rounding decides about its gradient, after which the
+#: losses differ by 1e-4 and more (Self-Tuning with --seed 521927503).
+TRAINING = 1e-9
 
 
 class Start:
@@ -247,10 +249,15 @@ def compare_training(
     make: Callable[[Source, Start], Training], tllib: Source, ours: Source, seed: int
 ) -> float:
     """The worst difference of the losses as a share of what is accepted."""
-    start = Start()
-    theirs = losses_of(make, tllib, start, seed)
-    start.rewind()
-    own = losses_of(make, ours, start, seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        start = Start()
+        theirs = losses_of(make, tllib, start, seed)
+        start.rewind()
+        own = losses_of(make, ours, start, seed)
+    finally:
+        torch.set_default_dtype(before)
     return max(_share(a, b) for a, b in zip(own, theirs, strict=True))
 
 
