@@ -18,7 +18,7 @@ from torch.nn import functional as F
 ROWS, CLASSES, WIDTH, STEPS = 24, 7, 6, 20
 REID = "vision.models.reid.loss"
 #: Accepted between the losses of the two trainings, at every step. They run in float64: in float32 one of the
-#: million activations of a training may be so close to a ReLU's kink that rounding decides about its gradient,
+#: million activations of a training may be so near a ReLU's kink that rounding decides about its gradient,
 #: after which the losses differ by 1e-4 and more (Self-Tuning with --seed 521927503).
 TRAINING = 1e-9
 
