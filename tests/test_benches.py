@@ -31,6 +31,7 @@ from benches._case import (
 from benches._losses import loss_case
 from benches._measure import QUICK, Result, run_case
 from benches._providers import prepare
+from tests.threads import threads_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -39,10 +40,8 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 @pytest.fixture
 def one_thread():
     """For whole runs: threads that wait for each other take minutes on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads_of(1):
+        yield
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -264,24 +264,6 @@ def test_masks_of_every_numeric_dtype(dtype):
     assert module.net_outputs[:4].tolist() == [4, -1, 2, -1]
 
 
-class Slow(TorchDispatchMode):
-    """Gives up the GIL in every operation."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        time.sleep(0.002)
-        return function(*args, **(kwargs or {}))
-
-
-def test_in_a_dispatch_mode():
-    """Profilers and activation checkpoints set one."""
-    module = make()
-    with Slow():
-        module.load_state_dict({"net_outputs": torch.full((50,), -1)})
-        module.update(torch.arange(10)[::2], torch.ones(5), torch.ones(5, dtype=torch.int64))
-        assert module.get_threshold(torch.tensor([1, 0])).tolist() == pytest.approx([0.95, 0])
-        assert module.class_counts().tolist() == [45, 0, 5, 0, 0, 0]
-
-
 class Calls(TorchDispatchMode):
     """Calls ``step`` in every operation."""
 
@@ -292,6 +274,21 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self._step()
         return function(*args, **(kwargs or {}))
+
+
+def slow():
+    """Gives up the GIL in every operation."""
+    return Calls(lambda: time.sleep(0.002))
+
+
+def test_in_a_dispatch_mode():
+    """Profilers and activation checkpoints set one."""
+    module = make()
+    with slow():
+        module.load_state_dict({"net_outputs": torch.full((50,), -1)})
+        module.update(torch.arange(10)[::2], torch.ones(5), torch.ones(5, dtype=torch.int64))
+        assert module.get_threshold(torch.tensor([1, 0])).tolist() == pytest.approx([0.95, 0])
+        assert module.class_counts().tolist() == [45, 0, 5, 0, 0, 0]
 
 
 @pytest.mark.parametrize("samples", [50, 40_000])
@@ -325,7 +322,7 @@ def test_threads_in_dispatch_modes_do_not_wait_for_each_other_for_ever(samples):
             step(states[0])
 
     def slowly(k):
-        with Slow():
+        with slow():
             while time.monotonic() < ends:
                 step(states[k])
 

@@ -10,6 +10,7 @@ import torch
 
 from tests.losses import LOSSES, Observed
 from tests.on_device import EMULATED
+from tests.threads import threads_of
 from tllib_rs import _core
 from tllib_rs.modules.entropy import entropy
 from tllib_rs.vision.models.reid.loss import pairwise_euclidean_distance
@@ -444,12 +445,8 @@ def test_several_python_threads(loss, generator):
 @every_loss
 def test_thread_count_does_not_matter(loss, generator):
     inputs = leaves(loss, loss.inputs(generator, 512, 400), torch.float32)
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 3):
+        with threads_of(threads):
             results.append(run(loss, loss.ours, inputs))
-    finally:
-        torch.set_num_threads(before)
     assert_agree(results[0], results[1], torch.float32, 1e-6)

@@ -1,7 +1,7 @@
 """The losses of person re-identification."""
 
 import inspect
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import torch
 from tests import golden
 from tests.losses import LOSSES, Observed
 from tests.plain import reid_loss as plain
+from tests.threads import threads_of
 from tllib_rs.vision.models.reid import loss as reid
 from tllib_rs.vision.models.reid.loss import (
     CrossEntropyLoss,
@@ -232,16 +233,6 @@ def test_distances_of_a_matrix_with_itself(generator):
     torch.testing.assert_close(
         grads_of(chosen(pairwise_euclidean_distance), [x]), grads_of(chosen(plain.distances), [x])
     )
-
-
-@contextmanager
-def threads_of(count):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 SIDES = {

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from original import Source, find_tllib, tllib_from
-from parity_trainings import REID, STEPS, TRAININGS, compare_training
+from parity_trainings import REID, STEPS, TRAININGS, compare_training, default_dtype
 
 ROWS, CLASSES = 24, 7
 #: Accepted: in float64 this relative error; in float32 four times tllib's own error or this one.
@@ -143,8 +143,7 @@ LOSSES = [
 
 def evaluate(loss: Loss, source: Source, inputs: Iterable[torch.Tensor], dtype: torch.dtype) -> list[Any]:
     """Outputs, then the gradient of each floating-point input (None where there is none)."""
-    torch.set_default_dtype(dtype)  # some classes of tllib build tensors in it
-    try:
+    with default_dtype(dtype):
         leaves = [x.to(dtype, copy=True).requires_grad_() if x.is_floating_point() else x for x in inputs]
         outputs = loss.build(source)(*leaves)
         outputs = [torch.as_tensor(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
@@ -157,8 +156,6 @@ def evaluate(loss: Loss, source: Source, inputs: Iterable[torch.Tensor], dtype: 
         if isinstance(total, torch.Tensor):
             total.backward()
         return [o.detach() for o in outputs] + [x.grad for x in leaves if x.is_floating_point()]
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def error(value: torch.Tensor | None, reference: torch.Tensor | None) -> float:

@@ -7,7 +7,8 @@ optimizer a wrong gradient or a state that was not kept shows in the loss.
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,17 @@ REID = "vision.models.reid.loss"
 #: million activations of a training may be so near a ReLU's kink that rounding decides about its gradient,
 #: after which the losses differ by 1e-4 and more (Self-Tuning with --seed 521927503).
 TRAINING = 1e-9
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Some classes of tllib build tensors in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Start:
@@ -249,15 +261,11 @@ def compare_training(
     make: Callable[[Source, Start], Training], tllib: Source, ours: Source, seed: int
 ) -> float:
     """The worst difference of the losses as a share of what is accepted."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         start = Start()
         theirs = losses_of(make, tllib, start, seed)
         start.rewind()
         own = losses_of(make, ours, start, seed)
-    finally:
-        torch.set_default_dtype(before)
     return max(_share(a, b) for a, b in zip(own, theirs, strict=True))
 
 

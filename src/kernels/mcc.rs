@@ -306,8 +306,8 @@ impl<E: Element> Kernel for Gradient<'_, E> {
 /// Bytes after which a processor that compares only the low bits of addresses takes a load for one of a recent store.
 const PAGE: usize = 4096;
 
-/// `count` numbers of `room`, which has [`PAGE`] bytes more, so that storing them does not delay loads of `other` at the same
-/// index or behind it.
+/// `count` numbers of `room`, which has [`PAGE`] bytes more, so that storing them does not delay loads of `other` at the
+/// same index or behind it.
 #[inline(always)]
 fn apart<'a, F>(room: &'a mut [F], count: usize, other: &[F]) -> &'a mut [F] {
     let line = 64;

@@ -30,8 +30,8 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
     let cols = pairs.cols();
     let (height, narrow) = (ROWS.min(pairs.chosen.len()), cols <= NARROW);
     let mut block = vec![F::ZERO; 2 * height * cols];
-    // In one piece: of two, an allocator that gives back what is free beyond twice the largest piece would make the system
-    // supply both anew in each call.
+    // In one piece: of two, an allocator that gives back what is free beyond twice the largest piece would make the
+    // system supply both anew in each call.
     let mut both = zeros::<F>(2 * cols * cols);
     let (weak, strong) = both.split_at_mut(cols * cols);
     let mut sums = Sums::new(cols);

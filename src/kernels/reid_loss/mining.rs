@@ -112,7 +112,7 @@ pub struct Hardest {
 }
 
 impl Hardest {
-    /// Before mining, and for an anchor whose distances are not finite.
+    /// Of an anchor whose distances are not finite.
     pub const NAN: Self = Self {
         positive: Found::NAN,
         negative: Found::NAN,
@@ -268,7 +268,7 @@ impl<F: Element<Acc = F> + Real> Kernel for Finish<'_, '_, F> {
                 seen,
                 anchor: self.first + before,
             };
-            look.along_rows::<I>();
+            look.run::<I>();
         }
         let mut out = Vec::with_capacity(self.seen.len());
         for (k, seen) in self.seen.iter().enumerate() {

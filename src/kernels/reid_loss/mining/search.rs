@@ -41,8 +41,8 @@ impl<F: Real> Seen<F> {
     };
 }
 
-/// Candidates whose keys are within the error of the largest one so far: of more than [`COMPARED`] at any time, the first
-/// and the largest.
+/// Candidates whose keys are within the error of the largest one so far: of more than [`COMPARED`] at any time, the
+/// first and the largest.
 #[derive(Clone)]
 pub struct Near<F> {
     largest: F,
@@ -132,9 +132,8 @@ impl<F: Element<Acc = F> + Real> Kernel for Look<'_, '_, F> {
 }
 
 impl<F: Element<Acc = F> + Real> Look<'_, '_, F> {
-    /// With [`Side::Rows`].
     #[inline(always)]
-    pub fn along_rows<I: Isa>(self) {
+    fn along_rows<I: Isa>(self) {
         let Tile {
             products, first, ..
         } = self.tile;
