@@ -25,6 +25,7 @@ def report() -> dict[str, str]:
         "python": sys.version.replace("\n", " "),
         "platform": platform.platform(),
         "instruction set": f"{build['isa']} (torch: {torch.backends.cpu.get_cpu_capability()})",
+        "matrix products": build["products"],
         "TLLIB_RS_ISA": os.environ.get("TLLIB_RS_ISA", "not set"),
         "TLLIB_RS_CUDA": os.environ.get("TLLIB_RS_CUDA", "not set"),
         "TLLIB_RS_COMPOSITE": os.environ.get("TLLIB_RS_COMPOSITE", "not set"),

@@ -94,6 +94,19 @@ pub fn level() -> Level {
     })
 }
 
+/// Whether the processor is Intel's: some libraries use AVX-512 on no other.
+#[cfg(target_arch = "x86_64")]
+pub fn intel() -> bool {
+    static INTEL: OnceLock<bool> = OnceLock::new();
+    *INTEL.get_or_init(|| {
+        // SAFETY: every x86-64 processor has the instruction. (Compilers disagree on whether that needs saying.)
+        #[allow(unused_unsafe)]
+        let leaf = unsafe { std::arch::x86_64::__cpuid(0) };
+        let name = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes);
+        name.as_flattened() == b"GenuineIntel"
+    })
+}
+
 /// Runs `kernel` with the instruction set of [`level`].
 #[inline]
 pub fn dispatch<K: Kernel>(kernel: K) -> K::Output {

@@ -133,6 +133,18 @@ impl<'a, E: Element> Rows<'a, E> {
         self.row_stride == 1 && self.col_stride != 1
     }
 
+    /// The distances from one row to the next, and from one column to the next.
+    pub fn strides(&self) -> (isize, isize) {
+        (self.row_stride, self.col_stride)
+    }
+
+    /// The address of an element, or where it would be.
+    #[inline(always)]
+    pub fn address(&self, row: usize, column: usize) -> *const E {
+        self.start_of(row)
+            .wrapping_offset(column as isize * self.col_stride)
+    }
+
     /// Whether both are the same memory, read the same way.
     pub fn same(&self, other: &Self) -> bool {
         std::ptr::eq(self.data, other.data)

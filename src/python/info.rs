@@ -1,6 +1,6 @@
 use crate::cuda;
 use crate::kernels::isa;
-use crate::torch::{built_for, composites_only};
+use crate::torch::{built_for, composites_only, product};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -14,6 +14,7 @@ pub fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("target", env!("TLLIB_RS_TARGET"))?;
     info.set_item("profile", env!("TLLIB_RS_PROFILE"))?;
     info.set_item("isa", isa::level().name())?;
+    info.set_item("products", product::provider())?;
     Ok(info)
 }
 

@@ -1,12 +1,109 @@
-//! Matrix products computed by libtorch. Of a symmetric one only panels on and above the diagonal are computed.
+//! Matrix products of tensors on the CPU: by our own kernels on processors where these are faster, else by libtorch.
+//! Of a symmetric product only what is on and above the diagonal is computed.
 
 use super::{Stored, max_threads};
 use crate::error::{Error, Result};
 use crate::kernels::mirror::mirror;
 use crate::kernels::parallel::threads_for;
 use crate::kernels::product::Multiply;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::product::blocked::{Product, Target, faster};
 use crate::kernels::real::Real;
 use tch::{Device, Tensor};
+
+/// What becomes of a product.
+#[derive(Clone, Copy, Default)]
+pub struct How {
+    /// It is added to what is there.
+    pub add: bool,
+    /// Only what is on and above the diagonal of a square matrix need be correct.
+    pub upper: bool,
+}
+
+/// `out = x y`, of matrices of one floating dtype on the CPU. Autocast leaves it alone.
+pub fn multiply(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<()> {
+    if ours(x, y, out, how)? {
+        return Ok(());
+    }
+    // The variants with an output given, and those in place, are not subject to autocast.
+    let write = |x: &Tensor, y: &Tensor, out: &mut Tensor| {
+        let _ = if how.add {
+            out.f_addmm_(x, y)?
+        } else {
+            x.f_mm_out(out, y)?
+        };
+        Ok(())
+    };
+    if how.upper {
+        return upper_panels(x, y, out, write);
+    }
+    write(x, y, &mut out.shallow_clone())
+}
+
+/// Whose kernels [`multiply`] chooses.
+pub fn provider() -> &'static str {
+    #[cfg(target_arch = "x86_64")]
+    if faster() {
+        return "tllib_rs";
+    }
+    "libtorch"
+}
+
+/// [`multiply`] by our own kernels. False, and nothing is done, where libtorch is as fast or they do not serve the
+/// tensors.
+#[cfg(target_arch = "x86_64")]
+fn ours(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<bool> {
+    use super::Dtype;
+    use super::input::Input;
+    use crate::kernels::element::Element;
+    use crate::kernels::product::blocked::Tiles;
+
+    fn of<F>([x, y, out]: &[Input<'_>; 3], how: How) -> bool
+    where
+        F: Element<Acc = F> + Real + Stored + Tiles,
+    {
+        let (Some(x), Some(y), Some(place)) = (x.rows::<F>(), y.rows::<F>(), out.rows::<F>())
+        else {
+            return false;
+        };
+        let (stride, 1) = place.strides() else {
+            return false;
+        };
+        let shape = (place.rows(), place.cols());
+        if shape != (x.rows(), y.cols()) || x.cols() != y.rows() || stride < shape.1 as isize {
+            return false;
+        }
+        // SAFETY: an ordinary tensor's memory, whose rows do not overlap; as in any operation that writes a tensor,
+        // whoever calls sees to it that nobody else uses it meanwhile.
+        let out = unsafe { Target::new(out.data().cast(), shape, stride as usize) };
+        let How { add, upper } = how;
+        let product = Product {
+            x,
+            y,
+            out,
+            add,
+            upper,
+        };
+        product.compute(max_threads())
+    }
+
+    if !faster() {
+        return Ok(false);
+    }
+    let input = |tensor| Input::new("a product", "a matrix", tensor);
+    let matrices = [input(x)?, input(y)?, input(out)?];
+    Ok(match matrices[0].dtype() {
+        Some(Dtype::F32) => of::<f32>(&matrices, how),
+        Some(Dtype::F64) => of::<f64>(&matrices, how),
+        _ => false,
+    })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[allow(clippy::unnecessary_wraps, reason = "as where there are kernels")]
+fn ours(_x: &Tensor, _y: &Tensor, _out: &Tensor, _how: How) -> Result<bool> {
+    Ok(false)
+}
 
 /// Multiplications that make it worthwhile for a thread to take part in a product.
 const PANEL_GRAIN: usize = 1 << 21;
@@ -27,40 +124,31 @@ pub fn panel_height(rows: usize, cols: usize) -> usize {
 /// Elements that one thread copies in the time that makes another thread worthwhile.
 const COPY_GRAIN: usize = 1 << 16;
 
-/// libtorch and its threads.
-pub struct Libtorch;
+/// All threads: [`multiply`].
+pub struct Together;
 
-impl<F: Stored + Real> Multiply<F> for Libtorch {
+impl<F: Stored + Real> Multiply<F> for Together {
     type Error = Error;
 
     fn dots(&self, x: &[F], y: &[F], width: usize, upper: bool, out: &mut [F]) -> Result<()> {
         let across = y.len() / width.max(1);
         let (x, y) = (view(x, width)?, view(y, width)?.f_tr()?);
-        with(out, across, |out| {
-            if upper {
-                return add_upper(&x, &y, out);
-            }
-            let _ = out.f_addmm_(&x, &y)?;
-            Ok(())
-        })
+        multiply(&x, &y, &place(out, across)?, How { add: true, upper })
     }
 
     fn combine(&self, f: &[F], x: &[F], width: usize, add: bool, out: &mut [F]) -> Result<()> {
-        with(out, width, |out| {
-            let (f, x) = (view(f, x.len() / width.max(1))?, view(x, width)?);
-            // In-place and out= forms are not subject to autocast.
-            let _ = if add {
-                out.f_addmm_(&f, &x)?
-            } else {
-                f.f_mm_out(out, &x)?
-            };
-            Ok(())
-        })
+        let (f, x) = (view(f, x.len() / width.max(1))?, view(x, width)?);
+        let how = How { add, upper: false };
+        multiply(&f, &x, &place(out, width)?, how)
     }
 
     fn outer(&self, x: &[F], width: usize, out: &mut [F]) -> Result<()> {
         let x = view(x, width)?;
-        with(out, width, |out| add_upper(&x.f_tr()?, &x, out))
+        let how = How {
+            add: true,
+            upper: true,
+        };
+        multiply(&x.f_tr()?, &x, &place(out, width)?, how)
     }
 
     fn finish(&self, width: usize, out: &mut [F]) {
@@ -69,21 +157,13 @@ impl<F: Stored + Real> Multiply<F> for Libtorch {
     }
 }
 
-/// Adds what is on and above the diagonal of `x y`, a square matrix; below it some or all may be added as well.
-fn add_upper(x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
-    upper_panels(x, y, out, |x, y, panel| {
-        let _ = panel.f_addmm_(x, y)?;
-        Ok(())
-    })
-}
-
 /// Calls `write` for every panel of `x y`, a square matrix, with its factors and its place in `out`: on and above the
 /// diagonal all is covered.
-pub fn upper_panels(
+fn upper_panels(
     x: &Tensor,
     y: &Tensor,
     out: &Tensor,
-    mut write: impl FnMut(&Tensor, &Tensor, &mut Tensor) -> Result<()>,
+    write: impl Fn(&Tensor, &Tensor, &mut Tensor) -> Result<()>,
 ) -> Result<()> {
     let (rows, cols) = x.size2()?;
     let height = panel_height(rows as usize, cols as usize) as i64;
@@ -108,16 +188,11 @@ fn view<F: Stored>(rows: &[F], cols: usize) -> Result<Tensor> {
     Ok(unsafe { Tensor::f_from_blob(data, &size, &[size[1], 1], F::KIND, Device::Cpu)? })
 }
 
-/// Calls `write` with a tensor over the same memory.
-fn with<F: Stored>(
-    out: &mut [F],
-    cols: usize,
-    write: impl FnOnce(&mut Tensor) -> Result<()>,
-) -> Result<()> {
+/// A tensor over the same memory, which is written through it; neither may outlive the borrow.
+fn place<F: Stored>(out: &mut [F], cols: usize) -> Result<Tensor> {
     let size = [(out.len() / cols.max(1)) as i64, cols as i64];
     let data = out.as_mut_ptr().cast::<u8>();
-    // SAFETY: the slice has at least as many elements of this type, is borrowed for this alone, and outlives
-    // the tensor.
-    let mut out = unsafe { Tensor::f_from_blob(data, &size, &[size[1], 1], F::KIND, Device::Cpu)? };
-    write(&mut out)
+    // SAFETY: the slice has at least as many elements of this type and is borrowed for this alone; the callers drop
+    // the tensor within the borrow.
+    Ok(unsafe { Tensor::f_from_blob(data, &size, &[size[1], 1], F::KIND, Device::Cpu)? })
 }

@@ -11,7 +11,7 @@ use crate::kernels::product::{Alone, Multiply};
 use crate::kernels::real::Real;
 use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
-use crate::torch::product::Libtorch;
+use crate::torch::product::Together;
 use crate::torch::saved::Saved;
 use crate::torch::{Dtype, Stored, by_dtype, scalar};
 use operations::{Call, composite, operations};
@@ -146,7 +146,7 @@ fn measure<E: Element + Stored>(
             let Ok(loss) = way.go(pairs, out, &Alone);
             loss
         } else {
-            way.go(pairs, out, &Libtorch)?
+            way.go(pairs, out, &Together)?
         }
     };
     Ok((loss.value, grad.stored(loss.scale)))

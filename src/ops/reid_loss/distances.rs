@@ -11,7 +11,7 @@ use crate::kernels::reid_loss::{CLAMP, RAISED};
 use crate::ops::{Place, place, threads};
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
-use crate::torch::product::upper_panels;
+use crate::torch::product::{How, multiply};
 use crate::torch::saved::Saved;
 use crate::torch::{Dtype, Owned, Stored, Without, dense, same};
 use std::marker::PhantomData;
@@ -120,13 +120,11 @@ fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor>
     let (of_u, of_v) = (Input::new(CLASS, "x", &u)?, Input::new(CLASS, "y", &v)?);
     let (x, y) = (of_u.dense_rows::<F>()?, of_v.dense_rows::<F>()?);
     let shape = [x.rows() as i64, y.rows() as i64];
-    let write = |out: &Tensor| {
-        if own {
-            upper_panels(&u, &v.f_tr()?, out, |x, y, panel| product(x, y, panel))
-        } else {
-            product(&u, &v.f_tr()?, out)
-        }
+    let how = How {
+        add: false,
+        upper: own,
     };
+    let write = |out: &Tensor| multiply(&u, &v.f_tr()?, out, how);
     // SAFETY: the products keep nothing.
     let mut out = unsafe { Owned::<F>::written_by(&shape, write)? };
     let squares = Squares::of(x, y);
@@ -157,12 +155,6 @@ fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor>
         )?;
     }
     Ok(out)
-}
-
-/// A product. With an output given, autocast leaves it alone.
-fn product(x: &Tensor, y: &Tensor, out: &Tensor) -> Result<()> {
-    let _ = x.f_mm_out(out, y)?;
-    Ok(())
 }
 
 /// The node's state.
@@ -253,8 +245,12 @@ fn sum<F: Element<Acc = F> + Real + Stored>(
 ) -> Result<Tensor> {
     let mut grad = Owned::<F>::new(&side.size())?;
     multiples(values, own, grad.slice(), threads(values.len() / CHEAP));
-    let mut grad = grad.into_tensor();
-    let _ = grad.f_addmm_(factors, other)?;
+    let grad = grad.into_tensor();
+    let how = How {
+        add: true,
+        upper: false,
+    };
+    multiply(factors, other, &grad, how)?;
     Ok(grad)
 }
 

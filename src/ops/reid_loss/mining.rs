@@ -12,7 +12,7 @@ use crate::kernels::reid_loss::mining::{Hardest, Identities, Mining, Tile, squar
 use crate::kernels::rows::Rows;
 use crate::ops::{Place, place, threads};
 use crate::torch::input::Input;
-use crate::torch::product::panel_height;
+use crate::torch::product::{How, multiply, panel_height};
 use crate::torch::{Dtype, Owned, Stored};
 use tch::Tensor;
 
@@ -162,8 +162,7 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
                 rows(anchors, top, high)?,
                 rows(candidates, left, wide)?.f_tr()?,
             );
-            // With an output given, autocast leaves the product alone.
-            let products = u.f_mm_out(&products, &v)?;
+            multiply(&u, &v, &products, How::default())?;
             let view = Input::new(CLASS, "products", &products)?;
             let tile = Tile {
                 products: view.dense_rows::<F>()?,

@@ -14,6 +14,7 @@ use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::kernels::self_tuning::{Shape, log_probabilities};
 use crate::torch::input::Input;
+use crate::torch::product::{How, multiply};
 use crate::torch::{Dtype, Owned, Stored, Without, beside};
 use check::{Checked, Pointers};
 use node::{Held, Node};
@@ -155,8 +156,8 @@ fn scores<E: Element<Acc = E> + Real + Stored>(
     let columns = settings.keys * settings.classes;
     // After the column of the own key: scores then move within their row only.
     let product = |out: &Tensor| {
-        let _ = queries.f_mm_out(&out.f_narrow(1, 1, columns)?, &queue)?;
-        Ok(())
+        let out = out.f_narrow(1, 1, columns)?;
+        multiply(&queries, &queue, &out, How::default())
     };
     let shape = [labels.len() as i64, 1 + columns];
     // SAFETY: the product keeps nothing; the view that it writes to is gone.

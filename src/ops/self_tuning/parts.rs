@@ -10,6 +10,7 @@ use crate::kernels::element::Element;
 use crate::kernels::real::Real;
 use crate::ops::inside;
 use crate::torch::input::Input;
+use crate::torch::product::{How, multiply};
 use crate::torch::{Dtype, Owned, Stored, dense};
 use tch::Tensor;
 
@@ -88,10 +89,8 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     let queue = batch.queue_list.f_detach()?;
     let (dim, _) = queue.size2()?;
     let mut grad = Owned::<E>::new(&[height, dim])?.into_tensor();
-    // Autocast does not apply to the variant with an output argument.
-    let _ = scores
-        .f_narrow(1, 1, width - 1)?
-        .f_mm_out(&grad, &queue.f_tr()?)?;
+    let scores_of_queue = scores.f_narrow(1, 1, width - 1)?;
+    multiply(&scores_of_queue, &queue.f_tr()?, &grad, How::default())?;
     let _ = grad.f_addcmul_(&scores.f_narrow(1, 0, 1)?, &keys)?;
     Ok(grad)
 }

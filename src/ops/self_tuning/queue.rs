@@ -10,6 +10,7 @@ use super::plan::Plan;
 use crate::error::{Error, Result};
 use crate::kernels::self_tuning::finite;
 use crate::torch::input::Input;
+use crate::torch::product::{How, multiply};
 use crate::torch::{by_dtype, version};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tch::Tensor;
@@ -150,10 +151,10 @@ impl Snapshot {
         let changes = self.changes()?;
         let queue = &self.since.queue;
         let shape = [grad.size2()?.0, queue.size2()?.0];
-        // Autocast does not apply to the variant with an output argument.
         let out = Tensor::f_empty(shape, (grad.f_kind()?, grad.device()))?;
         if !changes.iter().all(|change| change.finite) {
-            return Ok(grad.f_mm_out(&out, &restored(&changes)?.f_tr()?)?);
+            multiply(grad, &restored(&changes)?.f_tr()?, &out, How::default())?;
+            return Ok(out);
         }
         // Columns that were replaced enter with their old values, and with weight 0 for the new ones.
         // A column that was replaced again later has weight 0 by then, so the earliest change counts.
@@ -162,9 +163,13 @@ impl Snapshot {
             taken.push(grad.f_index_select(1, &change.columns)?);
             let _ = grad.f_index_fill_(1, &change.columns, 0.0)?;
         }
-        let mut out = grad.f_mm_out(&out, &queue.f_tr()?)?;
+        multiply(grad, &queue.f_tr()?, &out, How::default())?;
         for (part, change) in taken.iter().zip(&changes) {
-            let _ = out.f_addmm_(part, &change.replaced.f_tr()?)?;
+            let how = How {
+                add: true,
+                upper: false,
+            };
+            multiply(part, &change.replaced.f_tr()?, &out, how)?;
         }
         Ok(out)
     }
