@@ -19,6 +19,9 @@ pub enum Error {
     /// Devices that differ: `RuntimeError`.
     #[error("{0}")]
     Device(String),
+    /// So many bytes of memory cannot be had: `RuntimeError`, as from torch's allocator.
+    #[error("not enough memory: {0} bytes cannot be allocated")]
+    Memory(usize),
     /// A class whose object is called from within a call to it: `RuntimeError`.
     #[error(
         "{0}: called by code, such as a dispatch mode, that runs within a call to the same object"

@@ -1,11 +1,14 @@
 """Inputs that nobody passes on purpose raise ordinary exceptions: no crash, and nothing half done."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.losses import LOSSES
 from tllib_rs.self_training.cc_loss import CCConsistency
@@ -135,6 +138,87 @@ def test_flexmatch_resolves_pending_negations():
     assert module.net_outputs.tolist() == [-1, 1, 2, *[-1] * 7]
     module.net_outputs = negated(torch.arange(10) % 3)
     assert module.class_counts().tolist() == [0, 4, 3, 3]
+
+
+def test_flexmatch_takes_no_wrapper_of_a_transform():
+    from tllib_rs import _core
+
+    state = _core.FlexMatch(4, 5, "cpu", counts_on_device=True)
+
+    def assign(x):
+        with pytest.raises((RuntimeError, TypeError), match="vmap|ordinary tensor"):
+            state.net_outputs = x
+        return x
+
+    torch.vmap(assign)(torch.zeros(2, 5, dtype=torch.long))
+    torch.func.grad(lambda x: (assign(x.long()), x.sum())[1])(torch.zeros(5))
+    assert state.counts().tolist() == [5, 0, 0, 0, 0]
+
+
+class Without(TorchDispatchMode):
+    """No memory for the operations whose name contains this."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.name in str(func):
+            raise torch.OutOfMemoryError(self.name)
+        return func(*args, **(kwargs or {}))
+
+
+def _self_tuning():
+    from tllib_rs import _core
+
+    settings = _core.SelfTuningSettings(4, 2, 0.9, 0.07)
+    return settings, (torch.randn(3, 5), torch.arange(3), torch.randn(5, 8))
+
+
+def _forward():
+    settings, (h, labels, queue) = _self_tuning()
+    settings.forward(h, h, labels, queue)
+
+
+def _enqueue():
+    settings, (h, labels, queue) = _self_tuning()
+    settings.enqueue(h, labels, queue, torch.zeros(4, dtype=torch.long))
+
+
+def _average():
+    EMATeacher(nn.Linear(2, 2), 0.5).update()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"), [(_forward, "div"), (_enqueue, "index"), (_average, "mul"), (flexmatch, "fill")]
+)
+def test_operations_that_fail_leave_grad_mode_as_it_was(call, name):
+    with Without(name), pytest.raises(torch.OutOfMemoryError, match=name):
+        call()
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_scratch_space_that_cannot_be_had_is_an_error():
+    code = """if True:
+        import resource, torch
+        from tllib_rs.self_training.cc_loss import CCConsistency
+        from tllib_rs.modules.entropy import entropy
+        loss, logits = CCConsistency(1.0, 0.0), torch.randn(2000, 12000)
+        strong = logits.clone().requires_grad_()
+        loss(logits[:, :64], strong[:, :64])
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20), resource.RLIM_INFINITY))
+        for call in (lambda: loss(logits, strong), lambda: entropy(torch.rand(1, 2).expand(1 << 42, 2), "mean")):
+            try:
+                call()
+            except RuntimeError as error:
+                print("not enough memory" in str(error))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (run.returncode, run.stdout) == (0, "True\nTrue\n"), run.stderr[-2000:]
 
 
 def unaligned(x):

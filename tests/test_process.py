@@ -13,6 +13,7 @@ import torch
 from tllib_rs import _version, info
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+from tllib_rs.vision.models.reid.loss import pairwise_euclidean_distance
 
 PROBE = """
 import os, torch
@@ -45,9 +46,19 @@ def python(code, **env):
     return run.stdout.split()
 
 
-def test_the_gil_is_released_while_a_kernel_runs():
-    logits = torch.randn(2000, 3000)
-    loss = MinimumClassConfusionLoss(1.0)
+def _confusion():
+    logits, loss = torch.randn(2000, 3000), MinimumClassConfusionLoss(1.0)
+    return lambda: loss(logits)
+
+
+def _few_rows_from_many():
+    queries, gallery = torch.randn(8, 128), torch.randn(100_000, 128)
+    return lambda: pairwise_euclidean_distance(queries, gallery)
+
+
+@pytest.mark.parametrize("make", [_confusion, _few_rows_from_many])
+def test_the_gil_is_released_while_a_kernel_runs(make):
+    call = make()
     ticks, done = [], threading.Event()
 
     def tick():
@@ -62,7 +73,7 @@ def test_the_gil_is_released_while_a_kernel_runs():
         # A call takes milliseconds: if every core is busy, the other thread may miss a few.
         for _ in range(30):
             start = time.perf_counter()
-            loss(logits)
+            call()
             took = time.perf_counter() - start
             spans.append((start + 0.2 * took, start + 0.8 * took))
     finally:
@@ -172,7 +183,17 @@ def test_import_is_light():
 def test_info(capsys):
     info.main()
     printed = capsys.readouterr().out
-    for word in ("tllib_rs", "torch", "numpy", "python", "instruction set", "threads", "devices"):
+    words = (
+        "tllib_rs",
+        "torch",
+        "numpy",
+        "python",
+        "instruction set",
+        "matrix products",
+        "threads",
+        "devices",
+    )
+    for word in words:
         assert word in printed
     assert torch.__version__ in printed
 

@@ -1,4 +1,4 @@
-//! Matrix products. Kernels say which; their caller chooses who multiplies: all threads, in a library or in [`blocked`],
+//! Matrix products. Kernels say which; their caller chooses who multiplies: all threads, in a library or in `blocked`,
 //! which is fast for large matrices, or this thread ([`Alone`]), which need not wait for others.
 
 mod alone;

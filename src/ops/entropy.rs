@@ -1,6 +1,6 @@
 //! Entropy of probabilities on tensors. The mathematics is in [`crate::kernels::entropy`].
 
-use super::{Place, Reduction, place, stored, threads, widened_on_devices};
+use super::{Place, Reduction, place, room_for, stored, threads, widened_on_devices};
 use crate::cuda;
 use crate::error::Result;
 use crate::kernels::columns;
@@ -57,6 +57,7 @@ fn fused(input: &Input<'_>, dtype: Dtype, mean: bool) -> Result<(Tensor, Option<
     by_dtype!(dtype, E => {
         let rows = input.dense_rows::<E>()?;
         let batch = rows.rows();
+        room_for::<f64>(batch)?;
         let mut each = vec![0.0; batch];
         let columns = columns::fit(&rows);
         let mut grad = Room::<E>::laid_out(input, columns)?;

@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::kernels::mcc::{ENTROPY_EPSILON, finish, mcc as kernel, sweep};
 use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
+use crate::torch::saved::Saved;
 use crate::torch::{Dtype, Without, by_dtype, scalar, vector};
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
@@ -77,8 +78,10 @@ impl Part {
             let mut grad = Room::<E>::of(&input)?;
             let mut swept = sweep(rows, temperature, grad.slice(), threads(input.numel()));
             let sums = vector(&[&swept.sums.s[..], &swept.sums.e].concat(), Dtype::F64)?;
-            let logits = logits.shallow_clone();
+            let (logits, seen) = (logits.shallow_clone(), Saved::of(logits, "the logits of MCC")?);
             let second: Second = Box::new(move |all: &Exchanged<'_>| {
+                // The second sweep may read the logits again.
+                seen.get()?;
                 let values = all.values()?;
                 let (s, e) = values.split_at(cols);
                 swept.sums.s.copy_from_slice(s);

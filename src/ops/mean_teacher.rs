@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::kernels::mean_teacher::{Pair, blend_all};
 use crate::kernels::parallel::threads_for;
 use crate::torch::input::{Borrowed, Facts, sparse};
-use crate::torch::{Dtype, average, beside, by_dtype, max_threads};
+use crate::torch::{Dtype, average, beside, by_dtype, max_threads, no_grad};
 use tch::{Device, Kind, Tensor};
 
 /// The class, for messages.
@@ -35,7 +35,7 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
     }
     // With grad mode off, a thousand parameters need not be asked whether they require a gradient.
     let facts =
-        tch::no_grad(|| Ok::<_, Error>((Borrowed::facts(teachers)?, Borrowed::facts(students)?)))?;
+        no_grad(|| Ok::<_, Error>((Borrowed::facts(teachers)?, Borrowed::facts(students)?)))?;
     for (k, (teacher, student)) in facts.0.iter().zip(&facts.1).enumerate() {
         check_pair((teacher, teachers[k]), (student, students[k]))?;
     }
@@ -62,7 +62,7 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
     // After a failure too: some may have been written.
     swept.into_iter().for_each(Borrowed::bump_version);
     done?;
-    tch::no_grad(|| others.iter().try_for_each(|(t, s)| composite(t, s, alpha)))
+    no_grad(|| others.iter().try_for_each(|(t, s)| composite(t, s, alpha)))
 }
 
 /// The pairs that are averaged together.

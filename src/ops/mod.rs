@@ -153,6 +153,14 @@ fn threads(elements: usize) -> NonZeroUsize {
     threads_for(elements, GRAIN, max_threads())
 }
 
+/// An error if a kernel's scratch space of `count` numbers cannot be had: a vector that cannot be allocated ends the
+/// process.
+fn room_for<T>(count: usize) -> Result<()> {
+    Vec::<T>::new()
+        .try_reserve_exact(count)
+        .map_err(|_| Error::Memory(count.saturating_mul(size_of::<T>())))
+}
+
 /// The dtype of a loss that has the dtype of its inputs in tllib's formula; at least float32 under autocast,
 /// which runs its sums in float32.
 fn loss_dtype(input: &Input<'_>, dtype: Dtype) -> Dtype {

@@ -1,6 +1,6 @@
 //! L2 consistency on tensors. The mathematics is in [`crate::kernels::pi_model`].
 
-use super::{Place, Reduction, inside, place, stored, threads, widened_on_devices};
+use super::{Place, Reduction, inside, place, room_for, stored, threads, widened_on_devices};
 use crate::cuda;
 use crate::cuda::pi_model::Weights;
 use crate::error::Result;
@@ -227,6 +227,7 @@ impl<'a> Call<'a> {
             .as_ref()
             .map(|m| weights(m.tensor, rows))
             .transpose()?;
+        room_for::<f64>(rows)?;
         let mut distances = vec![0.0; rows];
         let mean = self.mean();
         let mut grads = self.sweep(dtype, weights.as_deref(), &mut distances)?;

@@ -1,4 +1,4 @@
-use super::{GIL_WORTH, MANY, caught, integer, tensor, without_gil};
+use super::{MANY, caught, integer, tensor, without_gil};
 use crate::error::{Error, Result};
 use crate::ops::flexmatch::{self as ops, CLASS};
 use crate::torch::pages;
@@ -18,13 +18,12 @@ pub struct FlexMatch {
     state: Mutex<ops::FlexMatch>,
     /// The thread that holds the lock, as [`this_thread`] has it, or 0.
     holder: AtomicUsize,
-    samples: usize,
-    /// Whether counting all samples again releases the GIL.
+    /// Whether what counts or copies all samples releases the GIL.
     slow: bool,
 }
 
-/// Samples on the CPU that are counted again without releasing the GIL, in 10 ms at most: no other thread can fork the
-/// process then, with the lock held for ever in the child.
+/// Samples on the CPU that are counted or copied without releasing the GIL, in some 10 ms at most: no other thread can
+/// fork the process then, with the lock held for ever in the child.
 const QUICK: usize = 1 << 24;
 
 /// A number that no other thread has while this one lives.
@@ -74,13 +73,13 @@ impl FlexMatch {
         })?)
     }
 
-    /// The same for what copies all samples, without the GIL if there are many.
+    /// The same for what counts or copies all samples, without the GIL if there are very many.
     fn locked_for_all<T: Send>(
         &self,
         py: Python<'_>,
         body: impl FnOnce(&mut ops::FlexMatch) -> Result<T> + Send,
     ) -> PyResult<T> {
-        if self.samples < GIL_WORTH {
+        if !self.slow {
             return self.locked(py, body);
         }
         without_gil(py, MANY, || self.with_state(Mutex::lock, body))
@@ -119,19 +118,14 @@ impl FlexMatch {
         })
     }
 
-    /// Runs a step on counts that are up to date. Only counting very many samples again takes long enough to
-    /// release the GIL; a step itself handles Python's tensors and keeps it.
+    /// Runs a step on counts that are up to date. The step itself handles Python's tensors and keeps the GIL.
     fn with<T>(
         &self,
         py: Python<'_>,
         step: impl FnOnce(&mut ops::FlexMatch) -> Result<T>,
     ) -> PyResult<T> {
         if self.is_stale(py)? {
-            if self.slow {
-                self.locked_for_all(py, ops::FlexMatch::refresh)?;
-            } else {
-                self.locked(py, ops::FlexMatch::refresh)?;
-            }
+            self.locked_for_all(py, ops::FlexMatch::refresh)?;
         }
         self.locked(py, step)
     }
@@ -162,14 +156,15 @@ impl FlexMatch {
         let options = options.into_py_dict(device.py())?;
         let labels = torch.call_method("empty", (samples,), Some(&options))?;
         let mut labels = tensor(CLASS, "net_outputs", &labels)?;
-        pages::ask_for_large(&labels);
-        let _ = labels.f_fill_(-1).map_err(Error::from)?;
         let slow = samples > QUICK || labels.device() != Device::Cpu;
-        let state = ops::FlexMatch::new(classes, labels, counts_on_device)?;
+        let state = caught(move || {
+            pages::ask_for_large(&labels);
+            let _ = labels.f_fill_(-1)?;
+            ops::FlexMatch::new(classes, labels, counts_on_device)
+        })?;
         Ok(Self {
             state: Mutex::new(state),
             holder: AtomicUsize::new(0),
-            samples,
             slow,
         })
     }

@@ -1,6 +1,7 @@
 use super::{MANY, elements, number, tensor, without_gil};
 use crate::ops::mcc::{self as ops, CLASS};
 use crate::ops::ranks::Exchanged;
+use crate::torch::input::Input;
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
@@ -96,7 +97,12 @@ pub fn confusion_matrix(
 ) -> PyResult<PyTensor> {
     let logits = tensor(CLASS, "logits", logits)?;
     let temperature = number(CLASS, "temperature", temperature)?;
-    without_gil(py, elements(&logits), move || {
+    // A sum over the rows for each pair of classes.
+    let classes = Input::new(CLASS, "logits", &logits)?
+        .shape()
+        .last()
+        .map_or(1, |&classes| classes as usize);
+    without_gil(py, elements(&logits).saturating_mul(classes), move || {
         ops::confusion_matrix(&logits, temperature)
     })
     .map(PyTensor)

@@ -40,7 +40,7 @@ impl From<Error> for PyErr {
             Error::Type(_) => PyTypeError::new_err(text),
             Error::Value(_) => PyValueError::new_err(text),
             Error::Index(_) => PyIndexError::new_err(text),
-            Error::Device(_) | Error::Reentered(_) | Error::Cuda(_) => {
+            Error::Device(_) | Error::Memory(_) | Error::Reentered(_) | Error::Cuda(_) => {
                 PyRuntimeError::new_err(text)
             }
             Error::Torch(_) | Error::Bridge(_) => {

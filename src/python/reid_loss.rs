@@ -8,15 +8,15 @@ const TRIPLET: &str = "TripletLoss";
 const XBM: &str = "TripletLossXBM";
 const SOFT: &str = "SoftTripletLoss";
 
-/// The work of a triplet loss, which is that of the product of its features.
-fn triplet_work(features: &Tensor) -> usize {
-    let elements = elements(features);
-    if elements == 0 {
+/// The work of a product of the rows of `x` with those of `y`, as far as it matters for the GIL.
+fn product_work(x: &Tensor, y: &Tensor) -> usize {
+    let (of_x, of_y) = (elements(x), elements(y));
+    if of_x == 0 || of_y == 0 {
         // A tensor that is not dense may have no size to ask for.
         return 0;
     }
-    let rows = features.size().first().copied().unwrap_or(0).unsigned_abs() as usize;
-    elements.saturating_mul(rows)
+    let rows = y.size().first().copied().unwrap_or(0).unsigned_abs() as usize;
+    of_x.saturating_mul(rows)
 }
 
 /// The batch-hard triplet loss of `f` (N, F) with identities `labels` (N).
@@ -30,7 +30,7 @@ pub fn triplet(
 ) -> PyResult<PyTensor> {
     let (f, labels) = (tensor(TRIPLET, "f", f)?, tensor(TRIPLET, "labels", labels)?);
     let margin = number(TRIPLET, "margin", margin)?;
-    without_gil(py, triplet_work(&f), move || {
+    without_gil(py, product_work(&f, &f), move || {
         ops::triplet(&Arguments {
             class: TRIPLET,
             features: ("f", &f),
@@ -65,7 +65,7 @@ pub fn triplet_xbm(
         tensor(XBM, "xbm_labels", xbm_labels)?,
     );
     let margin = number(XBM, "margin", margin)?;
-    without_gil(py, triplet_work(&xbm_f), move || {
+    without_gil(py, product_work(&f, &xbm_f), move || {
         ops::triplet(&Arguments {
             class: XBM,
             features: ("f", &f),
@@ -137,9 +137,11 @@ pub fn soft_triplet(
     normalize_feature: bool,
 ) -> PyResult<PyTensor> {
     let call = Soft::new(features_1, features_2, labels, margin)?;
-    without_gil(py, triplet_work(&call.features), move || {
-        ops::triplet(&call.arguments(normalize_feature))
-    })
+    without_gil(
+        py,
+        product_work(&call.features, &call.features),
+        move || ops::triplet(&call.arguments(normalize_feature)),
+    )
     .map(PyTensor)
 }
 
@@ -161,7 +163,7 @@ const DISTANCES: &str = "pairwise_euclidean_distance";
 #[pyfunction]
 pub fn distances(py: Python<'_>, x: &Bound<'_, PyAny>, y: &Bound<'_, PyAny>) -> PyResult<PyTensor> {
     let (x, y) = (tensor(DISTANCES, "x", x)?, tensor(DISTANCES, "y", y)?);
-    without_gil(py, triplet_work(&x), move || ops::distances(&x, &y)).map(PyTensor)
+    without_gil(py, product_work(&x, &y), move || ops::distances(&x, &y)).map(PyTensor)
 }
 
 /// The gradients of `x` and `y` from `incoming`, that of their distances `out`.
@@ -178,7 +180,7 @@ pub fn distances_backward(
         tensor(DISTANCES, "grad_output", incoming)?,
         tensor(DISTANCES, "distances", out)?,
     );
-    let (of_x, of_y) = without_gil(py, triplet_work(&x), move || {
+    let (of_x, of_y) = without_gil(py, product_work(&x, &y), move || {
         ops::distances_backward(&incoming, &x, &y, &out)
     })?;
     Ok((PyTensor(of_x), PyTensor(of_y)))

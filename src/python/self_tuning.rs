@@ -89,6 +89,7 @@ impl SelfTuningSettings {
     /// Puts the keys of a batch into the queue.
     fn enqueue(
         &self,
+        py: Python<'_>,
         h_k: &Bound<'_, PyAny>,
         labels: &Bound<'_, PyAny>,
         queue_list: &Bound<'_, PyAny>,
@@ -97,12 +98,10 @@ impl SelfTuningSettings {
         let (h_k, labels) = (tensor(CLASS, "h_k", h_k)?, tensor(CLASS, "labels", labels)?);
         let list = tensor(CLASS, "queue_list", queue_list)?;
         let pointers = tensor(CLASS, "queue_ptr", queue_ptr)?;
-        Ok(ops::parts::enqueue(
-            &h_k,
-            &labels,
-            (&list, &pointers),
-            self.0,
-        )?)
+        let settings = self.0;
+        without_gil(py, elements(&h_k), move || {
+            ops::parts::enqueue(&h_k, &labels, (&list, &pointers), settings)
+        })
     }
 }
 

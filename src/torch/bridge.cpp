@@ -13,6 +13,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/DefaultDtype.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/variable.h>
@@ -50,6 +51,18 @@ c10::DispatchKeySet ordinary_keys() {
 // The keys through which torch.func intercepts every operation, even on ordinary tensors, and wraps the results.
 constexpr c10::DispatchKeySet functorch_keys(
     {c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::FuncTorchDynamicLayerBackMode});
+
+// Something that acts on this thread until it is deleted.
+struct Guard {
+  virtual ~Guard() = default;
+};
+
+template <class T>
+struct Held : Guard {
+  template <class A>
+  explicit Held(A argument) : guard(argument) {}
+  T guard;
+};
 
 // Whether this thread is inside a transform of torch.func.
 bool transformed() {
@@ -191,6 +204,8 @@ int64_t tllib_version(const Tensor* t) { return t->is_inference() ? 0 : t->_vers
 // Whether another tensor, or a storage object that Python still holds, reaches the tensor's memory.
 // Asks Python for a reference count: needs the GIL.
 bool tllib_aliased(const Tensor* t) {
+  // A wrapper, whose memory is another tensor's.
+  if (!t->has_storage()) return true;
   const auto& storage = t->storage();
   // Memory that torch did not allocate: numpy's, a mapped file, memory shared with another process. Whoever else has
   // it holds no reference to the storage.
@@ -253,16 +268,19 @@ __attribute__((visibility("hidden"))) void* _PyThreadState_UncheckedGet() {
 
 // Thread-local: the guard must be deleted on the same thread.
 void* tllib_without_autocast() {
-  return new (std::nothrow) c10::impl::ExcludeDispatchKeyGuard(c10::autocast_dispatch_keyset);
+  return new (std::nothrow) Held<c10::impl::ExcludeDispatchKeyGuard>(c10::autocast_dispatch_keyset);
+}
+
+// Null outside inference mode.
+void* tllib_without_inference() {
+  return c10::InferenceMode::is_enabled() ? new (std::nothrow) Held<c10::InferenceMode>(false) : nullptr;
 }
 
 // Null where there is nothing to exclude.
 void* tllib_without_transforms() {
-  return transformed() ? new (std::nothrow) c10::impl::ExcludeDispatchKeyGuard(functorch_keys) : nullptr;
+  return transformed() ? new (std::nothrow) Held<c10::impl::ExcludeDispatchKeyGuard>(functorch_keys) : nullptr;
 }
 
-void tllib_include_again(void* guard) {
-  delete static_cast<c10::impl::ExcludeDispatchKeyGuard*>(guard);
-}
+void tllib_drop_guard(void* guard) { delete static_cast<Guard*>(guard); }
 
 }  // extern "C"

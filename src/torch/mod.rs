@@ -35,7 +35,8 @@ unsafe extern "C" {
     fn tllib_free(text: *mut c_char);
     fn tllib_without_autocast() -> *mut c_void;
     fn tllib_without_transforms() -> *mut c_void;
-    fn tllib_include_again(guard: *mut c_void);
+    fn tllib_without_inference() -> *mut c_void;
+    fn tllib_drop_guard(guard: *mut c_void);
 }
 
 /// A failure reported by the bridge: null, or a message that is ours to free.
@@ -117,8 +118,14 @@ pub fn held(tensor: &Tensor) -> bool {
     unsafe { tllib_held(tensor.as_ptr()) }
 }
 
-/// Excludes a layer of torch's dispatch from this thread's operations until it is dropped, on the same thread (it
-/// is not `Send`).
+/// Runs `body` with grad mode off, and leaves it as it was even if `body` unwinds: tch's function of this name does not.
+pub fn no_grad<T>(body: impl FnOnce() -> T) -> T {
+    let _guard = tch::no_grad_guard();
+    body()
+}
+
+/// Excludes a layer of torch's dispatch, or a mode, from this thread's operations until it is dropped, on the same
+/// thread (it is not `Send`).
 pub struct Without {
     guard: *mut c_void,
 }
@@ -128,6 +135,13 @@ impl Without {
     pub fn autocast() -> Self {
         // SAFETY: it takes no arguments; the guard is freed once, in `drop`.
         let guard = unsafe { tllib_without_autocast() };
+        Self { guard }
+    }
+
+    /// Leaves inference mode: tensors that are allocated may be written anywhere. Operations are recorded for autograd.
+    pub fn inference() -> Self {
+        // SAFETY: as above.
+        let guard = unsafe { tllib_without_inference() };
         Self { guard }
     }
 
@@ -142,7 +156,7 @@ impl Without {
 impl Drop for Without {
     fn drop(&mut self) {
         // SAFETY: the guard comes from this thread, and may be null.
-        unsafe { tllib_include_again(self.guard) }
+        unsafe { tllib_drop_guard(self.guard) }
     }
 }
 

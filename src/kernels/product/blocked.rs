@@ -2,8 +2,8 @@
 //! registers only: MKL's, on any that is not Intel's.
 //!
 //! The result is cut into blocks, each of which one thread computes. If both factors are contiguous along the sum,
-//! `out_ij = sum_k x_ik y_kj` is a number of dot products, and what is read needs no other order ([`Dots`]). If the
-//! rows of `y` are contiguous, it is a sum of multiples of these rows, a strip of columns at a time ([`Combine`]).
+//! `out_ij = sum_k x_ik y_kj` is a number of dot products, and what is read needs no other order (`Dots`). If the
+//! rows of `y` are contiguous, it is a sum of multiples of these rows, a strip of columns at a time (`Combine`).
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, Level, dispatch, intel, level};

@@ -2,7 +2,7 @@
 
 mod operations;
 
-use super::{Place, not_nan, place, positive, threads, widened_on_devices};
+use super::{Place, not_nan, place, positive, room_for, threads, widened_on_devices};
 use crate::error::Result;
 use crate::kernels::Loss;
 use crate::kernels::cc_loss::{FEW, Pairs, choose, gram, matrix};
@@ -146,6 +146,7 @@ fn measure<E: Element + Stored>(
             let Ok(loss) = way.go(pairs, out, &Alone);
             loss
         } else {
+            way.room(cols)?;
             way.go(pairs, out, &Together)?
         }
     };
@@ -181,6 +182,16 @@ impl Way {
             around: false,
             exact,
             alone: through <= ALONE,
+        }
+    }
+
+    /// An error if there is no memory for its two C x C matrices.
+    fn room(&self, cols: usize) -> Result<()> {
+        let count = 2 * cols * cols;
+        match self {
+            Self { around: true, .. } => Ok(()),
+            Self { exact: true, .. } => room_for::<f64>(count),
+            _ => room_for::<f32>(count),
         }
     }
 

@@ -6,7 +6,7 @@
 use crate::cuda;
 use crate::error::Result;
 use crate::ops::counting;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// Labels that are widened to indices at a time, so that counting needs no second copy of all labels.
 const CHUNK: i64 = 1 << 24;
@@ -84,9 +84,13 @@ fn sort_and_write(
     let old = outputs.f_index_select(0, &idxes)?.f_to_kind(Kind::Int64)?;
     let labels = labels.f_to_kind(Kind::Int64)?.f_index_select(0, &order)?;
     let change = labels.f_sub(&old)?.f_mul(&winner)?;
+    let places = Tensor::f_cat(&[&old, &old.f_add(&change)?], 0)?.f_add_scalar(1)?;
+    if !matches!(outputs.device(), Device::Cuda(_)) {
+        // Raises for a label that is no class before anything is written. On CUDA it would end the process anyway.
+        let _ = counts.f_index_select(0, &places)?;
+    }
     let added = change.f_to_kind(outputs.f_kind()?)?;
     let _ = outputs.shallow_clone().f_scatter_add_(0, &idxes, &added)?;
-    let places = Tensor::f_cat(&[&old, &old.f_add(&change)?], 0)?.f_add_scalar(1)?;
     let moved = Tensor::f_cat(&[&winner.f_neg()?, &winner], 0)?;
     let _ = counts.shallow_clone().f_scatter_add_(0, &places, &moved)?;
     Ok(())

@@ -15,7 +15,7 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::flexmatch::Counts;
 use crate::torch::input::Input;
-use crate::torch::{aliased, beside, bump_version, held, pages, version};
+use crate::torch::{Without, aliased, beside, bump_version, held, pages, version};
 use batch::Batch;
 pub use stored::Stored;
 use tch::{Device, Kind, Tensor};
@@ -65,6 +65,9 @@ impl FlexMatch {
         net_outputs: Tensor,
         counts_on_device: Option<bool>,
     ) -> Result<Self> {
+        let net_outputs = ordinary(net_outputs)?;
+        // The counts shall be ordinary as well.
+        let _guard = Without::inference();
         let input = Input::new(CLASS, "net_outputs", &net_outputs)?;
         let (samples, on_cpu) = (input.vector()?, input.on_cpu());
         if input.is_meta() {
@@ -76,7 +79,7 @@ impl FlexMatch {
         stored.holds(classes)?;
         let on_host = !counts_on_device.unwrap_or(!on_cpu || cuda::emulated());
         // Counted from the start on a device as well, in memory that stays: the first step may be captured into a
-        // graph, or run in inference mode, whose tensors cannot be written outside it.
+        // graph.
         let tally = if on_host {
             Tally::Host(Counts::unlabelled(samples, classes))
         } else {
@@ -103,12 +106,6 @@ impl FlexMatch {
     pub fn net_outputs(&mut self) -> Result<Tensor> {
         self.adopt()?;
         self.trust.shared_now();
-        // An inference tensor may not be written outside inference mode.
-        if let Some(handed) = &self.handed
-            && handed.f_is_inference()?
-        {
-            self.retired.extend(self.handed.take());
-        }
         let handed = match self.handed.take() {
             Some(handed) => handed,
             None => self.net_outputs.f_detach()?,
@@ -164,9 +161,9 @@ impl FlexMatch {
             moved = Input::new(CLASS, "net_outputs", &moved)?.in_memory()?;
             host::count(&moved, self.stored, self.classes)?;
         } else {
-            moved = moved.f_contiguous()?;
+            moved = in_own_memory(moved.f_contiguous()?, &self.net_outputs)?;
         }
-        self.replace(moved);
+        self.replace(ordinary(moved)?);
         self.trust.shared_now();
         Ok(())
     }
@@ -181,9 +178,7 @@ impl FlexMatch {
         let here = labels.f_detach()?.f_to_device(Device::Cpu)?;
         let here = Input::new(CLASS, "net_outputs", &here)?.in_memory()?;
         let counts = host::count(&here, from, self.classes)?;
-        let mut copy = self.net_outputs.f_empty_like()?;
-        pages::ask_for_large(&copy);
-        copy.f_copy_(&here)?;
+        let copy = copied(&here, &self.net_outputs)?;
         self.version = version(&copy);
         self.replace(copy);
         if self.on_host {
@@ -321,8 +316,7 @@ impl FlexMatch {
         }
     }
 
-    /// Checks whether others can reach the labels. To be called at the start of every step, with the
-    /// GIL; the rest of a step never acquires it.
+    /// Checks whether others can reach the labels. To be called at the start of every step, with the GIL.
     pub fn look(&mut self) {
         self.trust.looked(aliased(&self.net_outputs));
     }
@@ -360,6 +354,44 @@ impl FlexMatch {
             .as_mut()
             .ok_or_else(|| Error::Value(format!("{CLASS}: no counts")))
     }
+}
+
+/// `labels`, or a copy where they are an inference tensor, which nobody could write outside inference mode.
+fn ordinary(labels: Tensor) -> Result<Tensor> {
+    if labels.f_is_inference()? {
+        return copied(&labels, &labels);
+    }
+    Ok(labels)
+}
+
+/// `labels`, or a copy where they are a view that torch resolves when it reads them. `TypeError` for a wrapper, such as
+/// those of `torch.func`.
+fn in_own_memory(labels: Tensor, like: &Tensor) -> Result<Tensor> {
+    // Of other types of devices it is not known.
+    let unknown = |t: &Tensor| -> Result<bool> {
+        let input = Input::new(CLASS, "net_outputs", t)?;
+        Ok((input.is_cpu() || input.device() != Device::Cpu) && !input.readable())
+    };
+    if !unknown(&labels)? {
+        return Ok(labels);
+    }
+    let mut copy = like.f_empty_like()?;
+    copy.f_copy_(&labels)?;
+    if unknown(&copy)? {
+        return Err(Error::Type(format!(
+            "{CLASS}: net_outputs must be an ordinary tensor"
+        )));
+    }
+    Ok(copy)
+}
+
+/// A copy of `labels`, of the type and on the device of `like`, in memory that may be written in any mode.
+fn copied(labels: &Tensor, like: &Tensor) -> Result<Tensor> {
+    let _guard = Without::inference();
+    let mut copy = like.f_empty_like()?;
+    pages::ask_for_large(&copy);
+    copy.f_copy_(labels)?;
+    Ok(copy)
 }
 
 /// Copies `fresh` into the memory of the previous counts, if there were any: the counts keep their memory as

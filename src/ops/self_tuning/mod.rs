@@ -15,7 +15,7 @@ use crate::kernels::real::Real;
 use crate::kernels::self_tuning::{Shape, log_probabilities};
 use crate::torch::input::Input;
 use crate::torch::product::{How, multiply};
-use crate::torch::{Dtype, Owned, Stored, Without, beside};
+use crate::torch::{Dtype, Owned, Stored, Without, beside, no_grad};
 use check::{Checked, Pointers};
 use node::{Held, Node};
 use plan::Plan;
@@ -135,7 +135,7 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     let wanted = checked.h_q.wants_grad();
     let queue = batch.queue_list;
     let (out, snapshot) =
-        tch::no_grad(|| history.step(queue, queue_ptr, &entering, plan, wanted, forward))?;
+        no_grad(|| history.step(queue, queue_ptr, &entering, plan, wanted, forward))?;
     if let Some(snapshot) = snapshot {
         let held = Held::new(snapshot, &keys, &batch.classes()?, settings)?;
         let node = Node::<E>::new(&held, &out, labels, batch.h_q.f_kind()?)?;

@@ -11,7 +11,7 @@ use crate::kernels::real::Real;
 use crate::ops::inside;
 use crate::torch::input::Input;
 use crate::torch::product::{How, multiply};
-use crate::torch::{Dtype, Owned, Stored, dense};
+use crate::torch::{Dtype, Owned, Stored, dense, no_grad};
 use tch::Tensor;
 
 /// The log-probabilities, without a graph; nothing is enqueued.
@@ -22,9 +22,9 @@ pub fn forward(batch: &Batch<'_>, settings: Settings) -> Result<Tensor> {
     }
     let labels = checked.on_host(settings)?.filter(|_| checked.fusible);
     match (checked.dtype, labels) {
-        (Dtype::F32, Some(labels)) => tch::no_grad(|| scores::<f32>(batch, &labels, settings)),
-        (Dtype::F64, Some(labels)) => tch::no_grad(|| scores::<f64>(batch, &labels, settings)),
-        (dtype, _) => tch::no_grad(|| {
+        (Dtype::F32, Some(labels)) => no_grad(|| scores::<f32>(batch, &labels, settings)),
+        (Dtype::F64, Some(labels)) => no_grad(|| scores::<f64>(batch, &labels, settings)),
+        (dtype, _) => no_grad(|| {
             let Batch {
                 h_q,
                 h_k,
@@ -60,7 +60,7 @@ pub fn backward(
         return Ok(grad);
     }
     let labels = checked.on_host(settings)?.filter(|_| checked.fusible);
-    let grad = tch::no_grad(|| match (checked.dtype, labels) {
+    let grad = no_grad(|| match (checked.dtype, labels) {
         (Dtype::F32, Some(labels)) => fused::<f32>(incoming, out, batch, &labels, settings),
         (Dtype::F64, Some(labels)) => fused::<f64>(incoming, out, batch, &labels, settings),
         (dtype, _) => {

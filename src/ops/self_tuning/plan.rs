@@ -3,6 +3,7 @@
 use crate::error::Result;
 use crate::kernels::self_tuning::enqueue;
 use crate::ops::counting;
+use crate::torch::no_grad;
 use tch::{Kind, Tensor};
 
 /// Where the keys of a batch go.
@@ -58,7 +59,7 @@ impl Plan {
 
     /// Writes `keys` (minibatch, D) into `queue` (D, N) and moves the pointers.
     pub fn apply(&self, keys: &Tensor, queue: &Tensor, pointers: &Tensor) -> Result<()> {
-        tch::no_grad(|| {
+        no_grad(|| {
             let keys = keys.f_detach()?.f_index_select(0, &self.rows)?;
             let columns = keys.f_to_kind(queue.f_kind()?)?.f_tr()?;
             let (mut queue, mut target) = (queue.shallow_clone(), pointers.shallow_clone());
