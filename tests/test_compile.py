@@ -4,15 +4,21 @@ The losses are in test_compiled_losses.py."""
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tllib_rs.self_training.cc_loss import CCConsistency
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
+from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.self_training.mean_teacher import EMATeacher
 from tllib_rs.self_training.pi_model import L2ConsistencyLoss
+from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
 from tllib_rs.self_training.self_tuning import Classifier, SelfTuning
+from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
+from tllib_rs.vision.models.reid.loss import CrossEntropyLossWithLabelSmooth, TripletLoss
 
 CLASSES, KEYS, ROWS, WIDTH = 5, 3, 7, 4
 every_backend = pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -273,3 +279,56 @@ def test_operators_with_state_are_no_part_of_cuda_graphs():
     for name in ("ema_update", "self_tuning_momentum", "flexmatch_status", "flexmatch_update"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.tllib_rs, name).default.tags
     assert "tllib_rs::flexmatch_status" in torch._inductor.config.custom_should_partition_ops
+
+
+FLEXMATCH_BATCH = (torch.arange(5), torch.ones(5), torch.tensor([0, 1, 1, 2, 2]))
+
+
+def _written_before(module):
+    module.net_outputs.fill_(-1)
+    module.update(*FLEXMATCH_BATCH)
+
+
+def _written_alone(module):
+    module.net_outputs[FLEXMATCH_BATCH[0]] = FLEXMATCH_BATCH[2]
+
+
+def _written_after(module):
+    module.update(*FLEXMATCH_BATCH)
+    module.net_outputs.data.fill_(3)
+
+
+def _assigned_after(module):
+    module.update(*FLEXMATCH_BATCH)
+    module.net_outputs = torch.full((12,), 3)
+
+
+@pytest.mark.parametrize("write", [_written_before, _written_alone, _written_after, _assigned_after])
+def test_flexmatch_with_labels_that_a_compiled_function_reads_and_writes(write):
+    def step(module):
+        before = module.net_outputs.sum()
+        write(module)
+        return before, module.get_threshold(FLEXMATCH_BATCH[2]), module.net_outputs.sum()
+
+    results = []
+    for call in (step, torch.compile(step, backend="aot_eager")):
+        module = DynamicThresholdingModule(0.95, True, lambda x: x, 4, 12, "cpu")
+        module.net_outputs.fill_(2)
+        results.append([*call(module), module.net_outputs])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("make", [np.float64, np.float32, np.int64])
+def test_settings_that_are_numbers_of_numpy(make):
+    x, labels = torch.randn(8, 4), torch.arange(8) // 2
+    for call, inputs in (
+        (ConfidenceBasedSelfTrainingLoss(make(0)), (x, x)),
+        (MinimumClassConfusionLoss(make(1)), (x,)),
+        (StrongWeakConsistencyLoss(make(0), make(1)), (x, x)),
+        (CCConsistency(make(1), make(0)), (x, x)),
+        (TripletLoss(make(1)), (x, labels)),
+        (CrossEntropyLossWithLabelSmooth(4, make(0)), (x, labels // 2)),
+    ):
+        compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), call(*inputs))

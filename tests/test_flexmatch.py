@@ -662,3 +662,16 @@ def test_threads_that_read_write_and_count_do_not_wait_for_each_other_for_ever()
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_device_of_a_pickle_is_mapped():
+    buffer, seen = io.BytesIO(), []
+    torch.save(make(), buffer)
+    buffer.seek(0)
+
+    def here(storage, location):
+        seen.append(location)
+        return storage
+
+    loaded = torch.load(buffer, weights_only=False, map_location=here)
+    assert (seen, loaded.net_outputs.tolist()) == (["cpu"], [-1] * 50)

@@ -5,8 +5,10 @@ import io
 import warnings
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributed import checkpoint
 
 from tests.test_mean_teacher_training import move, net, values
@@ -114,3 +116,20 @@ def test_a_state_that_was_written_in_place_says_nothing_of_progress(tmp_path):
         warnings.simplefilter("error")
         other.load_state_dict(copy.deepcopy(teacher.state_dict()))
     assert other.step == 5
+
+
+@pytest.mark.parametrize("how", ["constructed", "scheduled", "set"])
+def test_decays_that_numpy_computed_are_saved_as_numbers(how):
+    settings = (
+        {"schedule": lambda k: 1 - 0.5 * np.cos(0.1 * k) / k} if how == "scheduled" else {"track": True}
+    )
+    teacher = EMATeacher(nn.Linear(2, 2), np.float64(0.9), **settings)
+    if how == "set":
+        teacher.set_alpha(np.float32(0.5))
+    teacher.update()
+    buffer = io.BytesIO()
+    torch.save(teacher.state_dict(), buffer)
+    buffer.seek(0)
+    again = EMATeacher(nn.Linear(2, 2), 0.1, **settings)
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert (again.step, again.alpha) == (1, teacher.alpha)

@@ -612,3 +612,55 @@ def test_features_of_an_autocast_region_against_a_float32_memory(compiled, gener
         pairwise_euclidean_distance(features, memory.long())
     with pytest.raises(TypeError, match="y must have the dtype of x, float32, got float16"):
         pairwise_euclidean_distance(memory.to("meta"), memory.half().to("meta"))
+
+
+COMPILED = pytest.mark.parametrize("compiled", [False, True])
+
+
+@COMPILED
+@pytest.mark.parametrize("kind", ["pre", "after", "forward"])
+def test_hooks_on_what_ranks_the_distances_are_called(kind, compiled, generator):
+    f = torch.randn(12, 6, generator=generator)
+    labels = torch.arange(12) // 3
+    loss = TripletLoss(0.3)
+    if kind == "pre":
+        loss.margin_loss.register_forward_pre_hook(lambda _, args: (args[0] + 1.0, *args[1:]))
+        expected = TripletLoss(-0.7)(f, labels)
+    else:
+        expected = 2 * TripletLoss(0.3)(f, labels)
+        if kind == "after":
+            loss.margin_loss.register_forward_hook(lambda _, args, out: 2 * out)
+        else:
+            plain = loss.margin_loss.forward
+            loss.margin_loss.forward = lambda *args: 2 * plain(*args)
+    call = torch.compile(loss, backend="aot_eager") if compiled else loss
+    torch.testing.assert_close(call(f, labels), expected)
+
+
+@COMPILED
+@pytest.mark.parametrize("smooth", [False, True])
+def test_hooks_on_log_softmax_are_called(smooth, compiled, generator):
+    y = torch.randn(6, 5, generator=generator)
+    labels = torch.arange(6) % 5 if smooth else torch.randn(6, 5, generator=generator)
+    make = (lambda: CrossEntropyLossWithLabelSmooth(5)) if smooth else CrossEntropyLoss
+    loss, expected = make(), make()(y, labels)
+    loss.log_softmax.register_forward_hook(lambda _, args, out: 2 * out)
+    call = torch.compile(loss, backend="aot_eager") if compiled else loss
+    torch.testing.assert_close(call(y, labels), 2 * expected)
+
+
+@COMPILED
+@pytest.mark.parametrize("shape", [(3, 5, 4), (3, 5, 2, 4)], ids=str)
+def test_smooth_labels_of_positions(shape, compiled, generator):
+    y = torch.randn(shape, generator=generator, dtype=torch.float64)
+    labels = torch.randint(5, shape[:1] + shape[2:], generator=generator)
+    loss = CrossEntropyLossWithLabelSmooth(5)
+
+    def plain(y):
+        targets = torch.zeros_like(y).scatter_(1, labels.unsqueeze(1), 1) * 0.9 + 0.1 / 5
+        return (-targets * y.log_softmax(1)).mean(0).sum()
+
+    ours = torch.compile(loss, backend="aot_eager") if compiled else loss
+    torch.testing.assert_close(grads_of(lambda y: ours(y, labels), [y]), grads_of(plain, [y]))
+    with pytest.raises(ValueError, match="labels must have shape"):
+        loss(y, labels[:2])

@@ -597,3 +597,57 @@ def test_a_step_that_is_assigned_to_one_object(generator):
     torch.testing.assert_close(model(x, x, labels)[0], same(x, x, labels)[0])
     assert seen == labels.tolist()
     assert torch.equal(model.queue_list, same.queue_list)
+
+
+@pytest.mark.parametrize("step", ["_dequeue_and_enqueue", "_momentum_update_key_encoder"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:Dynamo does not know", "ignore:The .grad attribute")
+def test_a_step_that_is_patched_in_the_class(step, compiled, monkeypatch, generator):
+    model, seen = small_model(), []
+    x, labels = torch.randn(4, 3, generator=generator), torch.tensor([1, 0, 1, 2])
+    original = getattr(SelfTuning, step)
+
+    def patched(self, *args):
+        seen.append(args)
+        return original(self, *args)
+
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    with monkeypatch.context() as patch:
+        patch.setattr(SelfTuning, step, patched)
+        call(x, x, labels)
+    assert len(seen) == (4 if step == "_dequeue_and_enqueue" else 1)
+    call(x, x, labels)
+    assert len(seen) == (4 if step == "_dequeue_and_enqueue" else 1)
+
+
+def test_a_class_given_as_a_number(generator):
+    model = small_model()
+    key = torch.randn(1, len(model.queue_list), generator=generator)
+    model._dequeue_and_enqueue(key, 2)
+    assert torch.equal(model.queue_list[:, 2 * model.K], key[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_frozen_layer_of_both_encoders_behind_trainable_ones(compiled, generator):
+    """The momentum step comes between forward and the backward pass, which needs it."""
+    shared = nn.Linear(4, 4).requires_grad_(False)
+
+    class Encoder(nn.Module):
+        projection_dim = 6
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.shared, self.last = nn.Linear(3, 4), shared, nn.Linear(4, 6)
+
+        def forward(self, x):
+            h = self.last(self.shared(self.first(x)))
+            return h, h
+
+    before = shared.weight.clone()
+    model = SelfTuning(Encoder(), Encoder(), 3, K=2, m=0.7)
+    x, labels = torch.randn(4, 3, generator=generator), torch.tensor([1, 0, 1, 2])
+    call = torch.compile(model, backend="aot_eager") if compiled else model
+    pgc_logits, _, y = call(x, x, labels)
+    (pgc_logits.sum() + y.sum()).backward()
+    assert model.encoder_q.first.weight.grad.abs().sum() > 0
+    assert torch.equal(shared.weight, before)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from tllib_rs import __version__, _core, _derivatives
@@ -28,6 +29,12 @@ _file = os.stat(_core.__file__)
 #: torch caches compiled graphs on disk, keyed by the operators in them. The composition of a transparent one
 #: is not part of the key, so this tag, unique to each version and build, is.
 _BUILD = f"{__version__}-{_file.st_size:x}-{_file.st_mtime_ns:x}"
+
+
+def as_number(value: Any) -> Any:
+    """A setting that is a NumPy scalar, as the Python number: the compiler takes NumPy's for a tensor. Other
+    objects as they are, to be checked where they are used."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def define(

@@ -44,7 +44,10 @@ pub fn update(teachers: &[Borrowed], students: &[Borrowed], alpha: f64) -> Resul
     let mut sweeps = Sweeps::default();
     let (mut swept, mut others) = (Vec::new(), Vec::new());
     for (k, (teacher, student)) in facts.0.iter().zip(&facts.1).enumerate() {
-        if teacher.is_meta() {
+        // The average of a parameter that both networks have is itself: written, it would spoil a backward pass that
+        // needs it.
+        let one = !teacher.data().is_null() && teacher.same(student);
+        if one || teacher.is_meta() {
             continue;
         }
         // SAFETY: the caller keeps both alive, and if all are `apart` no memory is shared except by

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tllib_rs import _core
-from tllib_rs._library import at_least_float32, register
+from tllib_rs._library import as_number, at_least_float32, register
 
 __all__ = ["CCConsistency"]
 
@@ -79,8 +79,8 @@ class CCConsistency(nn.Module):
     def __init__(self, temperature: float, thr: float = 0.7):
         super().__init__()
         _core.check_cc_loss(temperature, thr)
-        self.temperature = temperature
-        self.thr = thr
+        self.temperature = as_number(temperature)
+        self.thr = as_number(thr)
 
     def forward(
         self, logits: torch.Tensor, logits_strong: torch.Tensor

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tllib_rs import _core
-from tllib_rs._library import register
+from tllib_rs._library import as_number, register
 from tllib_rs.modules.classifier import Classifier
 from tllib_rs.modules.grl import WarmStartGradientReverseLayer
 
@@ -162,7 +162,7 @@ class WorstCaseEstimationLoss(nn.Module):
     def __init__(self, eta_prime: float):
         super().__init__()
         _core.check_eta_prime(eta_prime)
-        self.eta_prime = eta_prime
+        self.eta_prime = as_number(eta_prime)
 
     def forward(
         self, y_l: torch.Tensor, y_l_adv: torch.Tensor, y_u: torch.Tensor, y_u_adv: torch.Tensor

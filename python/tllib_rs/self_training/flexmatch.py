@@ -10,7 +10,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from tllib_rs import _core
-from tllib_rs._library import define
+from tllib_rs._library import as_number, define
 from tllib_rs.self_training import _flexmatch_ranks
 
 __all__ = ["DynamicThresholdingModule"]
@@ -37,6 +37,13 @@ _compiled_update = define(
     lambda *_: None,
     ordered=True,
 )
+
+
+def _break_graph() -> None:
+    """The operators above read and write labels that no compiled graph knows of: within one graph, reads and
+    writes of the tensor would not stay in order with them."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()
 
 
 class DynamicThresholdingModule:
@@ -107,7 +114,7 @@ class DynamicThresholdingModule:
         layout: Literal["replicated", "sharded"] = "replicated",
         dtype: torch.dtype = torch.int64,
     ):
-        self.threshold = threshold
+        self.threshold = as_number(threshold)
         self.warmup = warmup
         self.mapping_func = mapping_func
         self.num_classes = num_classes
@@ -130,7 +137,8 @@ class DynamicThresholdingModule:
     def net_outputs(self) -> torch.Tensor:
         """(n_unlabeled_samples,), of ``dtype``: each sample's latest confident label, -1 before the first.
 
-        May be read, written in place, and assigned."""
+        May be read, written in place, and assigned. A compiled function breaks its graph there."""
+        _break_graph()
         self._ranks.settle()
         return self._state.net_outputs
 
@@ -138,6 +146,12 @@ class DynamicThresholdingModule:
     def net_outputs(self, labels: torch.Tensor) -> None:
         self._ranks.settle()
         self._state.net_outputs = labels
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "net_outputs":
+            # The compiler would call the setter after the graph.
+            _break_graph()
+        super().__setattr__(name, value)
 
     def get_threshold(self, pseudo_labels: torch.Tensor) -> torch.Tensor:
         """The threshold of each label's class, float32 (or what ``mapping_func`` makes of it), in the
@@ -227,13 +241,14 @@ class DynamicThresholdingModule:
         labels = self.net_outputs
         # An array, since torch sends a tensor to a spawned process as shared memory: a copy made here would
         # be freed before the process opens it, and the labels themselves would be written by both processes.
-        return state | {"net_outputs": labels.cpu().numpy(), "labels_device": labels.device}
+        # torch.load maps the device of the empty tensor as it is told to.
+        return state | {"net_outputs": labels.cpu().numpy(), "labels_device": labels.new_empty(0)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         labels = state.pop("net_outputs")
         # tllib pickles the tensor itself, and has none of these settings.
         if not isinstance(labels, torch.Tensor):
-            labels = torch.tensor(labels, device=state.pop("labels_device"))
+            labels = torch.tensor(labels, device=state.pop("labels_device").device)
         self.__dict__.update({"process_group": None, "layout": "replicated", "dtype": labels.dtype} | state)
         device, self.device = self.device, labels.device
         self._connect()

@@ -7,7 +7,7 @@ from torch.distributed import ProcessGroup
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks
-from tllib_rs._library import register
+from tllib_rs._library import as_number, register
 from tllib_rs.modules.classifier import Classifier as ClassifierBase
 from tllib_rs.modules.entropy import entropy  # noqa: F401  scripts for tllib import it from here
 
@@ -75,7 +75,7 @@ class MinimumClassConfusionLoss(nn.Module):
     def __init__(self, temperature: float, *, process_group: ProcessGroup | None = None):
         super().__init__()
         _core.check_temperature(temperature)
-        self.temperature = temperature
+        self.temperature = as_number(temperature)
         self._ranks = Ranks.of(type(self).__name__, process_group)
 
     def forward(self, logits: torch.Tensor) -> torch.Tensor:

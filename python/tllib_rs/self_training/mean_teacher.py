@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tllib_rs import _core
-from tllib_rs._library import define
+from tllib_rs._library import as_number, define
 from tllib_rs.schedules import WarmUp
 from tllib_rs.self_training._mean_teacher import networks, progress, shards
 
@@ -25,7 +25,7 @@ def _checked(alpha: float) -> float:
         _core.check_alpha(alpha)
     except ValueError as error:
         raise AlphaError(str(error)) from None
-    return alpha
+    return as_number(alpha)
 
 
 def _schedule(schedule: Callable[[int], float] | str | None, alpha: float) -> Callable[[int], float] | None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tllib_rs import _core
-from tllib_rs._library import at_least_float32, register
+from tllib_rs._library import as_number, at_least_float32, register
 
 __all__ = ["ConfidenceBasedSelfTrainingLoss"]
 
@@ -65,7 +65,7 @@ class ConfidenceBasedSelfTrainingLoss(nn.Module):
     def __init__(self, threshold: float):
         super().__init__()
         _core.check_threshold(threshold)
-        self.threshold = threshold
+        self.threshold = as_number(threshold)
 
     def forward(
         self, y: torch.Tensor, y_target: torch.Tensor

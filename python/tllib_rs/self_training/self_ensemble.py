@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks
-from tllib_rs._library import register
+from tllib_rs._library import as_number, register
 from tllib_rs.self_training import mcc
 
 __all__ = ["ClassBalanceLoss", "ImageClassifier"]
@@ -93,7 +93,7 @@ class ClassBalanceLoss(nn.Module):
     def __init__(self, num_classes: int, *, process_group: ProcessGroup | None = None):
         super().__init__()
         _core.check_num_classes(num_classes)
-        self.num_classes = num_classes
+        self.num_classes = as_number(num_classes)
         self._ranks = Ranks.of(type(self).__name__, process_group)
 
     @property

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks, Rows
-from tllib_rs._library import define, differentiate
+from tllib_rs._library import as_number, define, differentiate
 from tllib_rs.modules.classifier import Classifier as ClassifierBase
 from tllib_rs.self_training._mean_teacher import shards
 
@@ -142,7 +142,6 @@ class SelfTuning(nn.Module):
 
     _ranks: Ranks | None = None
     _alike = False
-    _overridden = False
 
     def __init__(
         self,
@@ -157,10 +156,10 @@ class SelfTuning(nn.Module):
     ):
         super().__init__()
         self._ranks = Ranks.of("SelfTuning", process_group)
-        self.K = K
-        self.m = m
-        self.T = T
-        self.num_classes = num_classes
+        self.K = as_number(K)
+        self.m = as_number(m)
+        self.T = as_number(T)
+        self.num_classes = as_number(num_classes)
         self._settings()
         self.encoder_q = encoder_q
         self.encoder_k = encoder_k
@@ -203,16 +202,15 @@ class SelfTuning(nn.Module):
     @torch.no_grad()
     def _dequeue_and_enqueue(self, h: torch.Tensor, label: torch.Tensor) -> None:
         """Replace the oldest key of a class. If a subclass overrides it, it is called for each row."""
-        self._settings().enqueue(h, label.reshape(1).expand(len(h)), self.queue_list, self.queue_ptr)
-
-    def __init_subclass__(cls, **arguments: Any):
-        super().__init_subclass__(**arguments)
-        cls._overridden = any(getattr(cls, name) is not getattr(SelfTuning, name) for name in _STEPS)
+        labels = torch.as_tensor(label, device=h.device).reshape(1).expand(len(h))
+        self._settings().enqueue(h, labels, self.queue_list, self.queue_ptr)
 
     @property
     def _changed(self) -> bool:
-        """Whether a subclass or an attribute of this object replaces a step."""
-        return self._overridden or any(name in self.__dict__ for name in _STEPS)
+        """Whether a subclass, a patch of a class, or an attribute of this object replaces a step."""
+        return any(
+            getattr(type(self), name) is not step or name in self.__dict__ for name, step in _STEPS.items()
+        )
 
     def _row_by_row(self, h_q: torch.Tensor, h_k: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         keep = torch.is_grad_enabled() and h_q.requires_grad
@@ -277,7 +275,10 @@ class SelfTuning(nn.Module):
         return _core.SelfTuningSettings(self.num_classes, self.K, self.m, self.T)
 
 
-_STEPS = ("_momentum_update_key_encoder", "_dequeue_and_enqueue")
+#: The steps that may be replaced.
+_STEPS = {
+    name: getattr(SelfTuning, name) for name in ("_momentum_update_key_encoder", "_dequeue_and_enqueue")
+}
 _SETTINGS = "int num_classes, int K, float m, float T"
 
 

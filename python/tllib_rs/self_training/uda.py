@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tllib_rs import _core
-from tllib_rs._library import at_least_float32, register
+from tllib_rs._library import as_number, at_least_float32, register
 
 __all__ = ["StrongWeakConsistencyLoss"]
 
@@ -59,8 +59,8 @@ class StrongWeakConsistencyLoss(nn.Module):
     def __init__(self, threshold: float, temperature: float):
         super().__init__()
         _core.check_uda(threshold, temperature)
-        self.threshold = threshold
-        self.temperature = temperature
+        self.threshold = as_number(threshold)
+        self.temperature = as_number(temperature)
 
     def forward(self, y_strong: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """See the class."""

@@ -24,7 +24,7 @@ def attach(state: dict[str, Any], step: int, alpha: float) -> dict[str, Any]:
         # A module that overrides `state_dict` may return a dictionary that takes no attributes.
         state = OrderedDict(state)
         metadata = state._metadata = OrderedDict()
-    metadata[KEY] = {"step": step, "alpha": alpha}
+    metadata[KEY] = {"step": step, "alpha": float(alpha)}
     return state
 
 

@@ -2,6 +2,8 @@
 <https://arxiv.org/abs/2001.01526>`_, `In Defense of the Triplet Loss (2017)
 <https://arxiv.org/abs/1703.07737>`_."""
 
+import math
+
 import torch
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from tllib_rs import _core
 from tllib_rs._distributed import Ranks, dtype_number
-from tllib_rs._library import at_least_float32, define, differentiate, or_transparent, register
+from tllib_rs._library import as_number, at_least_float32, define, differentiate, or_transparent, register
 
 __all__ = [
     "CrossEntropyLoss",
@@ -179,6 +181,33 @@ def hard_examples_mining(dist_mat: torch.Tensor, identity_mat: torch.Tensor, ret
     return (dist_ap, dist_an, positive, negative) if return_idxes else (dist_ap, dist_an)
 
 
+def _side_by_side(y: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(minibatch, C, ...) and (minibatch, ...) as rows and labels, and how many rows a sample has."""
+    expected = y.shape[:1] + y.shape[2:]
+    if labels.shape != expected:
+        raise ValueError(
+            f"CrossEntropyLossWithLabelSmooth: labels must have shape {list(expected)}, got shape "
+            f"{list(labels.shape)}"
+        )
+    return y.movedim(1, -1).reshape(-1, y.shape[1]), labels.reshape(-1), math.prod(y.shape[2:])
+
+
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether it does what the constructors' own does: scripts may assign another, or add hooks to it."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is kind and "forward" not in module.__dict__ and not any(map(len, hooks))
+
+
+def _is_fused(ranking: nn.Module) -> bool:
+    """Whether the fused losses compute what this module would of the distances."""
+    return _is_plain(ranking, nn.MarginRankingLoss) and ranking.reduction == "mean"
+
+
 class CrossEntropyLossWithLabelSmooth(nn.Module):
     r"""Cross entropy with smoothed labels: `Rethinking the Inception Architecture for Computer Vision
     (CVPR 2016) <https://arxiv.org/abs/1512.00567>`_.
@@ -193,15 +222,17 @@ class CrossEntropyLossWithLabelSmooth(nn.Module):
         epsilon (float, optional): :math:`\epsilon`. Default: 0.1
 
     Inputs:
-        - y (tensor): unnormalized predictions, (minibatch, C), floating point.
-        - labels (tensor): (minibatch,), int64 or int32.
+        - y (tensor): unnormalized predictions, (minibatch, C, ...), floating point. The losses of all
+          positions in the further dimensions are added.
+        - labels (tensor): (minibatch, ...), int64 or int32.
 
     Returns:
         A scalar in the dtype of the predictions (float32 in an autocast region). NaN for an empty batch.
 
     Raises:
         TypeError: y is not a floating-point tensor, or labels are neither int64 nor int32.
-        ValueError: y is not (minibatch, C) with C > 0, or there is not one label for each row.
+        ValueError: y is not (minibatch, C, ...) with C > 0, or there is not one label for each row or
+            position.
         IndexError: a label is negative or not below C (on the CPU; on CUDA a device-side assertion fails
             or, with fused kernels, the loss is NaN).
         RuntimeError: the devices differ.
@@ -216,16 +247,23 @@ class CrossEntropyLossWithLabelSmooth(nn.Module):
     def __init__(self, num_classes: int, epsilon: float = 0.1):
         super().__init__()
         _core.check_smoothing(num_classes, epsilon)
-        self.num_classes = num_classes
-        self.epsilon = epsilon
-        # Not called: tllib has it, and scripts may look at it.
+        self.num_classes = as_number(num_classes)
+        self.epsilon = as_number(epsilon)
+        # Called if it is replaced or has hooks.
         self.log_softmax = nn.LogSoftmax(dim=1)
 
     def forward(self, y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        if torch.compiler.is_compiling():
-            return _compiled_label_smooth(y, labels, self.num_classes, self.epsilon)
-        return _core.label_smooth(y, labels, self.num_classes, self.epsilon)
+        if not _is_plain(self.log_softmax, nn.LogSoftmax):
+            hits = torch.zeros_like(y).scatter_(1, labels.long().unsqueeze(1), 1)
+            targets = (1 - self.epsilon) * hits + self.epsilon / self.num_classes
+            return (-targets * self.log_softmax(y)).mean(0).sum()
+        smooth = _compiled_label_smooth if torch.compiler.is_compiling() else _core.label_smooth
+        positions = 1
+        if isinstance(y, torch.Tensor) and y.dim() > 2 and isinstance(labels, torch.Tensor):
+            y, labels, positions = _side_by_side(y, labels)
+        loss = smooth(y, labels, self.num_classes, self.epsilon)
+        return loss if positions == 1 else loss * positions
 
     def extra_repr(self) -> str:
         """The arguments, for ``repr``."""
@@ -262,19 +300,16 @@ class CrossEntropyLoss(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # Not called: tllib has it, and scripts may look at it.
+        # Called if it is replaced or has hooks.
         self.log_softmax = nn.LogSoftmax(dim=1)
 
     def forward(self, y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See the class."""
+        if not _is_plain(self.log_softmax, nn.LogSoftmax):
+            return (-F.softmax(labels, dim=1).detach() * self.log_softmax(y)).sum(1).mean()
         if torch.compiler.is_compiling():
             return _compiled_soft_cross_entropy(y, labels)
         return _core.soft_cross_entropy(y, labels)
-
-
-def _is_fused(ranking: nn.Module) -> bool:
-    """Whether it is the module that the constructors made; scripts may assign another."""
-    return type(ranking) is nn.MarginRankingLoss and ranking.reduction == "mean"
 
 
 def _ranked(
@@ -338,10 +373,10 @@ class TripletLoss(nn.Module):
     def __init__(self, margin: float, normalize_feature: bool = False):
         super().__init__()
         _core.check_margin("TripletLoss", margin)
-        self.margin = margin
+        self.margin = as_number(margin)
         self.normalize_feature = normalize_feature
         # Its margin is the one that counts, as in tllib.
-        self.margin_loss = nn.MarginRankingLoss(margin=margin)
+        self.margin_loss = nn.MarginRankingLoss(margin=self.margin)
 
     def forward(self, f: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -392,10 +427,10 @@ class TripletLossXBM(nn.Module):
     def __init__(self, margin: float = 0.3, normalize_feature: bool = False):
         super().__init__()
         _core.check_margin("TripletLossXBM", margin)
-        self.margin = margin
+        self.margin = as_number(margin)
         self.normalize_feature = normalize_feature
         # Its margin is the one that counts, as in tllib.
-        self.ranking_loss = nn.MarginRankingLoss(margin=margin)
+        self.ranking_loss = nn.MarginRankingLoss(margin=self.margin)
 
     def forward(
         self, f: torch.Tensor, labels: torch.Tensor, xbm_f: torch.Tensor, xbm_labels: torch.Tensor
@@ -469,7 +504,7 @@ class SoftTripletLoss(nn.Module):
         super().__init__()
         if margin is not None:
             _core.check_margin("SoftTripletLoss", margin)
-        self.margin = margin
+        self.margin = as_number(margin)
         self.normalize_feature = normalize_feature
         self._ranks = Ranks.of("SoftTripletLoss", process_group)
 
