@@ -574,7 +574,7 @@ def test_labels_from_an_inference_can_be_written_outside_of_it(how, on_device):
     assert state.counts().tolist() == [0, 3, 0, 1, 1]
 
 
-def test_a_label_that_is_no_class_changes_nothing_with_counts_on_a_device():
+def test_a_bad_update_with_counts_on_a_device_changes_nothing():
     state = _device_state(4, 5)
     state.update(torch.arange(2), torch.ones(2), torch.tensor([1, 2]))
     with pytest.raises(RuntimeError, match="out of"):
