@@ -664,3 +664,27 @@ def test_smooth_labels_of_positions(shape, compiled, generator):
     torch.testing.assert_close(grads_of(lambda y: ours(y, labels), [y]), grads_of(plain, [y]))
     with pytest.raises(ValueError, match="labels must have shape"):
         loss(y, labels[:2])
+
+
+def test_what_ranks_the_distances_may_be_a_function(generator):
+    f, labels = torch.randn(12, 6, generator=generator), torch.arange(12) // 3
+    loss = TripletLoss(0.3)
+    del loss.margin_loss
+    loss.margin_loss = lambda negative, positive, _: (positive - negative + 0.3).clamp(min=0).mean()
+    torch.testing.assert_close(loss(f, labels), TripletLoss(0.3)(f, labels))
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_log_softmax_over_another_dimension(smooth, generator):
+    y = torch.randn(6, 5, generator=generator)
+    labels = torch.arange(6) % 5
+    other, log_p = torch.randn(6, 5, generator=generator), y.log_softmax(0)
+    loss = CrossEntropyLossWithLabelSmooth(5) if smooth else CrossEntropyLoss()
+    loss.log_softmax = torch.nn.LogSoftmax(dim=0)
+    targets = 0.9 * torch.eye(5)[labels] + 0.1 / 5 if smooth else other.softmax(1)
+    expected = (-targets * log_p).sum() / 6
+    torch.testing.assert_close(loss(y, labels if smooth else other), expected)
+
+
+def test_smooth_labels_of_no_positions():
+    assert CrossEntropyLossWithLabelSmooth(5)(torch.ones(4, 5, 0), torch.zeros(4, 0, dtype=torch.long)) == 0

@@ -56,6 +56,9 @@ struct Row<F> {
     lead: Option<Lead<F>>,
 }
 
+/// Bytes that are kept of a row between the sweeps, at most.
+pub const KEPT: usize = size_of::<Row<f64>>();
+
 /// The class that has more than half of a row's probability.
 #[derive(Clone, Copy)]
 struct Lead<F> {

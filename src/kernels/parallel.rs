@@ -49,7 +49,16 @@ where
     J: FnOnce() -> T + Send,
     T: Send,
 {
-    if jobs.len() <= 1 {
+    run_on(NonZeroUsize::MAX, jobs)
+}
+
+/// The same for more jobs than threads: no more than `threads` are started, where none are lent.
+pub fn run_on<J, T>(threads: NonZeroUsize, jobs: Vec<J>) -> Vec<T>
+where
+    J: FnOnce() -> T + Send,
+    T: Send,
+{
+    if threads.get() == 1 || jobs.len() <= 1 {
         return jobs.into_iter().map(|job| job()).collect();
     }
     let count = jobs.len();
@@ -66,7 +75,7 @@ where
         }
     };
     if !TEAM.get().is_some_and(|team| team(&work)) {
-        scoped(count - 1, &work);
+        scoped(threads.get().min(count) - 1, &work);
     }
     if let Some(payload) = lock(&panic).take() {
         resume_unwind(payload);
@@ -142,6 +151,19 @@ mod tests {
         assert_eq!(threads_for(10, 100, 8).get(), 1);
         assert_eq!(threads_for(250, 100, 8).get(), 2);
         assert_eq!(threads_for(10_000, 100, 8).get(), 8);
+    }
+
+    #[test]
+    fn many_jobs_share_few_threads() {
+        for threads in [1, 3] {
+            let job = || {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                std::thread::current().id()
+            };
+            let ids = run_on(NonZeroUsize::new(threads).unwrap(), vec![job; 50]);
+            let different: std::collections::HashSet<_> = ids.into_iter().collect();
+            assert!(different.len() <= threads, "{different:?}");
+        }
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! Minimum class confusion on tensors. The mathematics is in [`crate::kernels::mcc`].
 
 use super::ranks::{Exchanged, gradient, leaf};
-use super::{Place, inside, loss_dtype, place, positive, stored, threads};
+use super::{Place, inside, loss_dtype, place, positive, room_for, stored, threads};
 use crate::cuda;
 use crate::error::{Error, Result};
-use crate::kernels::mcc::{ENTROPY_EPSILON, finish, mcc as kernel, sweep};
+use crate::kernels::mcc::{ENTROPY_EPSILON, KEPT, finish, mcc as kernel, sweep};
 use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::saved::Saved;
@@ -47,6 +47,7 @@ fn fused(
 ) -> Result<(Tensor, Option<StoredGrad>)> {
     by_dtype!(dtype, E => {
         let rows = input.dense_rows::<E>()?;
+        room_for::<[u8; KEPT]>(rows.rows())?;
         let mut grad = Room::<E>::of(input)?;
         let loss = kernel(rows, temperature, grad.slice(), threads(input.numel()));
         Ok((scalar(loss.value, loss_dtype(input, dtype))?, grad.stored(loss.scale)))
@@ -75,6 +76,7 @@ impl Part {
         }
         by_dtype!(dtype, E => {
             let rows = input.dense_rows::<E>()?;
+            room_for::<[u8; KEPT]>(rows.rows())?;
             let mut grad = Room::<E>::of(&input)?;
             let mut swept = sweep(rows, temperature, grad.slice(), threads(input.numel()));
             let sums = vector(&[&swept.sums.s[..], &swept.sums.e].concat(), Dtype::F64)?;

@@ -22,8 +22,8 @@ pub struct FlexMatch {
     slow: bool,
 }
 
-/// Samples on the CPU that are counted or copied without releasing the GIL, in some 10 ms at most: no other thread can
-/// fork the process then, with the lock held for ever in the child.
+/// Samples on the CPU that are counted, in 10 ms at most, or copied without releasing the GIL: no other thread can fork
+/// the process then, with the lock held for ever in the child.
 const QUICK: usize = 1 << 24;
 
 /// A number that no other thread has while this one lives.

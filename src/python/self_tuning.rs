@@ -1,4 +1,4 @@
-use super::{elements, integer, number, tensor, without_gil};
+use super::{caught, elements, integer, number, tensor, without_gil};
 use crate::ops::self_tuning::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
@@ -89,7 +89,6 @@ impl SelfTuningSettings {
     /// Puts the keys of a batch into the queue.
     fn enqueue(
         &self,
-        py: Python<'_>,
         h_k: &Bound<'_, PyAny>,
         labels: &Bound<'_, PyAny>,
         queue_list: &Bound<'_, PyAny>,
@@ -98,10 +97,10 @@ impl SelfTuningSettings {
         let (h_k, labels) = (tensor(CLASS, "h_k", h_k)?, tensor(CLASS, "labels", labels)?);
         let list = tensor(CLASS, "queue_list", queue_list)?;
         let pointers = tensor(CLASS, "queue_ptr", queue_ptr)?;
-        let settings = self.0;
-        without_gil(py, elements(&h_k), move || {
-            ops::parts::enqueue(&h_k, &labels, (&list, &pointers), settings)
-        })
+        // With the GIL: no other lock keeps two calls apart.
+        Ok(caught(|| {
+            ops::parts::enqueue(&h_k, &labels, (&list, &pointers), self.0)
+        })?)
     }
 }
 

@@ -2,7 +2,7 @@
 //   describe     everything the checks and kernels ask of tensors, in one call;
 //   average      torch's operations on lists of tensors;
 //   bump, alias  version counters and reference counts, for tensors that users may write;
-//   without      guards that exclude a layer of torch's dispatch;
+//   without      guards that exclude a layer of torch's dispatch, or inference mode;
 // and torch's settings that tch does not read.
 #include "failure.h"
 
@@ -63,6 +63,11 @@ struct Held : Guard {
   explicit Held(A argument) : guard(argument) {}
   T guard;
 };
+
+template <class T, class A>
+Guard* held(A argument) {
+  return new (std::nothrow) Held<T>(argument);
+}
 
 // Whether this thread is inside a transform of torch.func.
 bool transformed() {
@@ -268,17 +273,17 @@ __attribute__((visibility("hidden"))) void* _PyThreadState_UncheckedGet() {
 
 // Thread-local: the guard must be deleted on the same thread.
 void* tllib_without_autocast() {
-  return new (std::nothrow) Held<c10::impl::ExcludeDispatchKeyGuard>(c10::autocast_dispatch_keyset);
+  return held<c10::impl::ExcludeDispatchKeyGuard>(c10::autocast_dispatch_keyset);
 }
 
 // Null outside inference mode.
 void* tllib_without_inference() {
-  return c10::InferenceMode::is_enabled() ? new (std::nothrow) Held<c10::InferenceMode>(false) : nullptr;
+  return c10::InferenceMode::is_enabled() ? held<c10::InferenceMode>(false) : nullptr;
 }
 
 // Null where there is nothing to exclude.
 void* tllib_without_transforms() {
-  return transformed() ? new (std::nothrow) Held<c10::impl::ExcludeDispatchKeyGuard>(functorch_keys) : nullptr;
+  return transformed() ? held<c10::impl::ExcludeDispatchKeyGuard>(functorch_keys) : nullptr;
 }
 
 void tllib_drop_guard(void* guard) { delete static_cast<Guard*>(guard); }

@@ -7,7 +7,7 @@
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, Level, dispatch, intel, level};
-use super::super::parallel::{run, threads_for};
+use super::super::parallel::{run_on, threads_for};
 use super::super::real::Real;
 use super::super::rows::{Rows, prefetch};
 use std::array::from_fn;
@@ -176,13 +176,7 @@ impl<F: Element<Acc = F> + Real + Tiles> Product<'_, F> {
                 }
             })
             .collect();
-        if threads.get() == 1 {
-            for job in jobs {
-                job();
-            }
-        } else {
-            run(jobs);
-        }
+        run_on(threads, jobs);
         true
     }
 }

@@ -159,7 +159,7 @@ struct Way {
     around: bool,
     /// In f64.
     exact: bool,
-    /// Without libtorch.
+    /// On this thread alone.
     alone: bool,
 }
 

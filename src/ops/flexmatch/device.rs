@@ -86,7 +86,7 @@ fn sort_and_write(
     let change = labels.f_sub(&old)?.f_mul(&winner)?;
     let places = Tensor::f_cat(&[&old, &old.f_add(&change)?], 0)?.f_add_scalar(1)?;
     if !matches!(outputs.device(), Device::Cuda(_)) {
-        // Raises for a label that is no class before anything is written. On CUDA it would end the process anyway.
+        // Raises for a label that is no class before anything is written. On CUDA nothing works after it anyway.
         let _ = counts.f_index_select(0, &places)?;
     }
     let added = change.f_to_kind(outputs.f_kind()?)?;

@@ -194,13 +194,20 @@ def _side_by_side(y: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether it does what the constructors' own does: scripts may assign another, or add hooks to it."""
+    if type(module) is not kind:
+        return False
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is kind and "forward" not in module.__dict__ and not any(map(len, hooks))
+    return "forward" not in module.__dict__ and not any(map(len, hooks))
+
+
+def _is_over_classes(log_softmax: nn.Module) -> bool:
+    """Whether the fused cross entropies compute what this module would of the predictions."""
+    return _is_plain(log_softmax, nn.LogSoftmax) and log_softmax.dim == 1
 
 
 def _is_fused(ranking: nn.Module) -> bool:
@@ -254,14 +261,17 @@ class CrossEntropyLossWithLabelSmooth(nn.Module):
 
     def forward(self, y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        if not _is_plain(self.log_softmax, nn.LogSoftmax):
-            hits = torch.zeros_like(y).scatter_(1, labels.long().unsqueeze(1), 1)
+        if not _is_over_classes(self.log_softmax):
+            log_p = self.log_softmax(y)
+            hits = torch.zeros_like(log_p).scatter_(1, labels.long().unsqueeze(1), 1)
             targets = (1 - self.epsilon) * hits + self.epsilon / self.num_classes
-            return (-targets * self.log_softmax(y)).mean(0).sum()
+            return (-targets * log_p).mean(0).sum()
         smooth = _compiled_label_smooth if torch.compiler.is_compiling() else _core.label_smooth
         positions = 1
         if isinstance(y, torch.Tensor) and y.dim() > 2 and isinstance(labels, torch.Tensor):
             y, labels, positions = _side_by_side(y, labels)
+        if positions == 0:
+            return (y * 0).sum()
         loss = smooth(y, labels, self.num_classes, self.epsilon)
         return loss if positions == 1 else loss * positions
 
@@ -305,7 +315,7 @@ class CrossEntropyLoss(nn.Module):
 
     def forward(self, y: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        if not _is_plain(self.log_softmax, nn.LogSoftmax):
+        if not _is_over_classes(self.log_softmax):
             return (-F.softmax(labels, dim=1).detach() * self.log_softmax(y)).sum(1).mean()
         if torch.compiler.is_compiling():
             return _compiled_soft_cross_entropy(y, labels)
