@@ -359,6 +359,20 @@ impl<'a> Input<'a> {
     /// negation or conjugation that a view may carry. `TypeError` for a tensor without memory on the CPU.
     pub fn in_memory(&self) -> Result<Tensor> {
         let here = |facts: &Facts| facts.contiguous() && facts.is_cpu();
+        self.resolved(here, "an ordinary tensor on the CPU")
+    }
+
+    /// The same in the memory of its device. Of devices other than the CPU and CUDA it is not known whether a tensor
+    /// has any.
+    pub fn in_its_memory(&self) -> Result<Tensor> {
+        if !matches!(self.facts.device_type, CPU | CUDA) {
+            return Ok(self.tensor.f_contiguous()?);
+        }
+        self.resolved(Facts::contiguous, "an ordinary tensor")
+    }
+
+    /// The tensor or a copy, whichever is `here` first; `TypeError` if neither is.
+    fn resolved(&self, here: impl Fn(&Facts) -> bool, expected: &str) -> Result<Tensor> {
         // No operation where none is needed: under `torch.func` its result would be a wrapper.
         if here(&self.facts) {
             return Ok(self.tensor.shallow_clone());
@@ -377,7 +391,7 @@ impl<'a> Input<'a> {
             return Ok(aligned);
         }
         Err(Error::Type(format!(
-            "{}: {} must be an ordinary tensor on the CPU",
+            "{}: {} must be {expected}",
             self.class, self.name
         )))
     }

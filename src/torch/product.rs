@@ -20,6 +20,14 @@ pub struct How {
     pub upper: bool,
 }
 
+impl How {
+    /// Added, and all of it is needed.
+    pub const ADDED: Self = Self {
+        add: true,
+        upper: false,
+    };
+}
+
 /// `out = x y`, of matrices of one floating dtype on the CPU. Autocast leaves it alone.
 pub fn multiply(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<()> {
     if ours(x, y, out, how)? {

@@ -157,11 +157,12 @@ impl FlexMatch {
         input.of_type(self.stored.scalar_type())?;
         self.check_shape(&input)?;
         let mut moved = beside(&labels.f_detach()?, self.stored.kind(), &self.net_outputs)?;
+        let input = Input::new(CLASS, "net_outputs", &moved)?;
         if self.on_host {
-            moved = Input::new(CLASS, "net_outputs", &moved)?.in_memory()?;
+            moved = input.in_memory()?;
             host::count(&moved, self.stored, self.classes)?;
         } else {
-            moved = in_own_memory(moved.f_contiguous()?, &self.net_outputs)?;
+            moved = input.in_its_memory()?;
         }
         self.replace(ordinary(moved)?);
         self.trust.shared_now();
@@ -362,27 +363,6 @@ fn ordinary(labels: Tensor) -> Result<Tensor> {
         return copied(&labels, &labels);
     }
     Ok(labels)
-}
-
-/// `labels`, or a copy where they are a view that torch resolves when it reads them. `TypeError` for a wrapper, such as
-/// those of `torch.func`.
-fn in_own_memory(labels: Tensor, like: &Tensor) -> Result<Tensor> {
-    // Of other types of devices it is not known.
-    let unknown = |t: &Tensor| -> Result<bool> {
-        let input = Input::new(CLASS, "net_outputs", t)?;
-        Ok((input.is_cpu() || input.device() != Device::Cpu) && !input.readable())
-    };
-    if !unknown(&labels)? {
-        return Ok(labels);
-    }
-    let mut copy = like.f_empty_like()?;
-    copy.f_copy_(&labels)?;
-    if unknown(&copy)? {
-        return Err(Error::Type(format!(
-            "{CLASS}: net_outputs must be an ordinary tensor"
-        )));
-    }
-    Ok(copy)
 }
 
 /// A copy of `labels`, of the type and on the device of `like`, in memory that may be written in any mode.

@@ -246,11 +246,7 @@ fn sum<F: Element<Acc = F> + Real + Stored>(
     let mut grad = Owned::<F>::new(&side.size())?;
     multiples(values, own, grad.slice(), threads(values.len() / CHEAP));
     let grad = grad.into_tensor();
-    let how = How {
-        add: true,
-        upper: false,
-    };
-    multiply(factors, other, &grad, how)?;
+    multiply(factors, other, &grad, How::ADDED)?;
     Ok(grad)
 }
 

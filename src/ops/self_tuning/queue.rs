@@ -165,11 +165,7 @@ impl Snapshot {
         }
         multiply(grad, &queue.f_tr()?, &out, How::default())?;
         for (part, change) in taken.iter().zip(&changes) {
-            let how = How {
-                add: true,
-                upper: false,
-            };
-            multiply(part, &change.replaced.f_tr()?, &out, how)?;
+            multiply(part, &change.replaced.f_tr()?, &out, How::ADDED)?;
         }
         Ok(out)
     }
