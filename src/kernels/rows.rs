@@ -7,6 +7,9 @@ mod side_by_side;
 
 pub use in_turn::Scratch;
 
+/// Elements that are put side by side before they are converted.
+const APART: usize = 64;
+
 /// A read-only matrix of `rows` x `cols` elements with arbitrary strides (in elements).
 #[derive(Clone, Copy)]
 pub struct Rows<'a, E> {
@@ -145,6 +148,17 @@ impl<'a, E: Element> Rows<'a, E> {
             .wrapping_offset(column as isize * self.col_stride)
     }
 
+    /// An element in the computing type.
+    ///
+    /// # Panics
+    /// If there is no such element: a mistake in a kernel.
+    #[inline(always)]
+    pub fn element(&self, row: usize, column: usize) -> E::Acc {
+        assert!(row < self.height && column < self.cols, "position");
+        // SAFETY: the constructor's contract covers the element.
+        unsafe { *self.address(row, column) }.load()
+    }
+
     /// Whether both are the same memory, read the same way.
     pub fn same(&self, other: &Self) -> bool {
         std::ptr::eq(self.data, other.data)
@@ -204,9 +218,24 @@ impl<'a, E: Element> Rows<'a, E> {
         }
         assert!(i < self.height, "row index");
         let start = self.start_of(i);
-        for (j, o) in out.iter_mut().enumerate() {
-            // SAFETY: `i < rows` and `j < cols`: the constructor's contract covers it.
-            *o = unsafe { *start.wrapping_offset(j as isize * self.col_stride) }.load();
+        if E::exact(&[]).is_some() {
+            for (j, o) in out.iter_mut().enumerate() {
+                // SAFETY: the row has as many columns as `out`: the constructor's contract covers it.
+                *o = unsafe { *start.wrapping_offset(j as isize * self.col_stride) }.load();
+            }
+            return;
+        }
+        for (k, out) in out.chunks_mut(APART).enumerate() {
+            let start = start.wrapping_offset((k * APART) as isize * self.col_stride);
+            // SAFETY: as above; no chunk is empty.
+            let mut side_by_side = [unsafe { *start }; APART];
+            for (j, value) in side_by_side.iter_mut().enumerate().take(out.len()) {
+                // SAFETY: as above.
+                *value = unsafe { *start.wrapping_offset(j as isize * self.col_stride) };
+            }
+            for (o, value) in out.iter_mut().zip(side_by_side) {
+                *o = value.load();
+            }
         }
     }
 

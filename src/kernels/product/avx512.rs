@@ -4,17 +4,19 @@
 
 use super::blocked::{HIGH, ROWS, STRIP, Tiles, WIDE};
 use std::arch::x86_64::{
-    _mm512_add_pd, _mm512_add_ps, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd,
+    __m512, __m512d, _mm256_storeu_ps, _mm512_add_pd, _mm512_add_ps, _mm512_castpd_ps,
+    _mm512_castps_pd, _mm512_castps512_ps256, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd,
     _mm512_loadu_ps, _mm512_mask_storeu_pd, _mm512_mask_storeu_ps, _mm512_maskz_loadu_pd,
-    _mm512_maskz_loadu_ps, _mm512_reduce_add_pd, _mm512_reduce_add_ps, _mm512_set1_pd,
-    _mm512_set1_ps, _mm512_setzero_pd, _mm512_setzero_ps,
+    _mm512_maskz_loadu_ps, _mm512_set1_pd, _mm512_set1_ps, _mm512_setzero_pd, _mm512_setzero_ps,
+    _mm512_shuffle_f32x4, _mm512_shuffle_f64x2, _mm512_storeu_pd, _mm512_unpackhi_pd,
+    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 use std::hint::black_box;
 
 macro_rules! tiles {
     ($f:ident, lanes: $lanes:literal, mask: $mask:ident, zero: $zero:ident, one: $one:ident,
      load: $load:ident, load_some: $load_some:ident, store_some: $store_some:ident,
-     add: $add:ident, multiply_add: $multiply_add:ident, sum: $sum:ident) => {
+     add: $add:ident, multiply_add: $multiply_add:ident, eight: $eight:ident) => {
         impl Tiles for $f {
             const LANES: usize = $lanes;
 
@@ -58,10 +60,12 @@ macro_rules! tiles {
                     }
                 }
                 let mut out = [[0.0; WIDE]; HIGH];
-                for r in 0..HIGH {
-                    for s in 0..WIDE {
-                        out[r][s] = $sum(sums[r][s]);
-                    }
+                let (places, _) = out.as_flattened_mut().as_chunks_mut::<8>();
+                for (place, sums) in places
+                    .iter_mut()
+                    .zip(sums.as_flattened().as_chunks::<8>().0)
+                {
+                    *place = $eight(sums);
                 }
                 out
             }
@@ -111,9 +115,63 @@ macro_rules! tiles {
     };
 }
 
+/// The sum of each of eight registers: the halves of two are added as one register, again and again, which takes a
+/// third of the instructions of one sum after the other.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn eight_f32(of: &[__m512; 8]) -> [f32; 8] {
+    let pair = |a, b| _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    // In each quarter of a register: partial sums of four registers.
+    let four = |a, b, c, d| {
+        let (ab, cd) = (_mm512_castps_pd(pair(a, b)), _mm512_castps_pd(pair(c, d)));
+        let low = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+        _mm512_add_ps(low, _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)))
+    };
+    let (low, high) = (
+        four(of[0], of[1], of[2], of[3]),
+        four(of[4], of[5], of[6], of[7]),
+    );
+    let quarters = _mm512_add_ps(
+        _mm512_shuffle_f32x4::<0x88>(low, high),
+        _mm512_shuffle_f32x4::<0xdd>(low, high),
+    );
+    let quarters = _mm512_add_ps(quarters, _mm512_shuffle_f32x4::<0xb1>(quarters, quarters));
+    let sums = _mm512_castps512_ps256(_mm512_shuffle_f32x4::<0x08>(quarters, quarters));
+    let mut out = [0.0; 8];
+    // SAFETY: eight places.
+    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), sums) };
+    out
+}
+
+/// The same of eight doubles each.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn eight_f64(of: &[__m512d; 8]) -> [f64; 8] {
+    let pair = |a, b| _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+    let four = |a, b, c, d| {
+        let (ab, cd) = (pair(a, b), pair(c, d));
+        _mm512_add_pd(
+            _mm512_shuffle_f64x2::<0x88>(ab, cd),
+            _mm512_shuffle_f64x2::<0xdd>(ab, cd),
+        )
+    };
+    let (low, high) = (
+        four(of[0], of[1], of[2], of[3]),
+        four(of[4], of[5], of[6], of[7]),
+    );
+    let sums = _mm512_add_pd(
+        _mm512_shuffle_f64x2::<0x88>(low, high),
+        _mm512_shuffle_f64x2::<0xdd>(low, high),
+    );
+    let mut out = [0.0; 8];
+    // SAFETY: eight places.
+    unsafe { _mm512_storeu_pd(out.as_mut_ptr(), sums) };
+    out
+}
+
 tiles!(f32, lanes: 16, mask: u16, zero: _mm512_setzero_ps, one: _mm512_set1_ps,
     load: _mm512_loadu_ps, load_some: _mm512_maskz_loadu_ps, store_some: _mm512_mask_storeu_ps,
-    add: _mm512_add_ps, multiply_add: _mm512_fmadd_ps, sum: _mm512_reduce_add_ps);
+    add: _mm512_add_ps, multiply_add: _mm512_fmadd_ps, eight: eight_f32);
 tiles!(f64, lanes: 8, mask: u8, zero: _mm512_setzero_pd, one: _mm512_set1_pd,
     load: _mm512_loadu_pd, load_some: _mm512_maskz_loadu_pd, store_some: _mm512_mask_storeu_pd,
-    add: _mm512_add_pd, multiply_add: _mm512_fmadd_pd, sum: _mm512_reduce_add_pd);
+    add: _mm512_add_pd, multiply_add: _mm512_fmadd_pd, eight: eight_f64);

@@ -3,7 +3,8 @@
 //!
 //! The result is cut into blocks, each of which one thread computes. If both factors are contiguous along the sum,
 //! `out_ij = sum_k x_ik y_kj` is a number of dot products, and what is read needs no other order (`Dots`). If the
-//! rows of `y` are contiguous, it is a sum of multiples of these rows, a strip of columns at a time (`Combine`).
+//! rows of `y` are contiguous, or these products are short, it is a sum of multiples of the rows of `y`, a strip of
+//! columns at a time (`Combine`).
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, Level, dispatch, intel, level};
@@ -37,6 +38,8 @@ const COLUMNS: usize = 48;
 const SQUARE: Range<usize> = 48..144;
 /// Blocks for each thread, so that all are done at nearly the same time.
 const BLOCKS: usize = 4;
+/// Multiplications in the time in which an element of the result is written.
+const WRITE: usize = 16;
 /// Multiplications that make another thread worthwhile.
 const GRAIN: usize = 1 << 20;
 
@@ -152,11 +155,13 @@ impl<F: Element<Acc = F> + Real + Tiles> Product<'_, F> {
         if !room || level() < Level::Avx512 {
             return false;
         }
-        let dots = x.strides().1 == 1 && y.strides().0 == 1;
-        if !dots && y.strides().1 != 1 {
+        let turned = y.strides().0 == 1;
+        if !turned && y.strides().1 != 1 {
             return false;
         }
-        let work = rows.saturating_mul(cols).saturating_mul(x.cols());
+        let dots = turned && x.strides().1 == 1 && x.cols() >= short(rows, cols);
+        let each = x.cols().saturating_add(WRITE);
+        let work = rows.saturating_mul(cols).saturating_mul(each);
         let threads = threads_for(work, GRAIN, limit);
         let jobs: Vec<_> = blocks((rows, cols), self.upper, threads)
             .into_iter()
@@ -179,6 +184,12 @@ impl<F: Element<Acc = F> + Real + Tiles> Product<'_, F> {
         run_on(threads, jobs);
         true
     }
+}
+
+/// How many elements a dot product has, at least. Across the lanes of a register, a sum takes many instructions, and
+/// sums of multiples need none; but for these the columns of `y` are copied, which must serve many rows.
+fn short(rows: usize, cols: usize) -> usize {
+    (2 * rows.min(cols)).min(160)
 }
 
 /// The rows and columns of each block; with `upper` without those below the diagonal.
@@ -312,6 +323,16 @@ impl<F: Element<Acc = F> + Real + Tiles> Kernel for Combine<'_, F> {
 #[inline(always)]
 fn copy<F: Element<Acc = F> + Tiles>(from: &Rows<'_, F>, strip: &mut [F]) {
     let long = STRIP * F::LANES;
+    if from.strides().1 != 1 {
+        let columns = from.transposed();
+        for c in 0..columns.rows() {
+            let column = columns.row(c, &mut []);
+            for (to, &value) in strip[c..].iter_mut().step_by(long).zip(column) {
+                *to = value;
+            }
+        }
+        return;
+    }
     for (i, to) in strip.chunks_exact_mut(long).enumerate().take(from.rows()) {
         let row = from.row(i, &mut []);
         if row.len() == long {

@@ -248,15 +248,19 @@ impl<F: Element<Acc = F> + Real> Kernel for OwnFactors<'_, '_, F> {
     }
 }
 
-/// Each row of `x` times its factor.
-pub fn multiples<F: Real>(x: &[F], factors: &[F], out: &mut [F], threads: NonZeroUsize) {
-    let cols = x.len() / factors.len().max(1);
+/// Writes each row of `x` times its factor into `out`, contiguous.
+pub fn multiples<F: Element<Acc = F> + Real>(
+    x: Rows<'_, F>,
+    factors: &[F],
+    out: &mut [F],
+    threads: NonZeroUsize,
+) {
     let ranges = split(factors.len(), threads);
-    let jobs: Vec<_> = cut(out, &ranges, cols)
+    let jobs: Vec<_> = cut(out, &ranges, x.cols())
         .into_iter()
         .zip(ranges)
         .map(|(out, range)| {
-            let x = &x[range.start * cols..range.end * cols];
+            let x = x.slice(range.clone());
             let factors = &factors[range];
             move || dispatch(Multiples { x, factors, out })
         })
@@ -264,24 +268,21 @@ pub fn multiples<F: Real>(x: &[F], factors: &[F], out: &mut [F], threads: NonZer
     run(jobs);
 }
 
-struct Multiples<'a, F> {
-    x: &'a [F],
+struct Multiples<'a, 'b, F> {
+    x: Rows<'a, F>,
     factors: &'a [F],
-    out: &'a mut [F],
+    out: &'b mut [F],
 }
 
-impl<F: Real> Kernel for Multiples<'_, F> {
+impl<F: Element<Acc = F> + Real> Kernel for Multiples<'_, '_, F> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
-        let cols = (self.x.len() / self.factors.len().max(1)).max(1);
-        let rows = self
-            .x
-            .chunks_exact(cols)
-            .zip(self.out.chunks_exact_mut(cols));
-        for ((x, out), &factor) in rows.zip(self.factors) {
-            for (out, &x) in out.iter_mut().zip(x) {
+        let mut scratch = self.x.scratch();
+        let rows = self.out.chunks_exact_mut(self.x.cols().max(1));
+        for (i, (out, &factor)) in rows.zip(self.factors).enumerate() {
+            for (out, &x) in out.iter_mut().zip(self.x.in_turn(i, &mut scratch)) {
                 *out = factor * x;
             }
         }
@@ -332,7 +333,8 @@ mod tests {
             let rows = Rows::contiguous(&g, 3, 2).unwrap();
             let (mut negative, mut grad) = ([9.0; 6], [9.0; 6]);
             let (of_rows, of_columns) = factors(&d, rows, &mut negative, true, threads);
-            multiples(&X, &of_rows, &mut grad, threads);
+            let x = Rows::contiguous(&X, 3, 2).unwrap();
+            multiples(x, &of_rows, &mut grad, threads);
             for k in 0..6 {
                 let (i, c) = (k / 2, k % 2);
                 grad[k] += negative[2 * i] * Y[c] + negative[2 * i + 1] * Y[2 + c];

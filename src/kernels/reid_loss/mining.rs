@@ -239,8 +239,9 @@ impl<F: Element<Acc = F> + Real> Kernel for Squares<'_, F> {
     #[inline(always)]
     fn run<I: Isa>(self) -> Vec<F> {
         let square = |x: &[F]| F::of(reduce::sum_of_pairs(x, x, |x, y| x * y));
+        let mut scratch = self.0.scratch();
         (0..self.0.rows())
-            .map(|i| square(self.0.row(i, &mut [])))
+            .map(|i| square(self.0.in_turn(i, &mut scratch)))
             .collect()
     }
 }

@@ -9,6 +9,7 @@ use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::lanes::{LANES, Lanes};
 use super::super::real::Real;
 use super::{Rows, prefetch};
+use std::array::from_fn;
 use std::ops::Range;
 
 /// Bytes of the next rows that a sweep prefetches while it computes these. Beyond that, long rows are left to
@@ -122,6 +123,28 @@ impl<E: Element> Rows<'_, E> {
         }
         let first = range.start - scratch.held.start;
         &scratch.values[first * self.cols..(first + range.len()) * self.cols]
+    }
+
+    /// `N` rows from `i` on, for sweeps that take so many at a time. `scratch` comes from this matrix, whose rows are
+    /// short enough that so many are converted together.
+    ///
+    /// # Panics
+    /// If there are not so many rows, or they are too long: a mistake in a kernel.
+    #[inline(always)]
+    pub fn several<'s, const N: usize>(
+        &'s self,
+        i: usize,
+        scratch: &'s mut Scratch<E::Acc>,
+    ) -> [&'s [E::Acc]; N] {
+        assert!(i + N <= self.height, "row range");
+        if self.in_place(1) {
+            return from_fn(|k| {
+                self.ask_for(i + N + k, 1);
+                E::exact(self.adjacent_row(i + k)).unwrap_or_default()
+            });
+        }
+        let rows = self.block(i..i + N, scratch);
+        from_fn(|k| &rows[k * self.cols..(k + 1) * self.cols])
     }
 
     /// Prefetches `count` rows from `i` on, which need not exist.

@@ -8,12 +8,13 @@ use crate::kernels::reid_loss::distances::{
     distances as finish, factors, multiples, own_distances, own_factors,
 };
 use crate::kernels::reid_loss::{CLAMP, RAISED};
+use crate::kernels::rows::Rows;
 use crate::ops::{Place, place, threads};
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
 use crate::torch::product::{How, multiply};
 use crate::torch::saved::Saved;
-use crate::torch::{Dtype, Owned, Stored, Without, dense, same};
+use crate::torch::{Dtype, Owned, Stored, Without, same};
 use std::marker::PhantomData;
 use tch::{Kind, Tensor};
 
@@ -81,7 +82,7 @@ pub fn distances_backward(
 ) -> Result<(Tensor, Tensor)> {
     let pair = Pair::check(x, y)?;
     let kind = pair.kind();
-    let (u, v) = (dense(x, kind)?, dense(y, kind)?);
+    let (u, v) = (readable(x, kind)?, readable(y, kind)?);
     let of = [&u, &v, &out.f_contiguous()?];
     let [of_x, of_y] = match pair.dtype {
         Dtype::F64 => gradients::<f64>(incoming, of, [true; 2])?,
@@ -104,18 +105,21 @@ fn formula(x: &Tensor, y: &Tensor, kind: Kind) -> Result<Tensor> {
     Ok(squares.f_clamp_min(CLAMP)?.f_sqrt()?)
 }
 
-/// The elements of a contiguous matrix on the CPU.
-fn whole<'a, F: Element + Stored>(input: &'a Input<'_>) -> Option<&'a [F]> {
-    input.rows::<F>()?.whole()
+/// The features outside any graph, in the dtype that distances are computed in. They are only copied where neither rows
+/// nor columns are contiguous, which no product takes.
+fn readable(x: &Tensor, kind: Kind) -> Result<Tensor> {
+    let x = x.f_detach()?.f_to_kind(kind)?;
+    let read = Input::new(CLASS, "features", &x)?.strides().contains(&1);
+    Ok(if read { x } else { x.f_contiguous()? })
 }
 
 fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor> {
     let own = pair.x.same(&pair.y);
-    let u = dense(pair.x.tensor, F::KIND)?;
+    let u = readable(pair.x.tensor, F::KIND)?;
     let v = if own {
         u.shallow_clone()
     } else {
-        dense(pair.y.tensor, F::KIND)?
+        readable(pair.y.tensor, F::KIND)?
     };
     let (of_u, of_v) = (Input::new(CLASS, "x", &u)?, Input::new(CLASS, "y", &v)?);
     let (x, y) = (of_u.dense_rows::<F>()?, of_v.dense_rows::<F>()?);
@@ -187,8 +191,12 @@ impl<F: Element<Acc = F> + Real + Stored> Backward for Node<F> {
     }
 }
 
-/// The gradients of `x` and `y`, if wanted. All tensors are in the computing type and, except for the incoming
-/// gradient, contiguous.
+/// The elements of a contiguous matrix on the CPU.
+fn whole<'a, F: Element + Stored>(input: &'a Input<'_>) -> Option<&'a [F]> {
+    input.rows::<F>()?.whole()
+}
+
+/// The gradients of `x` and `y`, if wanted. All tensors are in the computing type, and the distances contiguous.
 fn gradients<F: Element<Acc = F> + Real + Stored>(
     incoming: &Tensor,
     [x, y, out]: [&Tensor; 3],
@@ -197,9 +205,12 @@ fn gradients<F: Element<Acc = F> + Real + Stored>(
     let grad = Input::new(CLASS, "grad_output", incoming)?;
     let (of_x, of_y) = (Input::new(CLASS, "x", x)?, Input::new(CLASS, "y", y)?);
     let of_out = Input::new(CLASS, "distances", out)?;
-    let (Some(g), Some(u), Some(v), Some(d)) =
-        (grad.rows::<F>(), whole(&of_x), whole(&of_y), whole(&of_out))
-    else {
+    let (Some(g), Some(u), Some(v), Some(d)) = (
+        grad.rows::<F>(),
+        of_x.rows::<F>(),
+        of_y.rows::<F>(),
+        whole(&of_out),
+    ) else {
         return by_operations(incoming, [x, y, out], wanted);
     };
     let work = threads(g.rows() * g.cols() / CHEAP);
@@ -208,10 +219,10 @@ fn gradients<F: Element<Acc = F> + Real + Stored>(
     let negative = negative.into_tensor();
     Ok([
         wanted[0]
-            .then(|| sum((x, u), &of_rows, (&negative, y)))
+            .then(|| sum(u, &of_rows, (&negative, y)))
             .transpose()?,
         wanted[1]
-            .then(|| sum((y, v), &of_columns, (&negative.f_tr()?, x)))
+            .then(|| sum(v, &of_columns, (&negative.f_tr()?, x)))
             .transpose()?,
     ])
 }
@@ -228,23 +239,24 @@ fn own_gradient<F: Element<Acc = F> + Real + Stored>(
         Input::new(CLASS, "x", x)?,
         Input::new(CLASS, "distances", out)?,
     );
-    let (Some(g), Some(u), Some(d)) = (grad.rows::<F>(), whole(&of_x), whole(&of_out)) else {
+    let (Some(g), Some(u), Some(d)) = (grad.rows::<F>(), of_x.rows::<F>(), whole(&of_out)) else {
         return Ok(None);
     };
     let mut negative = Owned::<F>::new(&incoming.size())?;
     let work = threads(g.rows() * g.cols() / CHEAP);
     let sums = own_factors(d, g, negative.slice(), work);
-    sum((x, u), &sums, (&negative.into_tensor(), x)).map(Some)
+    sum(u, &sums, (&negative.into_tensor(), x)).map(Some)
 }
 
 /// A side times its own factors, plus the other side times the matrix of factors.
 fn sum<F: Element<Acc = F> + Real + Stored>(
-    (side, values): (&Tensor, &[F]),
+    side: Rows<'_, F>,
     own: &[F],
     (factors, other): (&Tensor, &Tensor),
 ) -> Result<Tensor> {
-    let mut grad = Owned::<F>::new(&side.size())?;
-    multiples(values, own, grad.slice(), threads(values.len() / CHEAP));
+    let (rows, cols) = (side.rows(), side.cols());
+    let mut grad = Owned::<F>::new(&[rows as i64, cols as i64])?;
+    multiples(side, own, grad.slice(), threads(rows * cols / CHEAP));
     let grad = grad.into_tensor();
     multiply(factors, other, &grad, How::ADDED)?;
     Ok(grad)
