@@ -1,5 +1,5 @@
 """``python -m benches [METHOD ...] [--case TEXT] [--quick] [--no-compiled] [--save] [--check] [--list]
-[--loaded] [--scaling] [--device cuda] [--share]``,
+[--loaded] [--scaling] [--random SECONDS [--seed N]] [--device cuda] [--share]``,
 ``python -m benches [--draw] [--pages]`` from what was kept."""
 
 import argparse
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benches import _device, _loaded, _memory, _pages, _report, _results, _scaling, _share
+from benches import _device, _loaded, _memory, _pages, _random, _report, _results, _scaling, _share
 from benches._case import Method, Verdict, methods
 from benches._measure import FULL, QUICK, Effort, run_case
 
@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = dataclasses.replace(effort, compiled=effort.compiled and not options.no_compiled)
     if options.scaling:
         verdicts = _scaling.run(options.quick)
+        return int(options.check and not all(verdict.met for verdict in verdicts))
+    if options.random:
+        verdicts = _random.run(chosen, options.random, options.seed)
         return int(options.check and not all(verdict.met for verdict in verdicts))
     if options.share:
         _share.run(chosen, effort, options.device or "cpu")
@@ -111,6 +114,8 @@ def _parser(known: dict[str, Method]) -> argparse.ArgumentParser:
     parser.add_argument("--pages", action="store_true", help="put what was kept on the pages, run nothing")
     parser.add_argument("--loaded", action="store_true", help="small losses, quiet and with every core busy")
     parser.add_argument("--scaling", action="store_true", help="FlexMatch at 10^8 samples, and projected on")
+    parser.add_argument("--random", type=float, metavar="SECONDS", help="settings at random, for so long")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which of them (default: 0)")
     parser.add_argument("--device", metavar="cuda", help="on a device: also launches, and the host's time")
     parser.add_argument("--share", action="store_true", help="a method's share of a whole training step")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")

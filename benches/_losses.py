@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -42,8 +43,13 @@ COMPILED_SHAPES = [(32, 31), (256, 1000)]
 LARGE = (1024, 8192)
 #: Formulas with C x C matrices are run up to this many classes.
 MATRIX = 10_000
+#: Settings drawn at random have fewer, or plain would take all the time.
+FEW_CLASSES = (16_384, 2048)
 #: How many times faster than plain a row loss has to be at the small shapes.
 SMALL_BAR = 1.5
+
+
+CONTIGUOUS, SLICE, TRANSPOSED = LAYOUTS = ["contiguous", "slice of columns", "transposed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,8 @@ class Variant:
     name: str
     shape: tuple[int, int]
     dtype: torch.dtype = torch.float32
-    strided: bool = False
+    #: Of :data:`LAYOUTS`.
+    layout: str = CONTIGUOUS
     gradient: bool = True
     #: What :func:`benches._case.check` accepts: plain rounds every step to a half type.
     tolerance: float = TOLERANCE
@@ -63,8 +70,10 @@ class Variant:
         if not x.is_floating_point():
             return x
         x = x.to(self.dtype)
-        # Columns of a matrix three times as wide.
-        return x.repeat(1, 3)[:, : x.shape[1]] if self.strided else x
+        if self.layout == SLICE:
+            # Of a matrix three times as wide.
+            return x.repeat(1, 3)[:, : x.shape[1]]
+        return x.T.contiguous().T if self.layout == TRANSPOSED else x
 
 
 #: Half types where rows are long and short, what an evaluation does, and a slice.
@@ -72,7 +81,7 @@ VARIANTS = [
     Variant("bfloat16", (256, 1000), torch.bfloat16, tolerance=5e-2),
     Variant("float16", (64, 100), torch.float16, tolerance=2e-2),
     Variant("float64", (448, 100), torch.float64),
-    Variant("slice of columns", (4096, 10), strided=True),
+    Variant(SLICE, (4096, 10), layout=SLICE),
     Variant("no gradient", (4096, 10), gradient=False),
 ]
 
@@ -155,6 +164,35 @@ def variant_case(
 
     setting = f"{loss} {variant.shape} {variant.name}".strip()
     return Case(setting, set_up, loss=loss, tolerances={OURS: tolerance})
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A loss in any setting, for those that are drawn at random."""
+
+    case: Callable[[Variant], Case]
+    #: The most rows and columns, and elements.
+    largest: tuple[int, int] = (16_384, 8192)
+    elements: int = 1 << 22
+    #: Those in which it is compared.
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def family(
+    losses: Losses,
+    inputs: Inputs = ONE,
+    *,
+    loss: str = "",
+    differentiated: Sequence[int] = (0,),
+    **limits: Any,
+) -> Family:
+    """A loss over matrices, within other limits than the default ones of :class:`Family` where given."""
+
+    def case(variant):
+        functions = losses(variant.shape[1])
+        return variant_case(variant, functions, inputs, variant.tolerance, loss, differentiated)
+
+    return Family(case, **limits)
 
 
 def loss_case(

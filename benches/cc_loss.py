@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from benches._case import COMPILED, OURS, PLAIN, TLLIB, Footprint, Method
-from benches._losses import LARGE, MATRIX, footprint, half_confident, loss_cases
+from benches._losses import FEW_CLASSES, LARGE, MATRIX, family, footprint, half_confident, loss_cases
 from benches._providers import original
 from tests.plain.cc_loss import cc_loss as plain
 from tllib_rs.self_training.cc_loss import CCConsistency
@@ -67,4 +67,5 @@ METHOD = Method(
     # AVX-512 the loss is off by 1.0e-4 of itself, where ours and the plain one are the same number.
     loss_cases(_losses, _inputs, differentiated=STRONG, tolerances={COMPILED: 5e-4}),
     footprints=[_footprint()],
+    families=[family(_losses, _inputs, differentiated=STRONG, largest=FEW_CLASSES)],
 )

@@ -1,7 +1,7 @@
 """The mean entropy of predictions."""
 
 from benches._case import OURS, PLAIN, TLLIB, Method
-from benches._losses import footprint, loss_cases, probabilities
+from benches._losses import family, footprint, loss_cases, probabilities
 from benches._providers import original
 from tests.plain.entropy import entropy as plain
 from tllib_rs.modules.entropy import entropy
@@ -20,4 +20,5 @@ METHOD = Method(
     "entropy",
     loss_cases(_losses, probabilities(1)),
     footprints=[footprint(_losses, probabilities(1))],
+    families=[family(_losses, probabilities(1))],
 )

@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from benches._case import OURS, PLAIN, TLLIB, Method, faster
-from benches._losses import MATRIX, VARIANTS, footprint, loss_cases
+from benches._losses import FEW_CLASSES, MATRIX, VARIANTS, family, footprint, loss_cases
 from benches._providers import original, package
 from tests.plain.mcc import mcc as plain
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
@@ -45,4 +45,5 @@ METHOD = Method(
         variants=[variant for variant in VARIANTS if variant.dtype.itemsize > 2],
     ),
     footprints=[footprint(_losses)],
+    families=[family(_losses, largest=FEW_CLASSES)],
 )

@@ -1,7 +1,7 @@
 """The squared distance of two predictions, both differentiated."""
 
 from benches._case import OURS, PLAIN, TLLIB, Method
-from benches._losses import footprint, loss_cases, probabilities
+from benches._losses import family, footprint, loss_cases, probabilities
 from benches._providers import original
 from tests.plain.pi_model import l2_consistency as plain
 from tllib_rs.self_training.pi_model import L2ConsistencyLoss
@@ -18,4 +18,5 @@ METHOD = Method(
     "pi_model",
     loss_cases(_losses, probabilities(2), limit=1.0, differentiated=BOTH),
     footprints=[footprint(_losses, probabilities(2), differentiated=BOTH)],
+    families=[family(_losses, probabilities(2), differentiated=BOTH)],
 )

@@ -1,7 +1,7 @@
 """Cross entropy with pseudo labels, of which half are confident enough."""
 
 from benches._case import OURS, PLAIN, TLLIB, Method
-from benches._losses import footprint, half_confident, loss_cases
+from benches._losses import family, footprint, half_confident, loss_cases
 from benches._providers import original
 from tests.plain.pseudo_label import pseudo_label as plain
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss
@@ -24,4 +24,5 @@ METHOD = Method(
     "pseudo_label",
     loss_cases(_losses, half_confident, limit=LIMIT_BAR),
     footprints=[footprint(_losses, half_confident)],
+    families=[family(_losses, half_confident)],
 )

@@ -18,7 +18,7 @@ from benches._case import (
     seeded,
     within,
 )
-from benches._losses import footprint, logits, loss_cases, step_of
+from benches._losses import Family, Variant, family, footprint, logits, loss_cases, step_of
 from benches._providers import compiled, original, package
 from tests.plain import reid_loss as plain
 from tllib_rs.vision.models.reid import loss as ours
@@ -43,6 +43,8 @@ BATCHES = [(64, 2048), (256, 2048), (1024, 256), (4096, 512)]
 MEMORIES = [(64, 512, 8192), (64, 128, 65_536)]
 COMPILED_SHAPE = (256, 2048)
 LARGE, SAME = (4096, 2048), 4
+#: Of settings drawn at random: the most rows and features, their product, and the rows of a memory.
+MOST, ELEMENTS, MEMORY = (1024, 4096), 1 << 20, 2048
 PLAIN_BAR, PRODUCT_BAR = 4.0, 2.5
 PRODUCT_SHAPES = BATCHES[:2]
 
@@ -124,23 +126,13 @@ def _feature_case(
     shape = (rows, features, memory) if memory else (rows, features)
 
     def set_up():
-        generator = seeded()
-        labels = torch.arange(rows) // SAME
-        f, teacher = torch.randn(2, rows, features, generator=generator)
-        remembered = torch.randn(memory, features, generator=generator)
-        inputs = {
-            SOFT_TRIPLET: [f, teacher, labels],
-            TRIPLET: [f, labels],
-            MEMORY_TRIPLET: [f, labels, remembered, torch.arange(memory) // SAME],
-            DISTANCES: [f, teacher],
-            OWN_DISTANCES: [f, torch.ones(rows, rows).fill_diagonal_(0)],
-        }[loss]
+        inputs = _features(loss, rows, features, memory)
         there = {name: function for name, function in losses.items() if function is not None}
         if shape == COMPILED_SHAPE:
             there[COMPILED] = compiled(there[PLAIN])
         providers = {name: step_of(function, inputs, [0]) for name, function in there.items()}
-        own = f.clone()
-        other = remembered if memory else own
+        own = inputs[0].clone()
+        other = inputs[2] if memory else own
         return providers | {LIMIT: Provider(lambda: own @ other.T, None)}
 
     bars = [faster(PLAIN, 1.0)] if loss in (MEMORY_TRIPLET, DISTANCES, OWN_DISTANCES) else []
@@ -156,6 +148,35 @@ def _feature_case(
         loss=loss,
         sizes={"N": rows, "F": features} | ({"M": memory} if memory else {}),
     )
+
+
+def _features(loss: str, rows: int, features: int, memory: int) -> list[torch.Tensor]:
+    """The inputs of a loss."""
+    generator = seeded()
+    labels = torch.arange(rows) // SAME
+    f, teacher = torch.randn(2, rows, features, generator=generator)
+    if loss == MEMORY_TRIPLET:
+        return [f, labels, torch.randn(memory, features, generator=generator), torch.arange(memory) // SAME]
+    return {
+        SOFT_TRIPLET: [f, teacher, labels],
+        TRIPLET: [f, labels],
+        DISTANCES: [f, teacher],
+        OWN_DISTANCES: [f, torch.ones(rows, rows).fill_diagonal_(0)],
+    }[loss]
+
+
+def _feature_family(loss: str, losses: Mapping[str, Callable | None]) -> Family:
+    def case(variant: Variant) -> Case:
+        def set_up():
+            rows, features = variant.shape
+            inputs = _features(loss, rows, features, MEMORY if loss == MEMORY_TRIPLET else 0)
+            inputs = [variant.of(x) for x in inputs]
+            wanted = [0] if variant.gradient else []
+            return {name: step_of(losses[name], inputs, wanted) for name in (OURS, PLAIN)}
+
+        return Case(f"{loss} {variant.shape} {variant.name}", set_up, loss=loss)
+
+    return Family(case, MOST, ELEMENTS)
 
 
 def _feature_footprint(loss: str, losses: Mapping[str, Callable | None]) -> Footprint:
@@ -180,5 +201,14 @@ METHOD = Method(
         footprint(_label_smooth, _labelled, loss=SMOOTH),
         _feature_footprint(SOFT_TRIPLET, _soft_triplet()),
         _feature_footprint(TRIPLET, _triplet()),
+    ],
+    families=[
+        family(_soft_cross_entropy, logits(2), loss=SOFT_CROSS),
+        family(_label_smooth, _labelled, loss=SMOOTH),
+        _feature_family(SOFT_TRIPLET, _soft_triplet()),
+        _feature_family(TRIPLET, _triplet()),
+        _feature_family(MEMORY_TRIPLET, _memory_triplet()),
+        _feature_family(DISTANCES, _distances(_summed)),
+        _feature_family(OWN_DISTANCES, _distances(_weighted)),
     ],
 )

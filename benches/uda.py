@@ -1,7 +1,7 @@
 """Strong-weak consistency, where half of the weak predictions are confident enough."""
 
 from benches._case import OURS, PLAIN, TLLIB, Method
-from benches._losses import footprint, half_confident, loss_cases
+from benches._losses import family, footprint, half_confident, loss_cases
 from benches._providers import original
 from tests.plain.uda import uda as plain
 from tllib_rs.self_training.uda import StrongWeakConsistencyLoss
@@ -24,4 +24,5 @@ METHOD = Method(
     "uda",
     loss_cases(_losses, half_confident, limit=LIMIT_BAR),
     footprints=[footprint(_losses, half_confident)],
+    families=[family(_losses, half_confident)],
 )

@@ -1,6 +1,7 @@
 """The benchmark harness: it runs, keeps its results, and refuses to time what computes other results."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import torch
 from torch.utils.benchmark import Measurement, TaskSpec
 
 import tllib_rs
-from benches import _draw, _memory, _pages, _providers, _results, mean_teacher, self_ensemble
+from benches import _draw, _memory, _pages, _providers, _random, _results, mean_teacher, self_ensemble
 from benches.__main__ import main
 from benches._case import (
     COMPILED,
@@ -121,6 +122,38 @@ def test_scaling_measures_and_projects(capsys):
     printed = capsys.readouterr().out
     for line in ("N = 2,000,000", "int16: ", "times its bytes", "a step costs", "1e10  1,024    sharded"):
         assert line in printed
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_random_settings(capsys):
+    """The same ones for the same seed, each of them once; ours has to be the slower one to be counted so."""
+    families = [(method.stem, family) for method in methods().values() for family in method.families]
+    assert len(families) > 12
+    drawn = [
+        [f"{stem}: {case.setting}" for stem, case in itertools.islice(_random._drawn(families, seed), 200)]
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert {stem for stem, _ in families} == {setting.partition(":")[0] for setting in drawn[0]}
+    for part in ("bfloat16", "float64", "transposed", "slice of columns", "no gradient", "(1, "):
+        assert any(part in setting for setting in drawn[0]), part
+
+    assert main(["entropy", "--random", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "entropy: (" in printed
+    assert "slower than plain in " in printed
+
+
+def test_random_settings_in_which_ours_is_slower_are_counted(capsys):
+    (verdict,) = _random._reported([(0.5, "x (1, 2)", 1e-3), (2.0, "y", 1e-6), (3.0, "z", 1e-6)])
+    assert not verdict.met
+    assert verdict.text.startswith(
+        "slower than plain in 1 of 3 settings (at most 0); in half of them at least 2 "
+    )
+    assert "x (1, 2)  1 ms    0.5" in capsys.readouterr().out
+    (verdict,) = _random._reported([(1.0, "x", 1e-3)])
+    assert verdict.met
+    assert not _random._reported([])[0].met
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ use tch::{Kind, Tensor};
 const CLASS: &str = "pairwise_euclidean_distance";
 /// Distances, a root or a division each, that take the time of one element with an exponential.
 const CHEAP: usize = 2;
+/// Features with which half of a symmetric product takes longer than copying it into the other half.
+const HALVED: usize = 160;
 
 /// The arguments, checked.
 struct Pair<'a> {
@@ -114,9 +116,9 @@ fn readable(x: &Tensor, kind: Kind) -> Result<Tensor> {
 }
 
 fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor> {
-    let own = pair.x.same(&pair.y);
+    let same_rows = pair.x.same(&pair.y);
     let u = readable(pair.x.tensor, F::KIND)?;
-    let v = if own {
+    let v = if same_rows {
         u.shallow_clone()
     } else {
         readable(pair.y.tensor, F::KIND)?
@@ -124,6 +126,7 @@ fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor>
     let (of_u, of_v) = (Input::new(CLASS, "x", &u)?, Input::new(CLASS, "y", &v)?);
     let (x, y) = (of_u.dense_rows::<F>()?, of_v.dense_rows::<F>()?);
     let shape = [x.rows() as i64, y.rows() as i64];
+    let own = same_rows && x.cols() >= HALVED;
     let how = How {
         add: false,
         upper: own,

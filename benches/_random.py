@@ -1,0 +1,99 @@
+"""Settings that nobody chose: losses at random shapes, dtypes and layouts, against the plain formulation.
+
+The listed cases are what the kernels were made for. This looks for settings in which they are slow.
+"""
+
+import dataclasses
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from tabulate import tabulate
+
+from benches import _report
+from benches._case import OURS, PLAIN, Case, Method, Verdict
+from benches._losses import LAYOUTS, Family, Variant
+from benches._measure import FULL, QUICK, Result, measure
+
+#: Drawn as often as they stand here.
+DTYPES = [torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float64]
+ARRANGED = [LAYOUTS[0]] * 4 + LAYOUTS
+GRADIENT = [True, True, True, False]
+#: Those below are measured again, for long.
+CLOSE = 1.15
+#: The slowest are printed.
+SHOWN = 15
+
+
+def run(methods: Sequence[Method], seconds: float, seed: int) -> list[Verdict]:
+    """Time what is drawn from ``seed`` for so many seconds; print the settings where ours gains least."""
+    families = [(method.stem, family) for method in methods for family in method.families]
+    end, ratios = time.monotonic() + seconds, []
+    for stem, case in _drawn(families, seed):
+        if time.monotonic() >= end:
+            break
+        result = _compared(stem, case)
+        if result is not None:
+            ratios.append((result.ratio(PLAIN), f"{stem}: {case.setting}", result.median(OURS)))
+    return _reported(sorted(ratios))
+
+
+def _drawn(families: Sequence[tuple[str, Family]], seed: int) -> Iterator[tuple[str, Case]]:
+    """Cases without end."""
+    if not families:
+        return
+    for count in itertools.count():
+        # By its number, so that a setting does not depend on those before it.
+        generator = random.Random(f"{seed} {count}")
+        stem, family = generator.choice(families)
+        dtype = generator.choice([dtype for dtype in DTYPES if dtype in family.dtypes])
+        layout, gradient = generator.choice(ARRANGED), generator.choice(GRADIENT)
+        name = ", ".join([str(dtype).removeprefix("torch."), layout, *([] if gradient else ["no gradient"])])
+        variant = Variant(name, _shape(generator, family), dtype, layout, gradient)
+        yield stem, family.case(variant)
+
+
+def _shape(generator: random.Random, family: Family) -> tuple[int, int]:
+    """Rows and columns, each as likely to be small as large, of no more elements than the family's."""
+    limits = zip((1, 2), family.largest, strict=True)
+    logarithms = [(math.log(least), math.log(most)) for least, most in limits]
+    while True:
+        rows, columns = (round(math.exp(generator.uniform(*limit))) for limit in logarithms)
+        if rows * columns <= family.elements:
+            return rows, columns
+
+
+def _compared(stem: str, case: Case) -> Result | None:
+    """Ours and plain; ``None`` where plain does not run."""
+    providers = case.set_up()
+    try:
+        providers[PLAIN].step()
+    except (RuntimeError, ValueError):
+        return None
+    providers[OURS].step()
+    labels = {"label": stem, "sub_label": case.setting}
+    result = Result(case, measure(providers, QUICK, **labels))
+    if result.ratio(PLAIN) >= CLOSE:
+        return result
+    return dataclasses.replace(result, measurements=measure(providers, FULL, **labels))
+
+
+def _reported(ratios: Sequence[tuple[float, str, float]]) -> list[Verdict]:
+    """The verdicts, after a table."""
+    rows: Iterable = ([text, _report.seconds(own), _report.digits(ratio)] for ratio, text, own in ratios)
+    print(f"\n{len(ratios)} settings, of which these gain least")
+    print(tabulate(itertools.islice(rows, SHOWN), ["", OURS, f"{PLAIN}/{OURS}"], disable_numparse=True))
+    if not ratios:
+        return [Verdict("no setting was measured", met=False)]
+    slower = sum(ratio < 1 for ratio, *_ in ratios)
+    middle = ratios[len(ratios) // 2][0]
+    text = (
+        f"slower than {PLAIN} in {slower} of {len(ratios)} settings (at most 0); "
+        f"in half of them at least {middle:.3g} times as fast"
+    )
+    verdicts = [Verdict(text, slower == 0)]
+    _report.print_verdicts(verdicts)
+    return verdicts
