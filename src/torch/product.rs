@@ -1,14 +1,19 @@
 //! Matrix products of tensors on the CPU: by our own kernels on processors where these are faster, else by libtorch.
 //! Of a symmetric product only what is on and above the diagonal is computed.
 
+#[cfg(target_arch = "x86_64")]
+use super::{Dtype, input::Input};
 use super::{Stored, max_threads};
 use crate::error::{Error, Result};
 use crate::kernels::mirror::mirror;
 use crate::kernels::parallel::threads_for;
 use crate::kernels::product::Multiply;
-#[cfg(target_arch = "x86_64")]
-use crate::kernels::product::blocked::{Product, Target, faster};
 use crate::kernels::real::Real;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::{
+    element::{Bf16, Element},
+    product::blocked::{Dot, Product, Target, faster},
+};
 use tch::{Device, Tensor};
 
 /// What becomes of a product.
@@ -57,60 +62,69 @@ pub fn provider() -> &'static str {
     "libtorch"
 }
 
-/// [`multiply`] by our own kernels. False, and nothing is done, where libtorch is as fast or they do not serve the
-/// tensors.
-#[cfg(target_arch = "x86_64")]
-fn ours(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<bool> {
-    use super::Dtype;
-    use super::input::Input;
-    use crate::kernels::element::Element;
-    use crate::kernels::product::blocked::Tiles;
-
-    fn of<F>([x, y, out]: &[Input<'_>; 3], how: How) -> bool
-    where
-        F: Element<Acc = F> + Real + Stored + Tiles,
-    {
-        let (Some(x), Some(y), Some(place)) = (x.rows::<F>(), y.rows::<F>(), out.rows::<F>())
-        else {
-            return false;
-        };
-        let (stride, 1) = place.strides() else {
-            return false;
-        };
-        let shape = (place.rows(), place.cols());
-        if shape != (x.rows(), y.cols()) || x.cols() != y.rows() || stride < shape.1 as isize {
-            return false;
-        }
-        // SAFETY: an ordinary tensor's memory, whose rows do not overlap; as in any operation that writes a tensor,
-        // whoever calls sees to it that nobody else uses it meanwhile.
-        let out = unsafe { Target::new(out.data().cast(), shape, stride as usize) };
-        let How { add, upper } = how;
-        let product = Product {
-            x,
-            y,
-            out,
-            add,
-            upper,
-        };
-        product.compute(max_threads())
+/// `out = x y` of bfloat16 matrices in float32, on processors that multiply them. False, and nothing is done, on others,
+/// where libtorch is as fast, and unless both matrices are contiguous along long sums.
+pub fn multiply_bf16(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<bool> {
+    #[cfg(target_arch = "x86_64")]
+    if faster() {
+        let [x, y, out] = matrices([x, y, out])?;
+        let product = product::<Bf16>(&x, &y, &out, how);
+        return Ok(product.is_some_and(|product| product.compute_dots(max_threads())));
     }
-
-    if !faster() {
-        return Ok(false);
-    }
-    let input = |tensor| Input::new("a product", "a matrix", tensor);
-    let matrices = [input(x)?, input(y)?, input(out)?];
-    Ok(match matrices[0].dtype() {
-        Some(Dtype::F32) => of::<f32>(&matrices, how),
-        Some(Dtype::F64) => of::<f64>(&matrices, how),
-        _ => false,
-    })
+    let _ = (x, y, out, how);
+    Ok(false)
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-#[allow(clippy::unnecessary_wraps, reason = "as where there are kernels")]
-fn ours(_x: &Tensor, _y: &Tensor, _out: &Tensor, _how: How) -> Result<bool> {
+/// [`multiply`] by our own kernels. False, and nothing is done, where libtorch is as fast or they do not serve the
+/// tensors.
+fn ours(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<bool> {
+    #[cfg(target_arch = "x86_64")]
+    if faster() {
+        let [x, y, out] = matrices([x, y, out])?;
+        let limit = max_threads();
+        return Ok(match x.dtype() {
+            Some(Dtype::F32) => product::<f32>(&x, &y, &out, how).is_some_and(|p| p.compute(limit)),
+            Some(Dtype::F64) => product::<f64>(&x, &y, &out, how).is_some_and(|p| p.compute(limit)),
+            _ => false,
+        });
+    }
+    let _ = (x, y, out, how);
     Ok(false)
+}
+
+#[cfg(target_arch = "x86_64")]
+fn matrices(all: [&Tensor; 3]) -> Result<[Input<'_>; 3]> {
+    let [x, y, out] = all.map(|tensor| Input::new("a product", "a matrix", tensor));
+    Ok([x?, y?, out?])
+}
+
+/// The product; `None` unless the tensors are ordinary ones of its types and shapes, and `out` of contiguous rows.
+#[cfg(target_arch = "x86_64")]
+fn product<'a, E: Element + Dot<Sum: Stored> + Stored>(
+    x: &'a Input<'_>,
+    y: &'a Input<'_>,
+    out: &'a Input<'_>,
+    how: How,
+) -> Option<Product<'a, E>> {
+    let (x, y, place) = (x.rows::<E>()?, y.rows::<E>()?, out.rows::<E::Sum>()?);
+    let (stride, 1) = place.strides() else {
+        return None;
+    };
+    let shape = (place.rows(), place.cols());
+    if shape != (x.rows(), y.cols()) || x.cols() != y.rows() || stride < shape.1 as isize {
+        return None;
+    }
+    // SAFETY: an ordinary tensor's memory, whose rows do not overlap; as in any operation that writes a tensor, whoever
+    // calls sees to it that nobody else uses it meanwhile.
+    let out = unsafe { Target::new(out.data().cast(), shape, stride as usize) };
+    let How { add, upper } = how;
+    Some(Product {
+        x,
+        y,
+        out,
+        add,
+        upper,
+    })
 }
 
 /// Multiplications that make it worthwhile for a thread to take part in a product.

@@ -2,41 +2,50 @@
 //! hide the latency of a sum, and few enough that all factors of a step are in registers too. Written out, because
 //! LLVM would not keep so many sums in registers.
 
-use super::blocked::{HIGH, ROWS, STRIP, Tiles, WIDE};
+use super::super::element::Bf16;
+use super::blocked::{Dot, HIGH, ROWS, STRIP, Tiles, WIDE};
+use std::arch::is_x86_feature_detected;
 use std::arch::x86_64::{
-    __m512, __m512d, _mm256_storeu_ps, _mm512_add_pd, _mm512_add_ps, _mm512_castpd_ps,
-    _mm512_castps_pd, _mm512_castps512_ps256, _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd,
-    _mm512_loadu_ps, _mm512_mask_storeu_pd, _mm512_mask_storeu_ps, _mm512_maskz_loadu_pd,
-    _mm512_maskz_loadu_ps, _mm512_set1_pd, _mm512_set1_ps, _mm512_setzero_pd, _mm512_setzero_ps,
-    _mm512_shuffle_f32x4, _mm512_shuffle_f64x2, _mm512_storeu_pd, _mm512_unpackhi_pd,
-    _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    __m512, __m512bh, __m512d, __m512i, _mm256_storeu_ps, _mm512_add_pd, _mm512_add_ps,
+    _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps512_ps256, _mm512_dpbf16_ps, _mm512_fmadd_pd,
+    _mm512_fmadd_ps, _mm512_loadu_epi16, _mm512_loadu_pd, _mm512_loadu_ps, _mm512_mask_storeu_pd,
+    _mm512_mask_storeu_ps, _mm512_maskz_loadu_epi16, _mm512_maskz_loadu_pd, _mm512_maskz_loadu_ps,
+    _mm512_set1_pd, _mm512_set1_ps, _mm512_setzero_pd, _mm512_setzero_ps, _mm512_shuffle_f32x4,
+    _mm512_shuffle_f64x2, _mm512_storeu_pd, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
+    _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 use std::hint::black_box;
+use std::mem::transmute;
 
-macro_rules! tiles {
-    ($f:ident, lanes: $lanes:literal, mask: $mask:ident, zero: $zero:ident, one: $one:ident,
-     load: $load:ident, load_some: $load_some:ident, store_some: $store_some:ident,
-     add: $add:ident, multiply_add: $multiply_add:ident, eight: $eight:ident) => {
-        impl Tiles for $f {
-            const LANES: usize = $lanes;
+macro_rules! dots {
+    ($e:ident, sum: $f:ident, lanes: $lanes:literal, mask: $mask:ident, there: $there:expr,
+     features: $features:literal, zero: $zero:ident, load: $load:ident, load_some: $load_some:ident,
+     multiply_add: $multiply_add:ident, eight: $eight:ident) => {
+        impl Dot for $e {
+            type Sum = $f;
 
-            #[target_feature(enable = "avx512f")]
+            fn there() -> bool {
+                $there
+            }
+
+            #[target_feature(enable = $features)]
             unsafe fn dots(
                 x: [*const Self; HIGH],
                 y: [*const Self; WIDE],
                 count: usize,
-            ) -> [[Self; WIDE]; HIGH] {
+            ) -> [[$f; WIDE]; HIGH] {
                 let mut sums = [[$zero(); WIDE]; HIGH];
                 let whole = count / $lanes * $lanes;
                 for c in (0..whole).step_by($lanes) {
-                    let mut of_y = [$zero(); WIDE];
-                    for s in 0..WIDE {
-                        // SAFETY: `c + LANES <= count`, and so many elements are behind each address.
-                        of_y[s] = unsafe { $load(y[s].add(c)) };
+                    // SAFETY: `c + LANES <= count`, and so many elements are behind each address.
+                    let mut of_y = [unsafe { $load(y[0].add(c).cast()) }; WIDE];
+                    for s in 1..WIDE {
+                        // SAFETY: as above.
+                        of_y[s] = unsafe { $load(y[s].add(c).cast()) };
                     }
                     for r in 0..HIGH {
                         // SAFETY: as above.
-                        let of_x = unsafe { $load(x[r].add(c)) };
+                        let of_x = unsafe { $load(x[r].add(c).cast()) };
                         for s in 0..WIDE {
                             sums[r][s] = $multiply_add(of_x, of_y[s], sums[r][s]);
                         }
@@ -46,14 +55,15 @@ macro_rules! tiles {
                 let mut sums = black_box(sums);
                 if whole < count {
                     let rest = !($mask::MAX << (count - whole));
-                    let mut of_y = [$zero(); WIDE];
-                    for s in 0..WIDE {
-                        // SAFETY: only the elements of the mask are read, which are below `count`.
-                        of_y[s] = unsafe { $load_some(rest, y[s].add(whole)) };
+                    // SAFETY: only the elements of the mask are read, which are below `count`.
+                    let mut of_y = [unsafe { $load_some(rest, y[0].add(whole).cast()) }; WIDE];
+                    for s in 1..WIDE {
+                        // SAFETY: as above.
+                        of_y[s] = unsafe { $load_some(rest, y[s].add(whole).cast()) };
                     }
                     for r in 0..HIGH {
                         // SAFETY: as above.
-                        let of_x = unsafe { $load_some(rest, x[r].add(whole)) };
+                        let of_x = unsafe { $load_some(rest, x[r].add(whole).cast()) };
                         for s in 0..WIDE {
                             sums[r][s] = $multiply_add(of_x, of_y[s], sums[r][s]);
                         }
@@ -61,14 +71,21 @@ macro_rules! tiles {
                 }
                 let mut out = [[0.0; WIDE]; HIGH];
                 let (places, _) = out.as_flattened_mut().as_chunks_mut::<8>();
-                for (place, sums) in places
-                    .iter_mut()
-                    .zip(sums.as_flattened().as_chunks::<8>().0)
-                {
+                for (place, sums) in places.iter_mut().zip(sums.as_flattened().as_chunks::<8>().0) {
                     *place = $eight(sums);
                 }
                 out
             }
+        }
+    };
+}
+
+macro_rules! tiles {
+    ($f:ident, lanes: $lanes:literal, mask: $mask:ident, zero: $zero:ident, one: $one:ident,
+     load: $load:ident, load_some: $load_some:ident, store_some: $store_some:ident,
+     add: $add:ident, multiply_add: $multiply_add:ident) => {
+        impl Tiles for $f {
+            const LANES: usize = $lanes;
 
             #[target_feature(enable = "avx512f")]
             unsafe fn combine<const REGISTERS: usize>(
@@ -169,9 +186,34 @@ fn eight_f64(of: &[__m512d; 8]) -> [f64; 8] {
     out
 }
 
+/// The products of two numbers in each lane are added up. Numbers below the smallest normal one count as 0.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn multiply_add_bf16(x: __m512i, y: __m512i, sum: __m512) -> __m512 {
+    // SAFETY: 32 numbers of 16 bits in a register, which either type stands for.
+    let (x, y) = unsafe {
+        (
+            transmute::<__m512i, __m512bh>(x),
+            transmute::<__m512i, __m512bh>(y),
+        )
+    };
+    _mm512_dpbf16_ps(sum, x, y)
+}
+
+dots!(f32, sum: f32, lanes: 16, mask: u16, there: true, features: "avx512f",
+    zero: _mm512_setzero_ps, load: _mm512_loadu_ps, load_some: _mm512_maskz_loadu_ps,
+    multiply_add: _mm512_fmadd_ps, eight: eight_f32);
+dots!(f64, sum: f64, lanes: 8, mask: u8, there: true, features: "avx512f",
+    zero: _mm512_setzero_pd, load: _mm512_loadu_pd, load_some: _mm512_maskz_loadu_pd,
+    multiply_add: _mm512_fmadd_pd, eight: eight_f64);
+dots!(Bf16, sum: f32, lanes: 32, mask: u32, there: is_x86_feature_detected!("avx512bf16"),
+    features: "avx512f,avx512bw,avx512bf16",
+    zero: _mm512_setzero_ps, load: _mm512_loadu_epi16, load_some: _mm512_maskz_loadu_epi16,
+    multiply_add: multiply_add_bf16, eight: eight_f32);
+
 tiles!(f32, lanes: 16, mask: u16, zero: _mm512_setzero_ps, one: _mm512_set1_ps,
     load: _mm512_loadu_ps, load_some: _mm512_maskz_loadu_ps, store_some: _mm512_mask_storeu_ps,
-    add: _mm512_add_ps, multiply_add: _mm512_fmadd_ps, eight: eight_f32);
+    add: _mm512_add_ps, multiply_add: _mm512_fmadd_ps);
 tiles!(f64, lanes: 8, mask: u8, zero: _mm512_setzero_pd, one: _mm512_set1_pd,
     load: _mm512_loadu_pd, load_some: _mm512_maskz_loadu_pd, store_some: _mm512_mask_storeu_pd,
-    add: _mm512_add_pd, multiply_add: _mm512_fmadd_pd, eight: eight_f64);
+    add: _mm512_add_pd, multiply_add: _mm512_fmadd_pd);

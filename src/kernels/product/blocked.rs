@@ -43,20 +43,30 @@ const WRITE: usize = 16;
 /// Multiplications that make another thread worthwhile.
 const GRAIN: usize = 1 << 20;
 
-/// What AVX-512 computes at a time.
-pub trait Tiles: Sized {
-    /// Elements of a register.
-    const LANES: usize;
+/// Dot products as AVX-512 computes them at a time.
+pub trait Dot: Sized {
+    /// The type of the sums.
+    type Sum: Element<Acc = Self::Sum> + Real;
+
+    /// Whether the processor has the instructions, if it has AVX-512.
+    fn there() -> bool;
 
     /// `sum_c x_rc y_sc` over `count` columns.
     ///
     /// # Safety
-    /// The processor has AVX-512 F, and behind each address there are `count` elements.
+    /// The processor has AVX-512 as [`Level::Avx512`] says and what [`Dot::there`] asks for, and behind each address there
+    /// are `count` elements.
     unsafe fn dots(
         x: [*const Self; HIGH],
         y: [*const Self; WIDE],
         count: usize,
-    ) -> [[Self; WIDE]; HIGH];
+    ) -> [[Self::Sum; WIDE]; HIGH];
+}
+
+/// Sums of multiples, of types that are computed as they are stored.
+pub trait Tiles: Dot<Sum = Self> {
+    /// Elements of a register.
+    const LANES: usize;
 
     /// `out_rc = sum_k factors_kr strip_kc`, or with `add` `out_rc +=`, for `high` rows, `stride` apart, and `wide`
     /// columns. A row of `strip` is [`STRIP`] registers wide, of which the first `REGISTERS` are used.
@@ -120,13 +130,13 @@ impl<F> Place<F> {
 }
 
 /// `out = x y`.
-pub struct Product<'a, F> {
+pub struct Product<'a, E: Dot> {
     /// (n, k)
-    pub x: Rows<'a, F>,
+    pub x: Rows<'a, E>,
     /// (k, m)
-    pub y: Rows<'a, F>,
+    pub y: Rows<'a, E>,
     /// (n, m)
-    pub out: Target<'a, F>,
+    pub out: Target<'a, E::Sum>,
     /// Whether it is added to what is there.
     pub add: bool,
     /// Whether only what is on and above the diagonal need be correct.
@@ -145,24 +155,59 @@ impl<F: Element<Acc = F> + Real + Tiles> Product<'_, F> {
     /// # Panics
     /// If the shapes do not match: a mistake in a kernel.
     pub fn compute(self, limit: usize) -> bool {
-        let Self { x, y, out, .. } = &self;
+        if !self.fits() {
+            return false;
+        }
+        if self.are_dots() {
+            self.run(limit, |block| dispatch(Dots(block)));
+            return true;
+        }
+        let any = [self.y.strides().0, self.y.strides().1].contains(&1);
+        if any {
+            self.run(limit, |block| dispatch(Combine(block)));
+        }
+        any
+    }
+}
+
+impl<E: Element + Dot> Product<'_, E> {
+    /// The same by dot products alone. False, and nothing is done, also where these are too short to be fast.
+    ///
+    /// # Panics
+    /// If the shapes do not match: a mistake in a kernel.
+    pub fn compute_dots(self, limit: usize) -> bool {
+        let all = self.fits() && self.are_dots();
+        if all {
+            self.run(limit, |block| dispatch(Dots(block)));
+        }
+        all
+    }
+
+    /// Whether there is room for a tile and the processor can compute it.
+    fn fits(&self) -> bool {
+        let Self { x, y, out, .. } = self;
         let (rows, cols) = out.shape;
         assert!(
             (x.rows(), x.cols(), y.cols()) == (rows, y.rows(), cols),
             "shapes of a product"
         );
         let room = rows >= HIGH && cols >= WIDE && x.cols() > 0;
-        if !room || level() < Level::Avx512 {
-            return false;
-        }
-        let turned = y.strides().0 == 1;
-        if !turned && y.strides().1 != 1 {
-            return false;
-        }
-        let dots = turned && x.strides().1 == 1 && x.cols() >= short(rows, cols);
-        let each = x.cols().saturating_add(WRITE);
+        room && level() == Level::Avx512 && E::there()
+    }
+
+    /// Whether both factors are contiguous along the sums, and these are long.
+    fn are_dots(&self) -> bool {
+        let along = self.x.strides().1 == 1 && self.y.strides().0 == 1;
+        along && self.x.cols() >= short(self.out.shape.0, self.out.shape.1)
+    }
+
+    /// Calls `compute` with every block, on at most `limit` threads.
+    fn run(self, limit: usize, compute: impl Fn(Block<'_, E>) + Sync) {
+        let (rows, cols) = self.out.shape;
+        let each = self.x.cols().saturating_add(WRITE);
         let work = rows.saturating_mul(cols).saturating_mul(each);
         let threads = threads_for(work, GRAIN, limit);
+        let compute = &compute;
         let jobs: Vec<_> = blocks((rows, cols), self.upper, threads)
             .into_iter()
             .map(|(down, across)| {
@@ -172,17 +217,10 @@ impl<F: Element<Acc = F> + Real + Tiles> Product<'_, F> {
                     y: self.y.columns(across),
                     add: self.add,
                 };
-                move || {
-                    if dots {
-                        dispatch(Dots(block));
-                    } else {
-                        dispatch(Combine(block));
-                    }
-                }
+                move || compute(block)
             })
             .collect();
         run_on(threads, jobs);
-        true
     }
 }
 
@@ -223,31 +261,31 @@ fn blocks(
 }
 
 /// A block of a product.
-struct Block<'a, F> {
-    x: Rows<'a, F>,
-    y: Rows<'a, F>,
-    out: Place<F>,
+struct Block<'a, E: Dot> {
+    x: Rows<'a, E>,
+    y: Rows<'a, E>,
+    out: Place<E::Sum>,
     add: bool,
 }
 
-struct Dots<'a, F>(Block<'a, F>);
+struct Dots<'a, E: Dot>(Block<'a, E>);
 
-impl<F: Element<Acc = F> + Real + Tiles> Kernel for Dots<'_, F> {
+impl<E: Element + Dot> Kernel for Dots<'_, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self) {
         let Block { x, y, out, add } = self.0;
-        let (y, depth, piece) = (y.transposed(), x.cols(), PIECE / size_of::<F>());
+        let (y, depth, piece) = (y.transposed(), x.cols(), PIECE / size_of::<E>());
         for start in (0..depth).step_by(piece) {
             let count = piece.min(depth - start);
             for left in (0..y.rows()).step_by(WIDE) {
-                let of_y = starts::<F, WIDE>(&y, left, start);
+                let of_y = starts::<E, WIDE>(&y, left, start);
                 for top in (0..x.rows()).step_by(HIGH) {
-                    let of_x = starts::<F, HIGH>(&x, top, start);
-                    // SAFETY: there are `count` columns from `start`, contiguous in both; `compute` looked at the
+                    let of_x = starts::<E, HIGH>(&x, top, start);
+                    // SAFETY: there are `count` columns from `start`, contiguous in both; `fits` looked at the
                     // instruction set.
-                    let sums = unsafe { F::dots(of_x, of_y, count) };
+                    let sums = unsafe { E::dots(of_x, of_y, count) };
                     let wide = WIDE.min(y.rows() - left);
                     let high = HIGH.min(x.rows() - top);
                     for (r, sums) in sums.iter().enumerate().take(high) {
@@ -275,7 +313,7 @@ fn starts<F: Element, const N: usize>(
     from_fn(|r| of.address((first + r).min(of.rows() - 1), column))
 }
 
-struct Combine<'a, F>(Block<'a, F>);
+struct Combine<'a, F: Dot>(Block<'a, F>);
 
 impl<F: Element<Acc = F> + Real + Tiles> Kernel for Combine<'_, F> {
     type Output = ();
@@ -303,7 +341,7 @@ impl<F: Element<Acc = F> + Real + Tiles> Kernel for Combine<'_, F> {
                     let to = out.at(top, left);
                     let (factors, to) = (&factors[..here.len()], (to.start, to.stride));
                     let size = (ROWS.min(rows - top), wide);
-                    // SAFETY: the rows and columns are in the block, which nobody else accesses; `compute` looked at
+                    // SAFETY: the rows and columns are in the block, which nobody else accesses; `fits` looked at
                     // the instruction set.
                     unsafe {
                         match wide.div_ceil(F::LANES) {
@@ -361,6 +399,7 @@ fn gather<F: Element>(x: &Rows<'_, F>, first: usize, out: &mut [[F; ROWS]]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::element::Bf16;
     use super::*;
 
     fn numbers<F: Real>(count: usize, step: usize) -> Vec<F> {
@@ -438,6 +477,47 @@ mod tests {
             for threads in [1, 3] {
                 matches_loops::<f32>(sizes, threads);
                 matches_loops::<f64>(sizes, threads);
+            }
+        }
+    }
+
+    /// Numbers that bfloat16 has, and sums that float32 has.
+    #[test]
+    fn dot_products_of_bfloat16() {
+        for (n, k, m) in [
+            (4, 7, 6),
+            (5, 32, 9),
+            (13, 100, 50),
+            (9, 2100, 8),
+            (150, 333, 150),
+        ] {
+            let numbers = |count, step| -> Vec<Bf16> {
+                let all = numbers::<f32>(count, step);
+                all.into_iter().map(Bf16::store).collect()
+            };
+            let (x, y) = (numbers(n * (k + 2), 7), numbers(m * k, 3));
+            for (threads, upper) in [(1, false), (3, false), (2, n == m)] {
+                let mut out = vec![0.5f32; n * m];
+                // SAFETY: the matrix is `out`, which nobody else has.
+                let target = unsafe { Target::new(out.as_mut_ptr(), (n, m), m) };
+                let product = Product {
+                    x: Rows::contiguous(&x, n, k + 2).unwrap().columns(0..k),
+                    y: Rows::contiguous(&y, m, k).unwrap().transposed(),
+                    out: target,
+                    add: true,
+                    upper,
+                };
+                if !product.compute_dots(threads) {
+                    let fits = Bf16::there() && level() == Level::Avx512 && k >= short(n, m);
+                    assert!(!fits && out.iter().all(|&out| out == 0.5));
+                    continue;
+                }
+                for (at, &out) in out.iter().enumerate() {
+                    let (i, j) = (at / m, at % m);
+                    let term = |c: usize| x[i * (k + 2) + c].load() * y[j * k + c].load();
+                    let expected = 0.5 + (0..k).map(term).sum::<f32>();
+                    assert!(out == expected || (upper && j < i), "{i} {j}");
+                }
             }
         }
     }

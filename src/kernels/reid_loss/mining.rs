@@ -223,7 +223,7 @@ impl<F: Element<Acc = F> + Real> Mining<'_, F> {
 }
 
 /// `|x_i|^2` of every row.
-pub fn squares<F: Element<Acc = F> + Real>(rows: Rows<'_, F>, threads: NonZeroUsize) -> Vec<F> {
+pub fn squares<E: Element>(rows: Rows<'_, E>, threads: NonZeroUsize) -> Vec<E::Acc> {
     let jobs: Vec<_> = split(rows.rows(), threads)
         .into_iter()
         .map(|range| move || dispatch(Squares(rows.slice(range))))
@@ -231,14 +231,14 @@ pub fn squares<F: Element<Acc = F> + Real>(rows: Rows<'_, F>, threads: NonZeroUs
     run(jobs).concat()
 }
 
-struct Squares<'a, F>(Rows<'a, F>);
+struct Squares<'a, E>(Rows<'a, E>);
 
-impl<F: Element<Acc = F> + Real> Kernel for Squares<'_, F> {
-    type Output = Vec<F>;
+impl<E: Element> Kernel for Squares<'_, E> {
+    type Output = Vec<E::Acc>;
 
     #[inline(always)]
-    fn run<I: Isa>(self) -> Vec<F> {
-        let square = |x: &[F]| F::of(reduce::sum_of_pairs(x, x, |x, y| x * y));
+    fn run<I: Isa>(self) -> Vec<E::Acc> {
+        let square = |x: &[E::Acc]| E::Acc::of(reduce::sum_of_pairs(x, x, |x, y| x * y));
         let mut scratch = self.0.scratch();
         (0..self.0.rows())
             .map(|i| square(self.0.in_turn(i, &mut scratch)))

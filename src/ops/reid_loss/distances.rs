@@ -12,9 +12,9 @@ use crate::kernels::rows::Rows;
 use crate::ops::{Place, place, threads};
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
-use crate::torch::product::{How, multiply};
+use crate::torch::product::{How, multiply, multiply_bf16};
 use crate::torch::saved::Saved;
-use crate::torch::{Dtype, Owned, Stored, Without, same};
+use crate::torch::{Dtype, Owned, Stored, Without, by_dtype, same};
 use std::marker::PhantomData;
 use tch::{Kind, Tensor};
 
@@ -69,10 +69,7 @@ pub fn distances(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     if place(&[&pair.x, &pair.y]) != Place::Cpu {
         return formula(x, y, pair.kind());
     }
-    match pair.dtype {
-        Dtype::F64 => fused::<f64>(&pair),
-        _ => fused::<f32>(&pair),
-    }
+    by_dtype!(pair.dtype, E => fused::<E>(&pair))
 }
 
 /// The gradients of `x` and `y` from that of the distances `out`.
@@ -107,33 +104,56 @@ fn formula(x: &Tensor, y: &Tensor, kind: Kind) -> Result<Tensor> {
     Ok(squares.f_clamp_min(CLAMP)?.f_sqrt()?)
 }
 
-/// The features outside any graph, in the dtype that distances are computed in. They are only copied where neither rows
-/// nor columns are contiguous, which no product takes.
+/// The features outside any graph, in this dtype. They are only copied where it is another one, and where their columns
+/// are apart: unless their rows are adjacent, which products of float32 and float64 take too. (In half types a result
+/// does not depend on the layout, and they are converted anyway or multiplied row by row.)
 fn readable(x: &Tensor, kind: Kind) -> Result<Tensor> {
     let x = x.f_detach()?.f_to_kind(kind)?;
-    let read = Input::new(CLASS, "features", &x)?.strides().contains(&1);
+    let read = match *Input::new(CLASS, "features", &x)?.strides() {
+        [_, 1] => true,
+        [1, _] => matches!(kind, Kind::Float | Kind::Double),
+        _ => false,
+    };
     Ok(if read { x } else { x.f_contiguous()? })
 }
 
-fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor> {
+/// `out = x y^T`, in the dtype of `out`; `x` and `y` are [`readable`].
+fn products(x: &Tensor, y: &Tensor, out: &Tensor, kind: Kind, how: How) -> Result<()> {
+    if x.kind() == Kind::BFloat16 && multiply_bf16(x, &y.f_tr()?, out, how)? {
+        return Ok(());
+    }
+    let u = x.f_to_kind(kind)?;
+    let v = if same(x, y) {
+        u.shallow_clone()
+    } else {
+        y.f_to_kind(kind)?
+    };
+    multiply(&u, &v.f_tr()?, out, how)
+}
+
+fn fused<E>(pair: &Pair<'_>) -> Result<Tensor>
+where
+    E: Element<Acc: Element<Acc = E::Acc> + Stored> + Stored,
+{
+    let kind = <E::Acc as Stored>::KIND;
     let same_rows = pair.x.same(&pair.y);
-    let u = readable(pair.x.tensor, F::KIND)?;
+    let u = readable(pair.x.tensor, E::KIND)?;
     let v = if same_rows {
         u.shallow_clone()
     } else {
-        readable(pair.y.tensor, F::KIND)?
+        readable(pair.y.tensor, E::KIND)?
     };
     let (of_u, of_v) = (Input::new(CLASS, "x", &u)?, Input::new(CLASS, "y", &v)?);
-    let (x, y) = (of_u.dense_rows::<F>()?, of_v.dense_rows::<F>()?);
+    let (x, y) = (of_u.dense_rows::<E>()?, of_v.dense_rows::<E>()?);
     let shape = [x.rows() as i64, y.rows() as i64];
     let own = same_rows && x.cols() >= HALVED;
     let how = How {
         add: false,
         upper: own,
     };
-    let write = |out: &Tensor| multiply(&u, &v.f_tr()?, out, how);
+    let write = |out: &Tensor| products(&u, &v, out, kind, how);
     // SAFETY: the products keep nothing.
-    let mut out = unsafe { Owned::<F>::written_by(&shape, write)? };
+    let mut out = unsafe { Owned::<E::Acc>::written_by(&shape, write)? };
     let squares = Squares::of(x, y);
     let work = threads(x.rows() * y.rows() / CHEAP);
     if own {
@@ -144,12 +164,11 @@ fn fused<F: Element<Acc = F> + Real + Stored>(pair: &Pair<'_>) -> Result<Tensor>
     let out = out.into_tensor();
     let wanted = pair.wanted();
     if wanted.contains(&true) {
-        let kind = F::KIND;
         attach_with(
             c"PairwiseEuclideanDistanceBackward",
             &out,
             &[pair.x.tensor, pair.y.tensor],
-            Box::new(Node::<F> {
+            Box::new(Node::<E::Acc> {
                 x: Saved::of(&u, "pairwise_euclidean_distance's x")?,
                 y: Saved::of(&v, "pairwise_euclidean_distance's y")?,
                 out: Saved::of(&out, "the output of pairwise_euclidean_distance")?,
@@ -179,15 +198,16 @@ struct Node<F> {
 
 impl<F: Element<Acc = F> + Real + Stored> Backward for Node<F> {
     fn grads(&mut self, incoming: &Tensor, _last: bool) -> Result<Vec<Option<Tensor>>> {
-        let of = [self.x.get()?, self.y.get()?, self.out.get()?];
+        let out = self.out.get()?;
         let stored = |grad: Option<Tensor>| grad.map(|g| g.f_to_kind(self.kind)).transpose();
+        let x = self.x.get()?.f_to_kind(F::KIND)?;
         if self.own
-            && let [x, _, out] = of
-            && let Some(grad) = own_gradient::<F>(incoming, x, out)?
+            && let Some(grad) = own_gradient::<F>(incoming, &x, out)?
         {
             return Ok(vec![stored(Some(grad))?, None]);
         }
-        gradients::<F>(incoming, of, self.wanted)?
+        let y = self.y.get()?.f_to_kind(F::KIND)?;
+        gradients::<F>(incoming, [&x, &y, out], self.wanted)?
             .into_iter()
             .map(|grad| Ok(stored(grad)?))
             .collect()

@@ -100,10 +100,10 @@ pub struct Squares<F> {
     y: Vec<F>,
 }
 
-impl<F: Element<Acc = F> + Real> Squares<F> {
-    /// Of contiguous rows.
-    pub fn of(x: Rows<'_, F>, y: Rows<'_, F>) -> Self {
-        let of = |rows: Rows<'_, F>| squares(rows, threads(2 * rows.rows() * rows.cols()));
+impl<F: Real> Squares<F> {
+    /// Of the rows of both.
+    pub fn of<E: Element<Acc = F>>(x: Rows<'_, E>, y: Rows<'_, E>) -> Self {
+        let of = |rows: Rows<'_, E>| squares(rows, threads(2 * rows.rows() * rows.cols()));
         Self {
             x: (!x.same(&y)).then(|| of(x)),
             y: of(y),
