@@ -12,7 +12,7 @@ use crate::kernels::real::Real;
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::{
     element::{Bf16, Element},
-    product::blocked::{Dot, Product, Target, faster},
+    product::blocked::{Dot, Product, Target, WIDE, faster},
 };
 use tch::{Device, Tensor};
 
@@ -73,6 +73,14 @@ pub fn multiply_bf16(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<b
     }
     let _ = (x, y, out, how);
     Ok(false)
+}
+
+/// Whether all of the product of so many rows with themselves is symmetric to the last bit: libtorch's need not be.
+pub fn symmetric(rows: usize) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return faster() && rows >= WIDE;
+    #[cfg(not(target_arch = "x86_64"))]
+    return rows <= 1;
 }
 
 /// [`multiply`] by our own kernels. False, and nothing is done, where libtorch is as fast or they do not serve the

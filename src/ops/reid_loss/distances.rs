@@ -12,7 +12,7 @@ use crate::kernels::rows::Rows;
 use crate::ops::{Place, place, threads};
 use crate::torch::autograd::{Backward, attach_with};
 use crate::torch::input::Input;
-use crate::torch::product::{How, multiply, multiply_bf16};
+use crate::torch::product::{How, multiply, multiply_bf16, symmetric};
 use crate::torch::saved::Saved;
 use crate::torch::{Dtype, Owned, Stored, Without, by_dtype, same};
 use std::marker::PhantomData;
@@ -146,7 +146,7 @@ where
     let (of_u, of_v) = (Input::new(CLASS, "x", &u)?, Input::new(CLASS, "y", &v)?);
     let (x, y) = (of_u.dense_rows::<E>()?, of_v.dense_rows::<E>()?);
     let shape = [x.rows() as i64, y.rows() as i64];
-    let own = same_rows && x.cols() >= HALVED;
+    let own = same_rows && (x.cols() >= HALVED || !symmetric(x.rows()));
     let how = How {
         add: false,
         upper: own,
