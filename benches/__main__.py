@@ -46,7 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.scaling:
         verdicts = _scaling.run(options.quick)
         return int(options.check and not all(verdict.met for verdict in verdicts))
-    if options.random:
+    if options.random is not None:
+        if options.case or options.device or options.save or options.quick:
+            print("--random takes methods and --seed alone", file=sys.stderr)
+            return 2
+        if not any(method.families for method in chosen):
+            print("no loss of these methods is drawn at random", file=sys.stderr)
+            return 2
         verdicts = _random.run(chosen, options.random, options.seed)
         return int(options.check and not all(verdict.met for verdict in verdicts))
     if options.share:

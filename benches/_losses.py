@@ -54,7 +54,7 @@ CONTIGUOUS, SLICE, TRANSPOSED = LAYOUTS = ["contiguous", "slice of columns", "tr
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A setting other than contiguous float32 with a gradient, of ours and plain alone."""
+    """A setting of ours and plain alone: not contiguous float32 with a gradient, or drawn at random."""
 
     name: str
     shape: tuple[int, int]

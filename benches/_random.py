@@ -14,14 +14,18 @@ import torch
 from tabulate import tabulate
 
 from benches import _report
-from benches._case import OURS, PLAIN, Case, Method, Verdict
+from benches._case import OURS, PLAIN, Case, Disagreement, Method, Verdict
 from benches._losses import LAYOUTS, Family, Variant
 from benches._measure import FULL, QUICK, Result, measure
+from benches._providers import prepare
 
 #: Drawn as often as they stand here.
 DTYPES = [torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float64]
 ARRANGED = [LAYOUTS[0]] * 4 + LAYOUTS
 GRADIENT = [True, True, True, False]
+#: What is accepted of ours, as :data:`benches._case.TOLERANCE`. Plain rounds every step to a half type:
+#: there the two are timed, and not compared.
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 #: Those below are measured again, for long.
 CLOSE = 1.15
 #: The slowest are printed.
@@ -31,20 +35,23 @@ SHOWN = 15
 def run(methods: Sequence[Method], seconds: float, seed: int) -> list[Verdict]:
     """Time what is drawn from ``seed`` for so many seconds; print the settings where ours gains least."""
     families = [(method.stem, family) for method in methods for family in method.families]
-    end, ratios = time.monotonic() + seconds, []
+    end, ratios, wrong = time.monotonic() + seconds, [], []
     for stem, case in _drawn(families, seed):
         if time.monotonic() >= end:
             break
-        result = _compared(stem, case)
-        if result is not None:
-            ratios.append((result.ratio(PLAIN), f"{stem}: {case.setting}", result.median(OURS)))
-    return _reported(sorted(ratios))
+        try:
+            result = _compared(stem, case)
+        except Disagreement as error:
+            wrong.append(Verdict(f"{stem}: {error}", met=False))
+            continue
+        ratios.append((result.ratio(PLAIN), f"{stem}: {case.setting}", result.median(OURS)))
+    verdicts = [*_reported(sorted(ratios)), *wrong]
+    _report.print_verdicts(verdicts)
+    return verdicts
 
 
 def _drawn(families: Sequence[tuple[str, Family]], seed: int) -> Iterator[tuple[str, Case]]:
     """Cases without end."""
-    if not families:
-        return
     for count in itertools.count():
         # By its number, so that a setting does not depend on those before it.
         generator = random.Random(f"{seed} {count}")
@@ -52,7 +59,8 @@ def _drawn(families: Sequence[tuple[str, Family]], seed: int) -> Iterator[tuple[
         dtype = generator.choice([dtype for dtype in DTYPES if dtype in family.dtypes])
         layout, gradient = generator.choice(ARRANGED), generator.choice(GRADIENT)
         name = ", ".join([str(dtype).removeprefix("torch."), layout, *([] if gradient else ["no gradient"])])
-        variant = Variant(name, _shape(generator, family), dtype, layout, gradient)
+        tolerance = TOLERANCES.get(dtype, math.inf)
+        variant = Variant(name, _shape(generator, family), dtype, layout, gradient, tolerance)
         yield stem, family.case(variant)
 
 
@@ -66,14 +74,9 @@ def _shape(generator: random.Random, family: Family) -> tuple[int, int]:
             return rows, columns
 
 
-def _compared(stem: str, case: Case) -> Result | None:
-    """Ours and plain; ``None`` where plain does not run."""
-    providers = case.set_up()
-    try:
-        providers[PLAIN].step()
-    except (RuntimeError, ValueError):
-        return None
-    providers[OURS].step()
+def _compared(stem: str, case: Case) -> Result:
+    """Ours and plain."""
+    providers, _ = prepare(case, compiled=False)
     labels = {"label": stem, "sub_label": case.setting}
     result = Result(case, measure(providers, QUICK, **labels))
     if result.ratio(PLAIN) >= CLOSE:
@@ -94,6 +97,4 @@ def _reported(ratios: Sequence[tuple[float, str, float]]) -> list[Verdict]:
         f"slower than {PLAIN} in {slower} of {len(ratios)} settings (at most 0); "
         f"in half of them at least {middle:.3g} times as fast"
     )
-    verdicts = [Verdict(text, slower == 0)]
-    _report.print_verdicts(verdicts)
-    return verdicts
+    return [Verdict(text, slower == 0)]

@@ -13,7 +13,17 @@ import torch
 from torch.utils.benchmark import Measurement, TaskSpec
 
 import tllib_rs
-from benches import _draw, _memory, _pages, _providers, _random, _results, mean_teacher, self_ensemble
+from benches import (
+    _draw,
+    _losses,
+    _memory,
+    _pages,
+    _providers,
+    _random,
+    _results,
+    mean_teacher,
+    self_ensemble,
+)
 from benches.__main__ import main
 from benches._case import (
     COMPILED,
@@ -23,6 +33,7 @@ from benches._case import (
     TLLIB,
     Case,
     Disagreement,
+    Method,
     Provider,
     check,
     faster,
@@ -126,7 +137,7 @@ def test_scaling_measures_and_projects(capsys):
 
 @pytest.mark.usefixtures("one_thread")
 def test_random_settings(capsys):
-    """The same ones for the same seed, each of them once; ours has to be the slower one to be counted so."""
+    """The same ones for the same seed, of all kinds."""
     families = [(method.stem, family) for method in methods().values() for family in method.families]
     assert len(families) > 12
     drawn = [
@@ -142,6 +153,18 @@ def test_random_settings(capsys):
     printed = capsys.readouterr().out
     assert "entropy: (" in printed
     assert "slower than plain in " in printed
+    for wrong in (["flexmatch"], ["entropy", "--case", "x"], ["entropy", "--quick"]):
+        assert main([*wrong, "--random", "1"]) == 2
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_random_setting_that_is_wrong_is_no_gain(capsys):
+    family = _losses.family(lambda _: {OURS: lambda p: 0 * p.sum(), PLAIN: lambda p: (p * p).sum()})
+    family = dataclasses.replace(family, largest=(9, 9), dtypes=[torch.float32])
+    verdicts = _random.run([Method("broken", [], families=[family])], 0.5, 0)
+    assert len(verdicts) > 1
+    assert not any(verdict.met for verdict in verdicts)
+    assert "MISSED  broken: (" in capsys.readouterr().out
 
 
 def test_random_settings_in_which_ours_is_slower_are_counted(capsys):

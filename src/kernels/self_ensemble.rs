@@ -24,15 +24,13 @@ pub const LOG_FLOOR: f64 = -100.0;
 pub const SLOPE_FLOOR: f64 = 9.999_999_960_041_972e-13;
 /// Several narrow rows are processed at a time, as one of about this width.
 const WIDTH: usize = 128;
-/// Numbers that are added in the computing type before they are added up in f64, so that fewer are converted. In f32
-/// each of these sums is off by two roundings at most, and a mean of many by less than the one rounding that tllib's has:
-/// for a mean near 1, `1 - mean` is in the last digits.
+/// Numbers that are added before they are added to a sum.
 const TOGETHER: usize = 4;
 /// Independent sums of a contiguous column.
 const SUMS: usize = 64;
 /// Contiguous columns are read by the column if they have as many rows.
 const TALL: usize = 64;
-/// Rows of fewer columns that are not adjacent are summed in registers.
+/// Rows of at most as many columns that are not adjacent are summed in registers.
 const NARROW: usize = 8;
 /// Columns whose sums stay in the L1 cache while the rows are read.
 const TILE: usize = 1024;
@@ -114,7 +112,7 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
             let columns = p.transposed();
             let mut scratch = columns.scratch();
             for (c, sum) in sums.iter_mut().enumerate() {
-                *sum += wide_sum(columns.in_turn(c, &mut scratch));
+                *sum += wide_sum::<E>(columns.in_turn(c, &mut scratch));
             }
             return;
         }
@@ -132,21 +130,32 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
             return narrow(p, sums);
         }
         let p = p.slice(start..p.rows());
+        const { assert!(TILE <= Rows::<E>::WIDEST / TOGETHER) };
         for (k, sums) in sums.chunks_mut(TILE).enumerate() {
             add_rows(p.columns(k * TILE..k * TILE + sums.len()), sums);
         }
     }
 }
 
+/// The sum of a few numbers, in f64: for a mean near 1, `1 - mean` is in the last digits. Only of half types, which have
+/// fewer digits than f32, are so few added in f32, which saves conversions.
+#[inline(always)]
+fn few<E: Element>([a, b, c, d]: [E::Acc; TOGETHER]) -> f64 {
+    if E::exact(&[]).is_some() {
+        return (a.to_f64() + b.to_f64()) + (c.to_f64() + d.to_f64());
+    }
+    ((a + b) + (c + d)).to_f64()
+}
+
 /// The sum of adjacent numbers.
 #[inline(always)]
-fn wide_sum<F: Real>(numbers: &[F]) -> f64 {
+fn wide_sum<E: Element>(numbers: &[E::Acc]) -> f64 {
     let mut lanes = [0.0; SUMS];
     let (chunks, rest) = numbers.as_chunks::<{ SUMS * TOGETHER }>();
     for chunk in chunks {
         for (k, lane) in lanes.iter_mut().enumerate() {
-            let pair = |at: usize| chunk[at * SUMS + k] + chunk[(at + 1) * SUMS + k];
-            *lane += (pair(0) + pair(2)).to_f64();
+            let [a, b, c, d] = [k, SUMS + k, 2 * SUMS + k, 3 * SUMS + k];
+            *lane += few::<E>([chunk[a], chunk[b], chunk[c], chunk[d]]);
         }
     }
     for chunk in rest.chunks(SUMS) {
@@ -157,7 +166,7 @@ fn wide_sum<F: Real>(numbers: &[F]) -> f64 {
     reduce::sum(&lanes)
 }
 
-/// Adds the rows to `sums`.
+/// Adds the rows, of at most [`TILE`] columns, to `sums`.
 #[inline(always)]
 fn add_rows<E: Element>(p: Rows<'_, E>, sums: &mut [f64]) {
     let mut scratch = p.scratch();
@@ -165,7 +174,7 @@ fn add_rows<E: Element>(p: Rows<'_, E>, sums: &mut [f64]) {
     for i in (0..whole).step_by(TOGETHER) {
         let [a, b, c, d] = p.several::<TOGETHER>(i, &mut scratch);
         for ((((sum, &a), &b), &c), &d) in sums.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-            *sum += ((a + b) + (c + d)).to_f64();
+            *sum += few::<E>([a, b, c, d]);
         }
     }
     for i in whole..p.rows() {
@@ -198,8 +207,8 @@ fn add_narrow<E: Element, const N: usize>(p: Rows<'_, E>, sums: &mut [f64]) {
     let whole = p.rows() / TOGETHER * TOGETHER;
     for i in (0..whole).step_by(TOGETHER) {
         for (c, sum) in total.iter_mut().enumerate() {
-            let pair = |i: usize| p.element(i, c) + p.element(i + 1, c);
-            *sum += (pair(i) + pair(i + 2)).to_f64();
+            let [a, b, c, d] = [i, i + 1, i + 2, i + 3].map(|i| p.element(i, c));
+            *sum += few::<E>([a, b, c, d]);
         }
     }
     for i in whole..p.rows() {
@@ -374,6 +383,40 @@ mod tests {
                         "{k}: {} {difference}",
                         grad[k]
                     );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn sums_of_f32_are_not_rounded() {
+        // In f32, four of these numbers add up to 4.
+        let column = |k: usize| {
+            if k % 4 == 3 {
+                1.0
+            } else {
+                1.0 - f32::EPSILON / 2.0
+            }
+        };
+        for (rows, cols) in [(40, 2), (400, 3), (1024, 9), (64, 70)] {
+            let by_columns: Vec<f32> = (0..rows * cols).map(|at| column(at % rows)).collect();
+            let by_rows: Vec<f32> = (0..rows * cols).map(|at| column(at / cols)).collect();
+            let apart: Vec<f32> = by_rows.iter().flat_map(|&x| [x, 9.0]).collect();
+            let blocks: Vec<f32> = (0..rows * cols)
+                .map(|at| column(at / cols / (rows / 4)))
+                .collect();
+            let exact = 1.0 - 0.75 * f64::from(f32::EPSILON) / 2.0;
+            for p in [
+                Rows::contiguous(&by_columns, cols, rows)
+                    .unwrap()
+                    .transposed(),
+                Rows::contiguous(&by_rows, rows, cols).unwrap(),
+                Rows::contiguous(&blocks, rows, cols).unwrap(),
+                // SAFETY: every second element of `apart`.
+                unsafe { Rows::strided(apart.as_ptr(), (rows, cols), (2 * cols as isize, 2)) },
+            ] {
+                for mean in column_means(p, NonZeroUsize::MIN) {
+                    assert!((mean - exact).abs() < 1e-15, "{rows} {cols} {mean}");
                 }
             }
         }

@@ -62,8 +62,8 @@ pub fn provider() -> &'static str {
     "libtorch"
 }
 
-/// `out = x y` of bfloat16 matrices in float32, on processors that multiply them. False, and nothing is done, on others,
-/// where libtorch is as fast, and unless both matrices are contiguous along long sums.
+/// `out = x y` of bfloat16 matrices in float32, on processors that multiply them. False, and nothing is done, on others
+/// and on those where libtorch multiplies, and unless both matrices are contiguous along long sums.
 pub fn multiply_bf16(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<bool> {
     #[cfg(target_arch = "x86_64")]
     if faster() {

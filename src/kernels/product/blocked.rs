@@ -150,7 +150,7 @@ pub fn faster() -> bool {
 
 impl<F: Element<Acc = F> + Real + Tiles> Product<'_, F> {
     /// Computes it on at most `limit` threads. False, and nothing is done, where the processor has no AVX-512, for
-    /// products that have no room for a tile, and where neither factor is in a suitable order.
+    /// products that have no room for a tile, and where neither rows nor columns of `y` are contiguous.
     ///
     /// # Panics
     /// If the shapes do not match: a mistake in a kernel.

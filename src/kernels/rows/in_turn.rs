@@ -31,6 +31,9 @@ pub struct Scratch<F> {
 }
 
 impl<E: Element> Rows<'_, E> {
+    /// Rows of `WIDEST / n` elements are taken `n` at a time by [`Rows::several`].
+    pub const WIDEST: usize = GROUP;
+
     /// Room for what [`Rows::in_turn`] converts.
     pub fn scratch(&self) -> Scratch<E::Acc> {
         self.room(1)
@@ -125,8 +128,8 @@ impl<E: Element> Rows<'_, E> {
         &scratch.values[first * self.cols..(first + range.len()) * self.cols]
     }
 
-    /// `N` rows from `i` on, for sweeps that take so many at a time. `scratch` comes from this matrix, whose rows are
-    /// short enough that so many are converted together.
+    /// `N` rows from `i` on, for sweeps that take so many at a time. `scratch` comes from this matrix, whose rows have at
+    /// most `WIDEST / N` elements.
     ///
     /// # Panics
     /// If there are not so many rows, or they are too long: a mistake in a kernel.

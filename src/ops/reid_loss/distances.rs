@@ -169,8 +169,8 @@ where
             &out,
             &[pair.x.tensor, pair.y.tensor],
             Box::new(Node::<E::Acc> {
-                x: Saved::of(&u, "pairwise_euclidean_distance's x")?,
-                y: Saved::of(&v, "pairwise_euclidean_distance's y")?,
+                x: Saved::of(pair.x.tensor, "pairwise_euclidean_distance's x")?,
+                y: Saved::of(pair.y.tensor, "pairwise_euclidean_distance's y")?,
                 out: Saved::of(&out, "the output of pairwise_euclidean_distance")?,
                 wanted,
                 own: same(pair.x.tensor, pair.y.tensor),
@@ -196,17 +196,24 @@ struct Node<F> {
     element: PhantomData<F>,
 }
 
+impl<F: Stored> Node<F> {
+    /// Features as products take them, in the computing type.
+    fn features(&self, of: &Saved) -> Result<Tensor> {
+        Ok(readable(of.get()?, self.kind)?.f_to_kind(F::KIND)?)
+    }
+}
+
 impl<F: Element<Acc = F> + Real + Stored> Backward for Node<F> {
     fn grads(&mut self, incoming: &Tensor, _last: bool) -> Result<Vec<Option<Tensor>>> {
         let out = self.out.get()?;
         let stored = |grad: Option<Tensor>| grad.map(|g| g.f_to_kind(self.kind)).transpose();
-        let x = self.x.get()?.f_to_kind(F::KIND)?;
+        let x = self.features(&self.x)?;
         if self.own
             && let Some(grad) = own_gradient::<F>(incoming, &x, out)?
         {
             return Ok(vec![stored(Some(grad))?, None]);
         }
-        let y = self.y.get()?.f_to_kind(F::KIND)?;
+        let y = self.features(&self.y)?;
         gradients::<F>(incoming, [&x, &y, out], self.wanted)?
             .into_iter()
             .map(|grad| Ok(stored(grad)?))
