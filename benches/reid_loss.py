@@ -174,7 +174,8 @@ def _feature_family(loss: str, losses: Mapping[str, Callable | None]) -> Family:
             wanted = [0] if variant.gradient else []
             return {name: step_of(losses[name], inputs, wanted) for name in (OURS, PLAIN)}
 
-        return Case(f"{loss} {variant.shape} {variant.name}", set_up, loss=loss)
+        setting = f"{loss} {variant.shape} {variant.name}"
+        return Case(setting, set_up, loss=loss, tolerances={OURS: variant.tolerance})
 
     return Family(case, MOST, ELEMENTS)
 

@@ -146,7 +146,7 @@ def test_random_settings(capsys):
     ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert {stem for stem, _ in families} == {setting.partition(":")[0] for setting in drawn[0]}
-    for part in ("bfloat16", "float64", "transposed", "slice of columns", "no gradient", "(1, "):
+    for part in ("bfloat16", "float64", "transposed", "slice of columns", "no gradient", "(2, "):
         assert any(part in setting for setting in drawn[0]), part
 
     assert main(["entropy", "--random", "2"]) == 0

@@ -198,7 +198,7 @@ impl<E: Element + Dot> Product<'_, E> {
     /// Whether both factors are contiguous along the sums, and these are long.
     fn are_dots(&self) -> bool {
         let along = self.x.strides().1 == 1 && self.y.strides().0 == 1;
-        along && self.x.cols() >= short(self.out.shape.0, self.out.shape.1)
+        along && self.x.cols() >= short::<E>(self.out.shape)
     }
 
     /// Calls `compute` with every block, on at most `limit` threads.
@@ -225,9 +225,11 @@ impl<E: Element + Dot> Product<'_, E> {
 }
 
 /// How many elements a dot product has, at least. Across the lanes of a register, a sum takes many instructions, and
-/// sums of multiples need none; but for these the columns of `y` are copied, which must serve many rows.
-fn short(rows: usize, cols: usize) -> usize {
-    (2 * rows.min(cols)).min(160)
+/// sums of multiples need none; but for these the columns of `y` are copied, which must serve many rows. (Of bfloat16 both
+/// factors would have to be converted first.)
+fn short<E: Dot>((rows, cols): (usize, usize)) -> usize {
+    let most = 160 * size_of::<E>() / size_of::<E::Sum>();
+    (2 * rows.min(cols)).min(most)
 }
 
 /// The rows and columns of each block; with `upper` without those below the diagonal.
@@ -508,7 +510,8 @@ mod tests {
                     upper,
                 };
                 if !product.compute_dots(threads) {
-                    let fits = Bf16::there() && level() == Level::Avx512 && k >= short(n, m);
+                    let fits =
+                        Bf16::there() && level() == Level::Avx512 && k >= short::<Bf16>((n, m));
                     assert!(!fits && out.iter().all(|&out| out == 0.5));
                     continue;
                 }
