@@ -141,7 +141,10 @@ def test_random_settings(capsys):
     families = [(method.stem, family) for method in methods().values() for family in method.families]
     assert len(families) > 12
     drawn = [
-        [f"{stem}: {case.setting}" for stem, case in itertools.islice(_random._drawn(families, seed), 200)]
+        [
+            f"{stem}: {family.case(variant).setting}"
+            for stem, family, variant in itertools.islice(_random._drawn(families, seed), 200)
+        ]
         for seed in (0, 0, 1)
     ]
     assert drawn[0] == drawn[1] != drawn[2]
