@@ -58,7 +58,7 @@ METHODS = {
     # Bad input is rejected before any kernel is chosen, and in that file includes that of other losses.
     "triplet": (
         ["test_reid_loss.py", "test_reid_loss_on_device.py", *EVERY_LOSS],
-        "(triplet or test_reid_loss) and not bad_input",
+        "(triplet or test_reid_loss) and not half_types_notice and not bad_input",
     ),
     "uda": (["test_uda.py", *EVERY_LOSS], "uda"),
 }
