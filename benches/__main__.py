@@ -32,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.save and not options.output and (options.case or options.no_compiled):
         print("--save keeps whole runs: --case and --no-compiled need --output", file=sys.stderr)
         return 2
+    if options.random is not None and (options.case or options.device or options.save or options.quick):
+        print("--random draws its settings: not with --case, --device, --save or --quick", file=sys.stderr)
+        return 2
+    if options.random is not None and not any(method.families for method in chosen):
+        print("no loss of these methods is drawn at random", file=sys.stderr)
+        return 2
     if options.list:
         for method in chosen:
             print(method.stem, *(f"  {case.setting}" for case in method.cases), sep="\n")
@@ -45,20 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = dataclasses.replace(effort, compiled=effort.compiled and not options.no_compiled)
     if options.scaling:
         verdicts = _scaling.run(options.quick)
-        return int(options.check and not all(verdict.met for verdict in verdicts))
-    if options.random is not None:
-        if options.case or options.device or options.save or options.quick:
-            print("--random takes methods and --seed alone", file=sys.stderr)
-            return 2
-        if not any(method.families for method in chosen):
-            print("no loss of these methods is drawn at random", file=sys.stderr)
-            return 2
+    elif options.random is not None:
         verdicts = _random.run(chosen, options.random, options.seed)
-        return int(options.check and not all(verdict.met for verdict in verdicts))
-    if options.share:
+    elif options.share:
         _share.run(chosen, effort, options.device or "cpu")
-        return 0
-    if options.device:
+        verdicts = []
+    elif options.device:
         verdicts = _device.run(chosen, effort, options.device)
     elif options.loaded:
         verdicts = _loaded.run(chosen, effort)

@@ -86,7 +86,7 @@ VARIANTS = [
 ]
 
 #: Makes the inputs of a loss from (generator, rows, classes).
-Inputs = Callable[[torch.Generator, int, int], tuple[torch.Tensor, ...]]
+Inputs = Callable[[torch.Generator, int, int], Sequence[torch.Tensor]]
 #: The loss of each provider for a number of classes; ``None`` for a provider that is not there.
 Losses = Callable[[int], Mapping[str, Callable | None]]
 

@@ -18,7 +18,7 @@ from benches._case import (
     seeded,
     within,
 )
-from benches._losses import Family, Variant, family, footprint, logits, loss_cases, step_of
+from benches._losses import Family, family, footprint, logits, loss_cases, step_of
 from benches._providers import compiled, original, package
 from tests.plain import reid_loss as plain
 from tllib_rs.vision.models.reid import loss as ours
@@ -126,7 +126,7 @@ def _feature_case(
     shape = (rows, features, memory) if memory else (rows, features)
 
     def set_up():
-        inputs = _features(loss, rows, features, memory)
+        inputs = _features(loss, seeded(), rows, features, memory)
         there = {name: function for name, function in losses.items() if function is not None}
         if shape == COMPILED_SHAPE:
             there[COMPILED] = compiled(there[PLAIN])
@@ -150,9 +150,10 @@ def _feature_case(
     )
 
 
-def _features(loss: str, rows: int, features: int, memory: int) -> list[torch.Tensor]:
+def _features(
+    loss: str, generator: torch.Generator, rows: int, features: int, memory: int
+) -> list[torch.Tensor]:
     """The inputs of a loss."""
-    generator = seeded()
     labels = torch.arange(rows) // SAME
     f, teacher = torch.randn(2, rows, features, generator=generator)
     if loss == MEMORY_TRIPLET:
@@ -166,18 +167,12 @@ def _features(loss: str, rows: int, features: int, memory: int) -> list[torch.Te
 
 
 def _feature_family(loss: str, losses: Mapping[str, Callable | None]) -> Family:
-    def case(variant: Variant) -> Case:
-        def set_up():
-            rows, features = variant.shape
-            inputs = _features(loss, rows, features, MEMORY if loss == MEMORY_TRIPLET else 0)
-            inputs = [variant.of(x) for x in inputs]
-            wanted = [0] if variant.gradient else []
-            return {name: step_of(losses[name], inputs, wanted) for name in (OURS, PLAIN)}
+    memory = MEMORY if loss == MEMORY_TRIPLET else 0
 
-        setting = f"{loss} {variant.shape} {variant.name}"
-        return Case(setting, set_up, loss=loss, tolerances={OURS: variant.tolerance})
+    def inputs(*size):
+        return _features(loss, *size, memory)
 
-    return Family(case, MOST, ELEMENTS)
+    return family(lambda _: losses, inputs, loss=loss, largest=MOST, elements=ELEMENTS)
 
 
 def _feature_footprint(loss: str, losses: Mapping[str, Callable | None]) -> Footprint:

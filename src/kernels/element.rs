@@ -6,6 +6,8 @@ use super::real::Real;
 pub trait Element: Copy + Send + Sync + 'static {
     /// The type it is computed in.
     type Acc: Real;
+    /// Whether it is computed as it is stored: [`Element::exact`] then is the slice itself.
+    const EXACT: bool = false;
     /// Machine epsilon of the storage type: the spacing of numbers at 1.
     const EPSILON: f64;
     /// The smallest positive number: the spacing of numbers at 0.
@@ -28,6 +30,7 @@ macro_rules! computed_as_stored {
     ($f:ty) => {
         impl Element for $f {
             type Acc = $f;
+            const EXACT: bool = true;
             const EPSILON: f64 = <$f>::EPSILON as f64;
             const SMALLEST: f64 = <$f>::from_bits(1) as f64;
 

@@ -218,7 +218,7 @@ impl<'a, E: Element> Rows<'a, E> {
         }
         assert!(i < self.height, "row index");
         let start = self.start_of(i);
-        if E::exact(&[]).is_some() {
+        if E::EXACT {
             for (j, o) in out.iter_mut().enumerate() {
                 // SAFETY: the row has as many columns as `out`: the constructor's contract covers it.
                 *o = unsafe { *start.wrapping_offset(j as isize * self.col_stride) }.load();

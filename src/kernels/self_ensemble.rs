@@ -141,7 +141,7 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
 /// fewer digits than f32, are so few added in f32, which saves conversions.
 #[inline(always)]
 fn few<E: Element>([a, b, c, d]: [E::Acc; TOGETHER]) -> f64 {
-    if E::exact(&[]).is_some() {
+    if E::EXACT {
         return (a.to_f64() + b.to_f64()) + (c.to_f64() + d.to_f64());
     }
     ((a + b) + (c + d)).to_f64()

@@ -165,21 +165,13 @@ fn eight_f32(of: &[__m512; 8]) -> [f32; 8] {
 #[target_feature(enable = "avx512f")]
 fn eight_f64(of: &[__m512d; 8]) -> [f64; 8] {
     let pair = |a, b| _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
-    let four = |a, b, c, d| {
-        let (ab, cd) = (pair(a, b), pair(c, d));
-        _mm512_add_pd(
-            _mm512_shuffle_f64x2::<0x88>(ab, cd),
-            _mm512_shuffle_f64x2::<0xdd>(ab, cd),
-        )
+    let quarters = |a, b| {
+        let even = _mm512_shuffle_f64x2::<0x88>(a, b);
+        _mm512_add_pd(even, _mm512_shuffle_f64x2::<0xdd>(a, b))
     };
-    let (low, high) = (
-        four(of[0], of[1], of[2], of[3]),
-        four(of[4], of[5], of[6], of[7]),
-    );
-    let sums = _mm512_add_pd(
-        _mm512_shuffle_f64x2::<0x88>(low, high),
-        _mm512_shuffle_f64x2::<0xdd>(low, high),
-    );
+    let low = quarters(pair(of[0], of[1]), pair(of[2], of[3]));
+    let high = quarters(pair(of[4], of[5]), pair(of[6], of[7]));
+    let sums = quarters(low, high);
     let mut out = [0.0; 8];
     // SAFETY: eight places.
     unsafe { _mm512_storeu_pd(out.as_mut_ptr(), sums) };

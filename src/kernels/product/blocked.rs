@@ -154,19 +154,18 @@ impl<F: Element<Acc = F> + Real + Tiles> Product<'_, F> {
     ///
     /// # Panics
     /// If the shapes do not match: a mistake in a kernel.
-    pub fn compute(self, limit: usize) -> bool {
-        if !self.fits() {
-            return false;
-        }
-        if self.are_dots() {
-            self.run(limit, |block| dispatch(Dots(block)));
-            return true;
-        }
-        let any = [self.y.strides().0, self.y.strides().1].contains(&1);
-        if any {
+    pub fn compute(mut self, limit: usize) -> bool {
+        self.fits() && (self.dots(limit) || self.combine(limit))
+    }
+
+    /// As sums of multiples; false, and nothing is done, unless rows or columns of `y` are contiguous.
+    fn combine(&mut self, limit: usize) -> bool {
+        let (down, across) = self.y.strides();
+        let suitable = down == 1 || across == 1;
+        if suitable {
             self.run(limit, |block| dispatch(Combine(block)));
         }
-        any
+        suitable
     }
 }
 
@@ -175,12 +174,8 @@ impl<E: Element + Dot> Product<'_, E> {
     ///
     /// # Panics
     /// If the shapes do not match: a mistake in a kernel.
-    pub fn compute_dots(self, limit: usize) -> bool {
-        let all = self.fits() && self.are_dots();
-        if all {
-            self.run(limit, |block| dispatch(Dots(block)));
-        }
-        all
+    pub fn compute_dots(mut self, limit: usize) -> bool {
+        self.fits() && self.dots(limit)
     }
 
     /// Whether there is room for a tile and the processor can compute it.
@@ -195,14 +190,18 @@ impl<E: Element + Dot> Product<'_, E> {
         room && level() == Level::Avx512 && E::there()
     }
 
-    /// Whether both factors are contiguous along the sums, and these are long.
-    fn are_dots(&self) -> bool {
+    /// As dot products; false, and nothing is done, unless both factors are contiguous along these, and they are long.
+    fn dots(&mut self, limit: usize) -> bool {
         let along = self.x.strides().1 == 1 && self.y.strides().0 == 1;
-        along && self.x.cols() >= short::<E>(self.out.shape)
+        let suitable = along && self.x.cols() >= short::<E>(self.out.shape);
+        if suitable {
+            self.run(limit, |block| dispatch(Dots(block)));
+        }
+        suitable
     }
 
     /// Calls `compute` with every block, on at most `limit` threads.
-    fn run(self, limit: usize, compute: impl Fn(Block<'_, E>) + Sync) {
+    fn run(&mut self, limit: usize, compute: impl Fn(Block<'_, E>) + Sync) {
         let (rows, cols) = self.out.shape;
         let each = self.x.cols().saturating_add(WRITE);
         let work = rows.saturating_mul(cols).saturating_mul(each);

@@ -62,7 +62,7 @@ impl<E: Element> Rows<'_, E> {
     /// Whether `count` rows can be read in place.
     #[inline(always)]
     fn in_place(&self, count: usize) -> bool {
-        E::exact(&[]).is_some() && self.col_stride == 1 && (count == 1 || self.adjacent())
+        E::EXACT && self.col_stride == 1 && (count == 1 || self.adjacent())
     }
 
     /// How many rows are converted together, to amortize the loop over them and to read each cache line once.
@@ -77,7 +77,7 @@ impl<E: Element> Rows<'_, E> {
         // The largest power of two that divides it: only every `step`-th set is used.
         let step = (apart & apart.wrapping_neg()).clamp(1, SETS);
         // Half precision is converted in vectors where it is contiguous.
-        let converted = E::exact(&[]).is_none() && self.cols >= AT_ONCE;
+        let converted = !E::EXACT && self.cols >= AT_ONCE;
         self.column_major() && (converted || self.cols > SETS / step * WAYS)
     }
 

@@ -51,7 +51,7 @@ impl<E: Element> Rows<'_, E> {
         whole: Option<Self>,
     ) {
         if self.col_stride == 1 && out.takes_rows() {
-            if E::exact(&[]).is_some() {
+            if E::EXACT {
                 out.take_rows(|k| E::exact(self.adjacent_row(row(k))).unwrap_or_default());
             } else {
                 let mut rows = out.converted();

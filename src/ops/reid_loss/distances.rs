@@ -81,7 +81,7 @@ pub fn distances_backward(
 ) -> Result<(Tensor, Tensor)> {
     let pair = Pair::check(x, y)?;
     let kind = pair.kind();
-    let (u, v) = (readable(x, kind)?, readable(y, kind)?);
+    let (u, v) = (computed(x, kind)?, computed(y, kind)?);
     let of = [&u, &v, &out.f_contiguous()?];
     let [of_x, of_y] = match pair.dtype {
         Dtype::F64 => gradients::<f64>(incoming, of, [true; 2])?,
@@ -104,17 +104,22 @@ fn formula(x: &Tensor, y: &Tensor, kind: Kind) -> Result<Tensor> {
     Ok(squares.f_clamp_min(CLAMP)?.f_sqrt()?)
 }
 
-/// The features outside any graph, in this dtype. They are only copied where it is another one, and where their columns
-/// are apart: unless their rows are adjacent, which products of float32 and float64 take too. (In half types a result
-/// does not depend on the layout, and they are converted anyway or multiplied row by row.)
-fn readable(x: &Tensor, kind: Kind) -> Result<Tensor> {
-    let x = x.f_detach()?.f_to_kind(kind)?;
+/// The features outside any graph. They are only copied where their columns are apart: unless their rows are adjacent,
+/// which products of float32 and float64 take too. (In half types a result does not depend on the layout, and they are
+/// converted anyway or multiplied row by row.)
+fn readable(x: &Tensor) -> Result<Tensor> {
+    let x = x.f_detach()?;
     let read = match *Input::new(CLASS, "features", &x)?.strides() {
         [_, 1] => true,
-        [1, _] => matches!(kind, Kind::Float | Kind::Double),
+        [1, _] => matches!(x.kind(), Kind::Float | Kind::Double),
         _ => false,
     };
     Ok(if read { x } else { x.f_contiguous()? })
+}
+
+/// The same in the dtype that distances are computed in.
+fn computed(x: &Tensor, kind: Kind) -> Result<Tensor> {
+    Ok(readable(x)?.f_to_kind(kind)?)
 }
 
 /// `out = x y^T`, in the dtype of `out`; `x` and `y` are [`readable`].
@@ -137,11 +142,11 @@ where
 {
     let kind = <E::Acc as Stored>::KIND;
     let same_rows = pair.x.same(&pair.y);
-    let u = readable(pair.x.tensor, E::KIND)?;
+    let u = readable(pair.x.tensor)?;
     let v = if same_rows {
         u.shallow_clone()
     } else {
-        readable(pair.y.tensor, E::KIND)?
+        readable(pair.y.tensor)?
     };
     let (of_u, of_v) = (Input::new(CLASS, "x", &u)?, Input::new(CLASS, "y", &v)?);
     let (x, y) = (of_u.dense_rows::<E>()?, of_v.dense_rows::<E>()?);
@@ -196,24 +201,17 @@ struct Node<F> {
     element: PhantomData<F>,
 }
 
-impl<F: Stored> Node<F> {
-    /// Features as products take them, in the computing type.
-    fn features(&self, of: &Saved) -> Result<Tensor> {
-        Ok(readable(of.get()?, self.kind)?.f_to_kind(F::KIND)?)
-    }
-}
-
 impl<F: Element<Acc = F> + Real + Stored> Backward for Node<F> {
     fn grads(&mut self, incoming: &Tensor, _last: bool) -> Result<Vec<Option<Tensor>>> {
         let out = self.out.get()?;
         let stored = |grad: Option<Tensor>| grad.map(|g| g.f_to_kind(self.kind)).transpose();
-        let x = self.features(&self.x)?;
+        let x = computed(self.x.get()?, F::KIND)?;
         if self.own
             && let Some(grad) = own_gradient::<F>(incoming, &x, out)?
         {
             return Ok(vec![stored(Some(grad))?, None]);
         }
-        let y = self.features(&self.y)?;
+        let y = computed(self.y.get()?, F::KIND)?;
         gradients::<F>(incoming, [&x, &y, out], self.wanted)?
             .into_iter()
             .map(|grad| Ok(stored(grad)?))
