@@ -4,7 +4,8 @@
 use super::device::{Counter, Stream};
 use crate::error::Result;
 use crate::torch::Dtype;
-use crate::torch::input::{Facts, Input};
+use crate::torch::facts::Facts;
+use crate::torch::input::Input;
 use std::ffi::c_void;
 use tch::{Kind, Tensor};
 

@@ -4,8 +4,8 @@ use super::args;
 use super::device::{Launch, Stream};
 use super::reaches;
 use crate::error::Result;
-use crate::torch::Dtype;
 use crate::torch::input::Input;
+use crate::torch::{Dtype, ScalarType};
 use std::ffi::c_void;
 use tch::{Kind, Tensor};
 
@@ -20,7 +20,7 @@ const THREADS: usize = 1024;
 struct Entries {
     data: *const c_void,
     stride: i64,
-    scalar_type: i32,
+    scalar_type: ScalarType,
 }
 
 impl Entries {
@@ -55,7 +55,7 @@ unsafe impl args::Args for StatusArgs {}
 struct UpdateArgs {
     counts: *mut c_void,
     classes: i32,
-    outputs_type: i32,
+    outputs_type: ScalarType,
     outputs: *mut c_void,
     samples: i64,
     idxes: Entries,

@@ -4,7 +4,7 @@ use super::args::{self, kernel_dtype};
 use super::device::{Launch, Stream};
 use crate::error::Result;
 use crate::torch::Dtype;
-use crate::torch::input::Facts;
+use crate::torch::facts::Facts;
 use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 use tch::{Device, Tensor};

@@ -45,7 +45,7 @@ pub use sources::{SOURCES, Source};
 use crate::error::Error;
 use crate::kernels::element::{self, Element};
 use crate::kernels::real::Real;
-use crate::torch::input::Facts;
+use crate::torch::facts::Facts;
 use crate::torch::{Dtype, by_dtype};
 use emulator::Emulator;
 use std::ops::Deref;

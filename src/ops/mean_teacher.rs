@@ -5,7 +5,8 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::mean_teacher::{Pair, blend_all};
 use crate::kernels::parallel::threads_for;
-use crate::torch::input::{Borrowed, Facts, sparse};
+use crate::torch::facts::{Borrowed, Facts};
+use crate::torch::input::sparse;
 use crate::torch::{Dtype, average, beside, by_dtype, max_threads, no_grad};
 use tch::{Device, Kind, Tensor};
 

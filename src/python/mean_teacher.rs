@@ -1,6 +1,6 @@
 use super::{MANY, must_be, number, without_gil};
 use crate::ops::mean_teacher::{self as ops, CLASS};
-use crate::torch::input::Borrowed;
+use crate::torch::facts::Borrowed;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;

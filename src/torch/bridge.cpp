@@ -128,7 +128,7 @@ bool readable(const Tensor& t, const Surroundings& now) {
 extern "C" {
 
 // What may be done with a tensor: each kind allows what the previous ones do. Mirrored by `Access` in
-// src/torch/input.rs.
+// src/torch/facts.rs.
 enum : uint8_t {
   tllib_hidden,       // its memory cannot be read
   tllib_observed,     // its memory holds the values as they are, aligned; a dispatch mode intercepts operations on it
@@ -137,7 +137,7 @@ enum : uint8_t {
   tllib_ordinary,     // kernels may read it
 };
 
-// Mirrored by `Facts` in src/torch/input.rs.
+// Mirrored by `Facts` in src/torch/facts.rs.
 struct tllib_facts {
   void* data;  // null where the tensor is not readable
   const int64_t* sizes;

@@ -4,20 +4,26 @@
 
 pub mod autograd;
 pub mod device;
+mod dtype;
+pub mod facts;
 pub mod input;
+mod owned;
 pub mod pages;
 pub mod product;
 pub mod saved;
 pub mod team;
 
 use crate::error::{Error, Result};
-use crate::kernels::element::{Bf16, Element, F16};
+pub(crate) use dtype::by_dtype;
+pub use dtype::{Dtype, ScalarType, Stored};
+use facts::Borrowed;
+pub use owned::{Owned, scalar, vector};
 use std::ffi::{CStr, c_char, c_void};
 use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 unsafe extern "C" {
-    fn tllib_default_dtype() -> i32;
+    fn tllib_default_dtype() -> ScalarType;
     fn tllib_composites_only() -> bool;
     fn tllib_torch_version() -> *const c_char;
     fn tllib_average(
@@ -60,12 +66,7 @@ pub fn bump_version(tensor: &Tensor) {
 /// `target <- keep * target + take * source` for all pairs, in place and hidden from autograd, in two foreach
 /// operations of torch. On a device these take few launches if all tensors have one dtype, and those of a pair
 /// the same strides, without gaps.
-pub fn average(
-    targets: &[input::Borrowed],
-    sources: &[input::Borrowed],
-    keep: f64,
-    take: f64,
-) -> Result<()> {
+pub fn average(targets: &[Borrowed], sources: &[Borrowed], keep: f64, take: f64) -> Result<()> {
     let count = targets.len().min(sources.len());
     // SAFETY: a `Borrowed` is a pointer to a live tensor, and there are at least `count` of each.
     check(unsafe {
@@ -160,158 +161,6 @@ impl Drop for Without {
     }
 }
 
-/// The element types that have kernels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// torch.float32
-    F32,
-    /// torch.float64
-    F64,
-    /// torch.float16
-    F16,
-    /// torch.bfloat16
-    Bf16,
-}
-
-impl Dtype {
-    /// From a `c10::ScalarType`.
-    pub fn of(scalar_type: i32) -> Option<Self> {
-        match scalar_type {
-            5 => Some(Self::F16),
-            6 => Some(Self::F32),
-            7 => Some(Self::F64),
-            15 => Some(Self::Bf16),
-            _ => None,
-        }
-    }
-
-    /// tch's name for it.
-    pub fn kind(self) -> Kind {
-        match self {
-            Self::F32 => Kind::Float,
-            Self::F64 => Kind::Double,
-            Self::F16 => Kind::Half,
-            Self::Bf16 => Kind::BFloat16,
-        }
-    }
-
-    /// `torch.get_default_dtype()`.
-    pub fn default() -> Self {
-        // SAFETY: reads one global.
-        Self::of(unsafe { tllib_default_dtype() }).unwrap_or(Self::F32)
-    }
-
-    /// What torch promotes a pair to.
-    pub fn promote(self, other: Self) -> Self {
-        match (self, other) {
-            (a, b) if a == b => a,
-            (Self::F64, _) | (_, Self::F64) => Self::F64,
-            _ => Self::F32,
-        }
-    }
-
-    /// What a float32 tensor promotes it to.
-    pub fn at_least_f32(self) -> Self {
-        if self == Self::F64 { self } else { Self::F32 }
-    }
-}
-
-/// Names the [`Element`] of a [`Dtype`]: `by_dtype!(dtype, E => body)`.
-macro_rules! by_dtype {
-    ($dtype:expr, $e:ident => $body:expr) => {
-        match $dtype {
-            $crate::torch::Dtype::F32 => {
-                type $e = f32;
-                $body
-            }
-            $crate::torch::Dtype::F64 => {
-                type $e = f64;
-                $body
-            }
-            $crate::torch::Dtype::F16 => {
-                type $e = $crate::kernels::element::F16;
-                $body
-            }
-            $crate::torch::Dtype::Bf16 => {
-                type $e = $crate::kernels::element::Bf16;
-                $body
-            }
-        }
-    };
-}
-pub(crate) use by_dtype;
-
-/// Types that an [`Owned`] tensor can hold.
-pub trait Stored: Copy {
-    /// tch's name for the type.
-    const KIND: Kind;
-}
-impl Stored for f32 {
-    const KIND: Kind = Kind::Float;
-}
-impl Stored for f64 {
-    const KIND: Kind = Kind::Double;
-}
-impl Stored for F16 {
-    const KIND: Kind = Kind::Half;
-}
-impl Stored for Bf16 {
-    const KIND: Kind = Kind::BFloat16;
-}
-impl Stored for i64 {
-    const KIND: Kind = Kind::Int64;
-}
-
-/// A contiguous CPU tensor that was just allocated and that nobody else has seen, so that its
-/// memory may be written through a slice.
-pub struct Owned<T> {
-    tensor: Tensor,
-    len: usize,
-    element: std::marker::PhantomData<T>,
-}
-
-impl<T: Stored> Owned<T> {
-    /// Allocates. The contents are arbitrary until written.
-    pub fn new(shape: &[i64]) -> Result<Self> {
-        let _guard = Without::transforms();
-        let tensor = Tensor::f_empty(shape, (T::KIND, Device::Cpu))?;
-        let len = shape.iter().map(|&n| n as usize).product();
-        Ok(Self {
-            tensor,
-            len,
-            element: std::marker::PhantomData,
-        })
-    }
-
-    /// Allocates and lets libtorch write the contents.
-    ///
-    /// # Safety
-    /// `write` keeps no other tensor of the same memory.
-    pub unsafe fn written_by(
-        shape: &[i64],
-        write: impl FnOnce(&Tensor) -> Result<()>,
-    ) -> Result<Self> {
-        let owned = Self::new(shape)?;
-        write(&owned.tensor)?;
-        Ok(owned)
-    }
-
-    /// The elements.
-    pub fn slice(&mut self) -> &mut [T] {
-        if self.len == 0 {
-            return &mut [];
-        }
-        // SAFETY: the tensor is contiguous, has `len` elements of `T` (any bits are a valid T), and
-        // is not shared: `self` is its only owner until `into_tensor`.
-        unsafe { std::slice::from_raw_parts_mut(self.tensor.data_ptr().cast(), self.len) }
-    }
-
-    /// The tensor, to be given away.
-    pub fn into_tensor(self) -> Tensor {
-        self.tensor
-    }
-}
-
 /// Elements that are copied to page-locked memory so that nobody waits; torch keeps such memory.
 const UPLOADED: usize = 1 << 17;
 
@@ -333,28 +182,6 @@ pub fn beside(tensor: &Tensor, kind: Kind, like: &Tensor) -> Result<Tensor> {
 /// `tensor` detached, as `kind` and contiguous; it shares the memory of `tensor` if that needs no copy.
 pub fn dense(tensor: &Tensor, kind: Kind) -> Result<Tensor> {
     Ok(tensor.f_detach()?.f_to_kind(kind)?.f_contiguous()?)
-}
-
-/// A CPU tensor of no dimensions.
-pub fn scalar(value: f64, dtype: Dtype) -> Result<Tensor> {
-    by_dtype!(dtype, E => {
-        use crate::kernels::real::Real;
-        let mut out = Owned::<E>::new(&[])?;
-        out.slice()[0] = E::store(<E as Element>::Acc::of(value));
-        Ok(out.into_tensor())
-    })
-}
-
-/// A CPU tensor of one dimension.
-pub fn vector(values: &[f64], dtype: Dtype) -> Result<Tensor> {
-    by_dtype!(dtype, E => {
-        use crate::kernels::real::Real;
-        let mut out = Owned::<E>::new(&[values.len() as i64])?;
-        for (o, &value) in out.slice().iter_mut().zip(values) {
-            *o = E::store(<E as Element>::Acc::of(value));
-        }
-        Ok(out.into_tensor())
-    })
 }
 
 /// `torch.get_num_threads()`, the most threads that a kernel may use.

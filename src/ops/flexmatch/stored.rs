@@ -2,6 +2,7 @@
 
 use super::CLASS;
 use crate::error::{Error, Result};
+use crate::torch::ScalarType;
 use crate::torch::input::Input;
 use tch::Kind;
 
@@ -50,13 +51,13 @@ impl Stored {
         }
     }
 
-    /// Its `c10::ScalarType`.
-    pub fn scalar_type(self) -> i32 {
+    /// torch's number of it.
+    pub fn scalar_type(self) -> ScalarType {
         match self {
-            Self::I8 => 1,
-            Self::I16 => 2,
-            Self::I32 => 3,
-            Self::I64 => 4,
+            Self::I8 => ScalarType::INT8,
+            Self::I16 => ScalarType::INT16,
+            Self::I32 => ScalarType::INT32,
+            Self::I64 => ScalarType::INT64,
         }
     }
 

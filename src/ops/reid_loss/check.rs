@@ -4,7 +4,8 @@ use super::triplet::{Arguments, Objective};
 use crate::error::{Error, Result};
 use crate::ops::finite;
 use crate::torch::Dtype;
-use crate::torch::input::{Facts, Input};
+use crate::torch::facts::Facts;
+use crate::torch::input::Input;
 
 /// `ValueError` unless the margin is finite.
 pub fn check_margin(class: &str, margin: f64) -> Result<()> {

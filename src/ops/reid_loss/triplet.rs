@@ -17,7 +17,8 @@ use crate::kernels::reid_loss::triplet::{
 };
 use crate::ops::threads;
 use crate::torch::autograd::{StoredGrad, attach};
-use crate::torch::input::{Facts, Input};
+use crate::torch::facts::Facts;
+use crate::torch::input::Input;
 use crate::torch::{Owned, Stored, by_dtype, dense, scalar};
 use std::ffi::CStr;
 use tch::{Kind, Tensor};
