@@ -25,11 +25,16 @@ def differentiate(
     backward: Backward,
     setup_context: SetUp,
     composed: Callable[..., Any] | None,
+    differentiable: int | None,
 ) -> None:
     """Give the operator ``name`` a gradient.
 
     ``composed`` has the operator's arguments and outputs; outputs without a gradient may hold anything.
     ``None`` for an operator whose inputs cannot be kept: other derivatives than the gradient raise.
+
+    If ``differentiable`` is a number, the operator's last argument is a ``bool[]`` that says which of so many
+    first arguments want a gradient. It is set here, whatever the caller passed: only where the operator is
+    called (a graph may have been exported long before) is that known.
     """
 
     def composed_of(*args):
@@ -71,6 +76,9 @@ def differentiate(
     standard = make_autograd_impl(operator, Info(backward_or_again, keep))
 
     def kernel(keys, *args):
+        if differentiable is not None:
+            grad = torch.is_grad_enabled()
+            args = (*args[:-1], [grad and x.requires_grad for x in args[:differentiable]])
         if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
             return standard(keys, *args)
         if composed is None:

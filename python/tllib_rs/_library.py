@@ -145,14 +145,19 @@ def _of_numbers(function: Callable[..., Any], numbers: Sequence[int]) -> Callabl
 
 
 def differentiate(
-    name: str, backward: Backward, setup_context: SetUp, composed: Callable[..., Any] | None
+    name: str,
+    backward: Backward,
+    setup_context: SetUp,
+    composed: Callable[..., Any] | None,
+    differentiable: int | None = None,
 ) -> None:
     """Give derivatives to the operator ``tllib_rs::name``, and to its variant that takes tensors for numbers:
     see :func:`tllib_rs._derivatives.differentiate`."""
-    _derivatives.differentiate(_library, name, backward, setup_context, composed)
+    _derivatives.differentiate(_library, name, backward, setup_context, composed, differentiable)
     if name in _floats:
         composed = composed and _of_numbers(composed, _floats[name])
-        _derivatives.differentiate(_library, f"{name}{_OF_TENSORS}", backward, setup_context, composed)
+        name = f"{name}{_OF_TENSORS}"
+        _derivatives.differentiate(_library, name, backward, setup_context, composed, differentiable)
 
 
 def register(
@@ -180,43 +185,51 @@ def register(
     """
     count = differentiable
 
-    def outputs_of(*args):
+    def outputs_of(autocast, *args):
         # The extension itself checks whether autocast is active.
-        with torch.autocast(args[0].device.type) if args[-1] else nullcontext():
-            outputs = call(*args[:-1])
+        with torch.autocast(args[0].device.type) if autocast else nullcontext():
+            outputs = call(*args)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def compute(*args):
+        *args, autocast, wanted = args
         # The extension stores gradients only for tensors that require them: call it with leaves.
         with _recorded():
-            leaves = [x.detach().requires_grad_() for x in args[:count]]
-            others = [x.detach() if isinstance(x, torch.Tensor) else x for x in args[count:]]
-            loss, *rest = outputs_of(*leaves, *others)
-            grads = _gradients(loss, leaves) if leaves else ()
+            args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
+            for x, want in zip(args, wanted, strict=False):
+                x.requires_grad_(want)
+            loss, *rest = outputs_of(autocast, *args)
+            grads = _gradients(loss, args[:count])
         return (loss.detach(), *grads, *rest)
 
+    def stored(args, wanted):
+        return [
+            x.new_empty(x.shape if want else (0,), dtype=_kept(x))
+            for x, want in zip(args, wanted, strict=False)
+        ]
+
     def composed(*args):
-        loss, *rest = outputs_of(*args)
-        return (loss, *(x.new_empty(x.shape, dtype=_kept(x)) for x in args[:count]), *rest)
+        *args, autocast, wanted = args
+        loss, *rest = outputs_of(autocast, *args)
+        return (loss, *stored(args, wanted), *rest)
 
     def fake_compute(*args):
-        loss, *rest = fake(*args[:-1])
-        if args[-1]:
+        *args, autocast, wanted = args
+        loss, *rest = fake(*args)
+        if autocast:
             loss = loss.new_empty(loss.shape, dtype=at_least_float32(loss.dtype))
-        return (
-            loss,
-            *(x.new_empty(x.shape, dtype=_kept(x)) for x in args[:count]),
-            *rest,
-        )
+        return (loss, *stored(args, wanted), *rest)
 
     def setup_context(ctx, inputs, output):
-        ctx.dtypes = [x.dtype for x in inputs[:count]]
+        ctx.dtypes = [x.dtype if want else None for x, want in zip(inputs, inputs[-1], strict=False)]
         ctx.arguments = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
         return output[1 : 1 + count]
 
     def backward(ctx, grads, incoming, *_):
         def scaled(grad, dtype):
+            if dtype is None:
+                return None
             # The incoming gradient of an unreduced loss, one per row, broadcasts along dimension 1.
             each = incoming.unsqueeze(1) if 0 < incoming.dim() < grad.dim() else incoming
             return (grad * each).to(dtype)
@@ -224,15 +237,15 @@ def register(
         return tuple(map(scaled, grads, ctx.dtypes)) + (None,) * (ctx.arguments - count)
 
     outputs = ", ".join(["Tensor"] * (1 + count + extra))
-    operator = define(name, f"{schema[:-1]}, bool autocast) -> ({outputs})", compute, fake_compute)
-    differentiate(name, backward, setup_context, composed)
+    operator = define(name, f"{schema[:-1]}, bool autocast, bool[] wanted) -> ({outputs})", compute, fake_compute)
+    differentiate(name, backward, setup_context, composed, count)
 
     def region(device):
         nowhere = {"never": (device,), "on devices": ("cpu", "meta"), "everywhere": ("meta",)}[widened]
         return device not in nowhere and torch.is_autocast_enabled(device)
 
     def opaque(*args):
-        loss, *rest = operator(*args, region(args[0].device.type))
+        loss, *rest = operator(*args, region(args[0].device.type), [False] * count)
         return (loss, *rest[count:]) if extra else loss
 
     results = ", ".join(["Tensor"] * (1 + extra))
@@ -279,15 +292,25 @@ def _has_kernels(device: str) -> bool:
 _has_kernels._dynamo_marked_constant = True
 
 
-def _gradients(loss: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The gradients with respect to the leaves, contiguous, in the dtype of :func:`_kept`."""
-    grads = _core.gradients(loss, len(leaves))
+def _gradients(loss: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients with respect to the inputs, contiguous, in the dtype of :func:`_kept`; nothing for those that
+    require none."""
+    grads: list[torch.Tensor | None] = [None] * len(inputs)
+    wanted = [k for k, x in enumerate(inputs) if x.requires_grad]
+    if wanted:
+        grads = _core.gradients(loss, len(inputs))
     if grads is None:
         # The loss is a composite. Backward in this thread: a graph being captured does not track memory that
         # another thread allocates.
         with torch.autograd.set_multithreading_enabled(False):
-            grads = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
-    return [grad.to(_kept(leaf)).contiguous() for grad, leaf in zip(grads, leaves, strict=True)]
+            found = torch.autograd.grad(loss, [inputs[k] for k in wanted], torch.ones_like(loss))
+        grads = [None] * len(inputs)
+        for k, grad in zip(wanted, found, strict=True):
+            grads[k] = grad
+    return [
+        x.new_empty(0, dtype=_kept(x)) if grad is None else grad.to(_kept(x)).contiguous()
+        for grad, x in zip(grads, inputs, strict=True)
+    ]
 
 
 def _kept(x: torch.Tensor) -> torch.dtype:

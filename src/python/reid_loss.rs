@@ -166,7 +166,7 @@ pub fn distances(py: Python<'_>, x: &Bound<'_, PyAny>, y: &Bound<'_, PyAny>) -> 
     without_gil(py, product_work(&x, &y), move || ops::distances(&x, &y)).map(PyTensor)
 }
 
-/// The gradients of `x` and `y` from `incoming`, that of their distances `out`.
+/// The gradients of `x` and `y`, if wanted, from `incoming`, that of their distances `out`.
 #[pyfunction]
 pub fn distances_backward(
     py: Python<'_>,
@@ -174,16 +174,17 @@ pub fn distances_backward(
     x: &Bound<'_, PyAny>,
     y: &Bound<'_, PyAny>,
     out: &Bound<'_, PyAny>,
-) -> PyResult<(PyTensor, PyTensor)> {
+    wanted: [bool; 2],
+) -> PyResult<[Option<PyTensor>; 2]> {
     let (x, y) = (tensor(DISTANCES, "x", x)?, tensor(DISTANCES, "y", y)?);
     let (incoming, out) = (
         tensor(DISTANCES, "grad_output", incoming)?,
         tensor(DISTANCES, "distances", out)?,
     );
-    let (of_x, of_y) = without_gil(py, product_work(&x, &y), move || {
-        ops::distances_backward(&incoming, &x, &y, &out)
+    let grads = without_gil(py, product_work(&x, &y), move || {
+        ops::distances_backward(&incoming, &x, &y, &out, wanted)
     })?;
-    Ok((PyTensor(of_x), PyTensor(of_y)))
+    Ok(grads.map(|grad| grad.map(PyTensor)))
 }
 
 /// Indices of the hardest positive and negative of each row of a matrix of distances.

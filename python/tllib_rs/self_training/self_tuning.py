@@ -213,9 +213,8 @@ class SelfTuning(nn.Module):
         )
 
     def _row_by_row(self, h_q: torch.Tensor, h_k: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        keep = torch.is_grad_enabled() and h_q.requires_grad
         settings = (self.num_classes, self.K, self.m, self.T)
-        pgc_logits, _ = _log_probabilities(h_q, h_k, labels, self.queue_list, *settings, keep)
+        pgc_logits, _ = _log_probabilities(h_q, h_k, labels, self.queue_list, *settings, [False])
         for row, label in zip(h_k.split(1), labels, strict=True):
             self._dequeue_and_enqueue(row, label)
         return pgc_logits
@@ -232,8 +231,7 @@ class SelfTuning(nn.Module):
             parameters = (list(self.encoder_k.parameters()), list(self.encoder_q.parameters()))
             _momentum(*parameters, im_q, im_k, labels, *queue, *settings)
             h_k, _ = _training_outputs("encoder_k", self.encoder_k(im_k))
-        keep = torch.is_grad_enabled() and h_q.requires_grad
-        pgc_logits, _ = _log_probabilities(h_q, h_k, labels, self.queue_list, *settings, keep)
+        pgc_logits, _ = _log_probabilities(h_q, h_k, labels, self.queue_list, *settings, [False])
         with torch.no_grad():
             _enqueue(h_k, labels, *queue, *settings)
         return pgc_logits, self._targets(h_q), y_q
@@ -297,17 +295,17 @@ _momentum = define(
 )
 
 
-def _forward(h_q, h_k, labels, queue_list, num_classes, K, m, T, keep):
+def _forward(h_q, h_k, labels, queue_list, num_classes, K, m, T, wanted):
     settings = _core.SelfTuningSettings(num_classes, K, m, T)
-    kept = queue_list.clone() if keep else queue_list.new_empty(0)
+    kept = queue_list.clone() if wanted[0] else queue_list.new_empty(0)
     return settings.forward(h_q, h_k, labels, queue_list), kept
 
 
-def _fake_forward(h_q, h_k, labels, queue_list, num_classes, K, m, T, keep):
+def _fake_forward(h_q, h_k, labels, queue_list, num_classes, K, m, T, wanted):
     dtype = torch.get_default_dtype()
     for x in (h_q, h_k, queue_list):
         dtype = torch.promote_types(dtype, x.dtype)
-    kept = torch.empty_like(queue_list) if keep else queue_list.new_empty(0)
+    kept = torch.empty_like(queue_list) if wanted[0] else queue_list.new_empty(0)
     return h_q.new_empty(h_q.shape[0], 1 + K * num_classes, dtype=dtype), kept
 
 
@@ -320,7 +318,7 @@ def _setup_context(ctx, inputs, output):
 
 _log_probabilities = define(
     "self_tuning",
-    f"(Tensor h_q, Tensor h_k, Tensor labels, Tensor queue_list, {_SETTINGS}, bool keep) -> (Tensor, Tensor)",
+    f"(Tensor h_q, Tensor h_k, Tensor labels, Tensor queue_list, {_SETTINGS}, bool[] wanted) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
 )
@@ -336,6 +334,7 @@ differentiate(
     lambda ctx, kept, grad_output, _: (_backward(grad_output, *kept, *ctx.settings), *[None] * 8),
     _setup_context,
     composed=None,
+    differentiable=1,
 )
 _enqueue = define(
     "self_tuning_enqueue",

@@ -72,26 +72,24 @@ pub fn distances(x: &Tensor, y: &Tensor) -> Result<Tensor> {
     by_dtype!(pair.dtype, E => fused::<E>(&pair))
 }
 
-/// The gradients of `x` and `y` from that of the distances `out`.
+/// The gradients of `x` and `y`, if wanted, from that of the distances `out`.
 pub fn distances_backward(
     incoming: &Tensor,
     x: &Tensor,
     y: &Tensor,
     out: &Tensor,
-) -> Result<(Tensor, Tensor)> {
+    wanted: [bool; 2],
+) -> Result<[Option<Tensor>; 2]> {
     let pair = Pair::check(x, y)?;
     let kind = pair.kind();
     let (u, v) = (computed(x, kind)?, computed(y, kind)?);
     let of = [&u, &v, &out.f_contiguous()?];
     let [of_x, of_y] = match pair.dtype {
-        Dtype::F64 => gradients::<f64>(incoming, of, [true; 2])?,
-        _ => gradients::<f32>(incoming, of, [true; 2])?,
+        Dtype::F64 => gradients::<f64>(incoming, of, wanted)?,
+        _ => gradients::<f32>(incoming, of, wanted)?,
     };
-    let stored = |grad: Option<Tensor>| match grad {
-        Some(grad) => Ok(grad.f_to_kind(pair.dtype.kind())?),
-        None => Err(Error::Bridge(format!("{CLASS}: a gradient is missing"))),
-    };
-    Ok((stored(of_x)?, stored(of_y)?))
+    let stored = |grad: Option<Tensor>| grad.map(|g| g.f_to_kind(pair.dtype.kind())).transpose();
+    Ok([stored(of_x)?, stored(of_y)?])
 }
 
 /// The same in libtorch operations.

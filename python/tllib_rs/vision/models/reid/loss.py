@@ -43,17 +43,36 @@ _opaque_distances = define(
     lambda x, y: _core.distances(x.detach(), y.detach()),
     lambda x, y: x.new_empty((x.shape[0], y.shape[0]), dtype=at_least_float32(x.dtype)),
 )
+def _distances_backward(incoming, x, y, out, wanted):
+    grads = _core.distances_backward(incoming, x, y, out, wanted)
+    return tuple(incoming.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _distances_backward_like(incoming, x, y, _, wanted):
+    return tuple(
+        torch.empty_like(side, memory_format=torch.contiguous_format) if want else incoming.new_empty(0)
+        for side, want in zip((x, y), wanted, strict=True)
+    )
+
+
 _compiled_distances_backward = define(
     "distances_backward",
-    "(Tensor incoming, Tensor x, Tensor y, Tensor out) -> (Tensor, Tensor)",
-    _core.distances_backward,
-    lambda _, x, y, __: tuple(
-        torch.empty_like(side, memory_format=torch.contiguous_format) for side in (x, y)
-    ),
+    "(Tensor incoming, Tensor x, Tensor y, Tensor out, bool[] wanted) -> (Tensor, Tensor)",
+    _distances_backward,
+    _distances_backward_like,
 )
+
+
+def _distances_gradients(ctx, kept, incoming):
+    grads = _compiled_distances_backward(incoming, *kept, list(ctx.needs_input_grad))
+    return tuple(
+        grad if want else None for grad, want in zip(grads, ctx.needs_input_grad, strict=True)
+    )
+
+
 differentiate(
     "distances",
-    lambda ctx, kept, incoming: _compiled_distances_backward(incoming, *kept),
+    _distances_gradients,
     lambda ctx, inputs, output: (*inputs, output),
     _core.distances,
 )
