@@ -116,7 +116,7 @@ def test_self_tuning_operators_in_half_types(dtype, generator):
             history, chosen = _core.SelfTuningHistory(), _core.SelfTuningSettings(*settings)
             out = history.step(leaf, h_k, labels, own, pointers, chosen)
         else:
-            out, _ = torch.ops.tllib_rs.self_tuning(leaf, h_k, labels, own, *settings, True)
+            out, _ = torch.ops.tllib_rs.self_tuning(leaf, h_k, labels, own, *settings, [False])
             torch.ops.tllib_rs.self_tuning_enqueue(h_k, labels, own, pointers, *settings)
         out.square().sum().backward()
         found.append([out, leaf.grad, own, pointers])
@@ -126,7 +126,7 @@ def test_self_tuning_operators_in_half_types(dtype, generator):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["self_tuning", "self_tuning_backward", "self_tuning_enqueue"])
+@pytest.mark.parametrize("name", ["self_tuning", "self_tuning_backward", "self_tuning_enqueue", "pi_model"])
 def test_operators_keep_torchs_contract(name, generator):
     """Schema, fake implementation and autograd registration, by torch's own checks."""
     h_q, h_k = (torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -135,9 +135,10 @@ def test_operators_keep_torchs_contract(name, generator):
     settings = (CLASSES, KEYS, 0.9, 0.2)
     out = torch.randn(6, 1 + CLASSES * KEYS, generator=generator, dtype=torch.float64).log_softmax(1)
     arguments = {
-        "self_tuning": (h_q.requires_grad_(), h_k, labels, queue, *settings, True),
+        "self_tuning": (h_q.requires_grad_(), h_k, labels, queue, *settings, [False]),
         "self_tuning_backward": (torch.ones_like(out), out, h_q.detach(), h_k, labels, queue, *settings),
         "self_tuning_enqueue": (h_k, labels, queue, torch.zeros(CLASSES, dtype=torch.int64), *settings),
+        "pi_model": (h_q, h_k, False, [False, False]),
     }
     torch.library.opcheck(getattr(torch.ops.tllib_rs, name).default, arguments[name])
 

@@ -95,6 +95,75 @@ def test_what_the_compiler_sees(loss, generator, dynamic):
         assert not ours
 
 
+def alone(loss, inputs, position):
+    """The inputs, of which only the one at ``position`` requires grad."""
+    return [x.detach().requires_grad_(k == position) for k, x in enumerate(inputs)]
+
+
+def differentiable(loss, inputs):
+    """The positions of the matrices that the loss is differentiable with respect to."""
+    return [k for k, x in enumerate(inputs) if k not in loss.constant and x.dim() == 2]
+
+
+@every_loss
+def test_only_wanted_gradients_are_computed(loss, generator):
+    """The gradients in the graphs, seen by their shape, are those of the inputs that require grad. Those of
+    distances are in the backward graph."""
+    inputs = [x.float() for x in loss.inputs(generator, 7, 5)]
+    for position in (None, *differentiable(loss, inputs)):
+        stored = []
+
+        def forward(graph, _):
+            for node in graph.graph.nodes:
+                if str(node.target).startswith("tllib_rs"):
+                    outputs = node.meta["val"]
+                    outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+                    stored.extend(x for x in outputs if x.shape == (7, 5))  # noqa: B023
+            return make_boxed_func(graph)
+
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda *x: loss.ours(*x), fullgraph=True, backend=aot_autograd(fw_compiler=forward)
+        )
+        some = alone(loss, inputs, position)
+        if position is None:
+            assert_agree((loss.first(compiled(*some)), []), (loss.first(loss.ours(*some)), []), torch.float32, 1e-6)
+        else:
+            assert_agree(run(loss, compiled, some), run(loss, loss.ours, some), torch.float32, 1e-6)
+        wanted = 0 if position is None else 1
+        assert len(stored) == (wanted if _core.has_kernels("cpu") else 0)
+
+
+@every_loss
+def test_inputs_from_inference_mode(loss, generator):
+    """As a teacher's predictions are."""
+    inputs = [x.float() for x in loss.inputs(generator)]
+    compiled = torch.compile(lambda *x: loss.ours(*x), fullgraph=True, backend="aot_eager")
+    for position in differentiable(loss, inputs):
+        some = alone(loss, inputs, position)
+        with torch.inference_mode():
+            others = [x.clone() for x in some]
+        # A mask is a factor of the product that torch differentiates, which saves it.
+        mixed = [x if k == position or x.dim() == 1 else others[k] for k, x in enumerate(some)]
+        if loss.name == "pairwise_distances":
+            with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+                compiled(*mixed)
+        else:
+            assert_agree(run(loss, compiled, mixed), run(loss, loss.ours, some), torch.float32, 1e-6)
+
+
+@every_loss
+def test_wrong_types_raise_as_without(loss, generator):
+    inputs = [x.float() for x in loss.inputs(generator)]
+    inputs[loss.differentiated] = inputs[loss.differentiated].long()
+    with pytest.raises(TypeError) as expected:
+        loss.ours(*inputs)
+    compiled = torch.compile(lambda *x: loss.ours(*x), fullgraph=True, backend="aot_eager")
+    with pytest.raises(TypeError) as got:
+        compiled(*inputs)
+    assert str(got.value) == str(expected.value)
+
+
 #: The losses that take inputs of two dtypes.
 MIXED = "pseudo_label dst cc_loss pi_model pi_model_none pi_model_mask uda soft_triplet reid_cross_entropy"
 

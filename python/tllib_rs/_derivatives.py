@@ -33,8 +33,9 @@ def differentiate(
     ``None`` for an operator whose inputs cannot be kept: other derivatives than the gradient raise.
 
     If ``differentiable`` is a number, the operator's last argument is a ``bool[]`` that says which of so many
-    first arguments want a gradient. It is set here, whatever the caller passed: only where the operator is
-    called (a graph may have been exported long before) is that known.
+    first arguments want a gradient. Callers pass ``False``, and what is wanted is added here, where autograd
+    is known: a caller that is exported knows nothing of the calls to come, and the graphs that the compiler
+    has split into forward and backward run without autograd, with what was added when they were traced.
     """
 
     def composed_of(*args):
@@ -78,7 +79,10 @@ def differentiate(
     def kernel(keys, *args):
         if differentiable is not None:
             grad = torch.is_grad_enabled()
-            args = (*args[:-1], [grad and x.requires_grad for x in args[:differentiable]])
+            wanted = [
+                want or (grad and x.requires_grad) for x, want in zip(args[:differentiable], args[-1], strict=True)
+            ]
+            args = (*args[:-1], wanted)
         if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
             return standard(keys, *args)
         if composed is None:
