@@ -211,8 +211,10 @@ def test_scratch_space_that_cannot_be_had_is_an_error():
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (700 << 20), resource.RLIM_INFINITY))
         rows = torch.rand(1, 2).expand(1 << 42, 2)
+        wide = torch.rand(1, 40000).expand(5000, 40000)
         for call in (
             lambda: loss(logits, strong),
+            lambda: loss(wide, wide),
             lambda: entropy(rows, "mean"),
             lambda: MinimumClassConfusionLoss(1.0)(rows),
         ):
@@ -224,7 +226,7 @@ def test_scratch_space_that_cannot_be_had_is_an_error():
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
-    assert (run.returncode, run.stdout) == (0, 3 * "True\n"), run.stderr[-2000:]
+    assert (run.returncode, run.stdout) == (0, 4 * "True\n"), run.stderr[-2000:]
 
 
 def unaligned(x):

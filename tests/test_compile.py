@@ -320,6 +320,29 @@ def test_flexmatch_with_labels_that_a_compiled_function_reads_and_writes(write):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know", "ignore:The .grad attribute")
+def test_a_setting_that_would_need_a_gradient_raises_as_without():
+    loss = MinimumClassConfusionLoss(2.0)
+    loss.temperature = torch.tensor(2.0, requires_grad=True)
+    for call in (loss, torch.compile(loss, backend="aot_eager")):
+        with pytest.raises(TypeError, match="a constant here"):
+            call(torch.randn(8, 4))
+
+
+def test_masks_are_checked_as_without():
+    loss, p = L2ConsistencyLoss(), torch.rand(4, 5)
+    compiled = torch.compile(loss, backend="aot_eager")
+    for mask in (torch.ones(4, 1), torch.ones(2, 4), torch.ones(3), torch.ones(4, dtype=torch.complex64)):
+        errors = []
+        for call in (loss, compiled):
+            with pytest.raises((TypeError, ValueError)) as error:
+                call(p, p, mask)
+            errors.append((error.type, str(error.value)))
+        assert errors[0] == errors[1]
+    for mask in (torch.ones(4), torch.ones(1), torch.tensor(2.0), 0.5):
+        torch.testing.assert_close(compiled(p, p + 1, mask), loss(p, p + 1, mask))
+
+
 @pytest.mark.parametrize("make", [np.float64, np.float32, np.int64])
 def test_settings_that_are_numbers_of_numpy(make):
     x, labels = torch.randn(8, 4), torch.arange(8) // 2

@@ -25,11 +25,12 @@ EXCEPT = {
     "pi_model": "",
     "pseudo_label": "",
     # Half types are converted, and nothing needs them after that.
-    "reid_loss": "near_duplicates or one_product_serves or (bad_input and IndexError) or half_types_notice",
+    "reid_loss": "near_duplicates or one_product_serves or (bad_input and IndexError) or half_types_notice"
+    " or labels_are_checked",
     "self_ensemble": "large_batch or mean_above_1 or bad_probabilities",
     "uda": "",
-    "flexmatch": "bad_update or bad_get_threshold or hundred_million or fork_while",
-    "self_tuning": "strides_and_autocast or writes_between or bad_batches or bad_queues",
+    "flexmatch": "bad_update or bad_get_threshold or hundred_million or fork_while or made_in_a_dispatch_mode",
+    "self_tuning": "strides_and_autocast or writes_between or bad_batches or bad_queues or labels_are_checked",
     "compiled_losses": "",
     "compile": "refuses_before_anything_changes",
     "compiled_training": "",

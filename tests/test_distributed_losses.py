@@ -15,12 +15,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.losses import Observed
 from tests.ranks import Died, run_ranks
 from tllib_rs import _core
+from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
 from tllib_rs.self_training.self_ensemble import ClassBalanceLoss
 from tllib_rs.self_training.self_tuning import SelfTuning
@@ -345,11 +347,16 @@ def test_bad_input_leaves_the_ranks_in_step():
     assert torch.equal(pointers, other_pointers)
 
 
+def flexmatch(group):
+    return DynamicThresholdingModule(0.9, True, lambda x: x, 3, 10, "cpu", process_group=group)
+
+
 def groups(rank, world):
     other = dist.new_group([1])
     destroyed = dist.new_group([0, 1])
     dist.destroy_process_group(destroyed)
-    makers = [lambda g, n=name: loss_of(n, g) for name in LOSSES] + [lambda g: self_tuning(0, g)]
+    makers = [lambda g, n=name: loss_of(n, g) for name in LOSSES]
+    makers += [lambda g: self_tuning(0, g), flexmatch]
     for make in makers:
         for group in ("world", 3, True, dist.group):
             with pytest.raises(TypeError, match=r"process_group must be a torch.distributed.ProcessGroup"):
@@ -385,6 +392,39 @@ def second_derivatives(rank, world):
 
 def test_second_derivatives_raise():
     assert all(run_ranks(2, second_derivatives, 2))
+
+
+def forward_mode(rank, world):
+    for name in LOSSES:
+        x = batch(0, 6)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x[0], torch.ones_like(x[0]))
+            with pytest.raises(RuntimeError, match="no derivative in forward mode across ranks"):
+                loss_of(name, dist.group.WORLD)((dual, *x[1:]))
+            loss_of(name, dist.group.WORLD)(x)
+    return True
+
+
+def test_forward_mode_raises():
+    assert all(run_ranks(2, forward_mode, 2))
+
+
+def replaced_step(rank, world):
+    ours, one, seen = self_tuning(0, dist.group.WORLD), self_tuning(0), []
+    same_encoders(ours, one)
+    enqueue = ours._dequeue_and_enqueue
+    ours._dequeue_and_enqueue = lambda h, label: (seen.append(int(label)), enqueue(h, label))
+    total, own = split(1, rank, world)
+    x = views(1, total)
+    found, expected = ours(x[0][own], x[1][own], x[2][own]), one(*x)
+    torch.testing.assert_close(found[0], expected[0][own], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(ours.queue_list, one.queue_list, rtol=1e-12, atol=1e-12)
+    assert seen == x[2].tolist()
+    return True
+
+
+def test_a_step_that_is_replaced_gets_the_rows_of_all_ranks():
+    assert all(run_ranks(2, replaced_step, 2))
 
 
 @pytest.mark.parametrize(

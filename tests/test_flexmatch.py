@@ -291,6 +291,20 @@ def test_in_a_dispatch_mode():
         assert module.class_counts().tolist() == [45, 0, 5, 0, 0, 0]
 
 
+def test_made_in_a_dispatch_mode():
+    with slow():
+        module = make()
+    module.update(torch.arange(5), torch.ones(5), torch.ones(5, dtype=torch.int64))
+    assert module.class_counts().tolist() == [45, 0, 5, 0, 0, 0]
+    with pytest.raises(IndexError):
+        module.update(torch.tensor([50]), torch.ones(1), torch.ones(1, dtype=torch.int64))
+
+
+def test_sizes_that_are_numbers_of_numpy():
+    module = DynamicThresholdingModule(0.95, True, lambda x: x, np.int32(1000), np.int32(10), "cpu")
+    assert (type(module.num_classes), type(module.n_unlabeled_samples)) == (int, int)
+
+
 @pytest.mark.parametrize("samples", [50, 40_000])
 def test_a_dispatch_mode_that_calls_the_module_does_not_wait_for_itself(samples):
     module = make(samples=samples)

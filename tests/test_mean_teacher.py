@@ -318,17 +318,55 @@ def test_updates_inside_a_transform_of_torch_func():
     assert not teacher.teacher.weight.eq(student.weight).any()
 
 
-def test_half_precision_stays_where_the_student_stands():
+@pytest.mark.parametrize("apart", [False, True])
+def test_half_precision_stays_where_the_student_stands(apart):
     """Even where the two are averaged on their own, because their strides differ."""
     for dtype in (torch.bfloat16, torch.float16):
         student = nn.Linear(4, 4, bias=False).to(dtype)
         with torch.no_grad():
             student.weight.fill_(0.7)
         teacher = EMATeacher(student, 0.998)
-        teacher.teacher.weight.data = teacher.teacher.weight.data.t()
+        if apart:
+            teacher.teacher.weight.data = teacher.teacher.weight.data.t()
         for _ in range(300):
             teacher.update()
         assert torch.equal(teacher.teacher.weight, student.weight)
+
+
+class Hiding(nn.Sequential):
+    """Leaves its children out."""
+
+    def named_modules(self, memo=None, prefix="", remove_duplicate=True):
+        yield prefix, self
+
+
+def test_the_parameters_that_a_model_names_are_averaged():
+    def student(hiding):
+        return nn.Sequential(nn.Linear(2, 2), hiding(nn.Linear(2, 2)))
+
+    for hiding in (nn.Sequential, Hiding):
+        model = student(hiding)
+        teacher = EMATeacher(model, 0.5)
+        named = {id(p) for p in teacher.teacher.parameters()}
+        assert len(named) == (4 if hiding is nn.Sequential else 2)
+        before = [p.clone() for p in teacher.teacher[1][0].parameters()]
+        with torch.no_grad():
+            for p in (*model[0].parameters(), *model[1][0].parameters()):
+                p.add_(1)
+        teacher.update()
+        assert not torch.equal(teacher.teacher[0].weight, model[0].weight)
+        for p, old in zip(teacher.teacher[1][0].parameters(), before, strict=True):
+            assert torch.equal(p, old) == (hiding is Hiding)
+
+    model = student(nn.Sequential)
+    model.parameters = model[0].parameters
+    teacher = EMATeacher(model, 0.5)
+    teacher.teacher.parameters = teacher.teacher[0].parameters
+    with torch.no_grad():
+        model[1][0].weight.add_(1)
+    before = teacher.teacher[1][0].weight.clone()
+    teacher.update()
+    assert torch.equal(teacher.teacher[1][0].weight, before)
 
 
 def test_a_teacher_without_values_is_left_alone():

@@ -610,6 +610,9 @@ def test_repr_shows_the_settings():
     assert repr(reid.SoftTripletLoss(0.1)) == "SoftTripletLoss(margin=0.1, normalize_feature=False)"
     assert "margin=0.3, normalize_feature=True" in repr(reid.TripletLoss(0.3, True))
     assert "margin=0.3, normalize_feature=False" in repr(reid.TripletLossXBM())
+    loss = reid.TripletLoss(0.3)
+    loss.margin_loss.margin = 0.7
+    assert "margin=0.7," in repr(loss), "the margin that counts"
     assert "num_classes=7, epsilon=0.1" in repr(reid.CrossEntropyLossWithLabelSmooth(7))
 
 
@@ -710,6 +713,23 @@ def test_log_softmax_over_another_dimension(smooth, generator):
     targets = 0.9 * torch.eye(5)[labels] + 0.1 / 5 if smooth else other.softmax(1)
     expected = (-targets * log_p).sum() / 6
     torch.testing.assert_close(loss(y, labels if smooth else other), expected)
+
+
+def test_smooth_labels_of_positions_are_checked():
+    loss = CrossEntropyLossWithLabelSmooth(5)
+    with pytest.raises(ValueError, match="C > 0"):
+        loss(torch.ones(2, 0, 3), torch.zeros(2, 3, dtype=torch.long))
+    for positions in (0, 3):
+        labels = torch.zeros(2, positions, dtype=torch.long)
+        with pytest.raises(TypeError, match="y must be float32"):
+            loss(torch.ones(2, 5, positions, dtype=torch.long), labels)
+        with pytest.raises(TypeError, match="labels must be int64 or int32"):
+            loss(torch.ones(2, 5, positions), labels.float())
+
+
+def test_labels_are_checked_within_a_dispatch_mode():
+    with Observed(), pytest.raises(IndexError, match="labels must be at least 0 and below 5"):
+        CrossEntropyLossWithLabelSmooth(5)(torch.ones(2, 5), torch.tensor([0, 5]))
 
 
 def test_smooth_labels_of_no_positions():

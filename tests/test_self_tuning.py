@@ -5,12 +5,14 @@ import gc
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from tests import golden
+from tests.losses import Observed
 from tests.plain import self_tuning as plain
 from tllib_rs import _core
 from tllib_rs.self_training.self_tuning import Classifier, SelfTuning
@@ -518,6 +520,23 @@ def test_threads_share_a_queue(generator):
     [thread.join() for thread in threads]
     assert not failures
     assert setting.queue.isfinite().all()
+
+
+def test_labels_are_checked_within_a_dispatch_mode_before_anything_changes(generator):
+    model = small_model()
+    x = torch.randn(4, 3, generator=generator)
+    before = [p.clone() for p in model.encoder_k.parameters()]
+    with torch.no_grad():
+        next(iter(model.encoder_q.parameters())).add_(1)
+    with Observed(), pytest.raises(IndexError, match="labels must be in"):
+        model(x, x, torch.tensor([0, 1, 2, 99]))
+    for parameter, old in zip(model.encoder_k.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
+def test_a_queue_of_numbers_of_numpy():
+    model = SelfTuning(small_model().encoder_q, small_model().encoder_k, np.int8(10), K=np.int8(32))
+    assert model.queue_list.shape[1] == 320
 
 
 def test_steps_that_a_subclass_changes(generator):

@@ -80,7 +80,8 @@ def differentiate(
         if differentiable is not None:
             grad = torch.is_grad_enabled()
             wanted = [
-                want or (grad and x.requires_grad) for x, want in zip(args[:differentiable], args[-1], strict=True)
+                want or (grad and x.requires_grad)
+                for x, want in zip(args[:differentiable], args[-1], strict=True)
             ]
             args = (*args[:-1], wanted)
         if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:

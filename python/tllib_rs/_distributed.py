@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 
 class Ranks:
@@ -20,7 +21,7 @@ class Ranks:
     """
 
     def __init__(self, owner: str, group: Any):
-        _check(owner, group)
+        check_group(owner, group)
         self.owner, self.group = owner, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
@@ -50,12 +51,19 @@ class Ranks:
         """The first rank's ``values`` on every rank, in place."""
         dist.broadcast(values, group=self.group, group_src=0)
 
+    def refuse_tangents(self, *tensors: torch.Tensor) -> None:
+        """Raise for a tensor with a tangent of forward mode: the other ranks do not get it."""
+        level = forward_ad._current_level
+        if level >= 0 and any(forward_ad.unpack_dual(x, level=level).tangent is not None for x in tensors):
+            raise RuntimeError(f"{self.owner}: no derivative in forward mode across ranks")
+
     def rows(self, count: int, device: torch.device, **alike: int) -> "Rows":
         """Start to exchange the numbers of rows, ``count`` on this rank, and what must be ``alike``."""
         return Rows(self, count, device, alike)
 
 
-def _check(owner: str, group: Any) -> None:
+def check_group(owner: str, group: Any) -> None:
+    """Raise as :meth:`Ranks.of` does."""
     if not dist.is_available():
         raise RuntimeError(f"{owner}: process_group needs a torch that is built with torch.distributed")
     if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:

@@ -130,6 +130,8 @@ def _vary(args: Sequence[Any], numbers: Sequence[int]) -> bool:
 def _as_tensor(number: float | torch.Tensor | None) -> torch.Tensor | None:
     """The number as a tensor, by a multiplication: torch recompiles most other operations for each value of a
     symbol."""
+    if isinstance(number, torch.Tensor) and number.requires_grad:
+        raise TypeError("a number must not be a tensor that requires a gradient: it is a constant here")
     if number is None or isinstance(number, torch.Tensor):
         return number
     return torch.ones((), dtype=torch.float64, device="cpu") * number
@@ -237,7 +239,9 @@ def register(
         return tuple(map(scaled, grads, ctx.dtypes)) + (None,) * (ctx.arguments - count)
 
     outputs = ", ".join(["Tensor"] * (1 + count + extra))
-    operator = define(name, f"{schema[:-1]}, bool autocast, bool[] wanted) -> ({outputs})", compute, fake_compute)
+    operator = define(
+        name, f"{schema[:-1]}, bool autocast, bool[] wanted) -> ({outputs})", compute, fake_compute
+    )
     differentiate(name, backward, setup_context, composed, count)
 
     def region(device):
@@ -293,8 +297,8 @@ _has_kernels._dynamo_marked_constant = True
 
 
 def _gradients(loss: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The gradients with respect to the inputs, contiguous, in the dtype of :func:`_kept`; nothing for those that
-    require none."""
+    """The gradients with respect to the inputs, contiguous, in the dtype of :func:`_kept`; empty ones for
+    those that require none."""
     grads: list[torch.Tensor | None] = [None] * len(inputs)
     wanted = [k for k, x in enumerate(inputs) if x.requires_grad]
     if wanted:

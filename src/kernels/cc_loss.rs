@@ -39,7 +39,7 @@ use super::parallel::{run, split};
 use super::real::Real;
 use super::reduce;
 use super::rows::Rows;
-pub use gram::{FEW, gram};
+pub use gram::{FEW, gram, room as gram_room};
 pub use matrix::matrix;
 use std::num::NonZeroUsize;
 use std::ops::Range;
@@ -213,6 +213,13 @@ impl Sums {
         for (sum, part) in sums.zip(other.weak.iter().chain(&other.strong)) {
             *sum += part;
         }
+    }
+
+    /// Whether a class is so rare that a term of its gradient would be out of range of `F`.
+    fn rare<F: Real>(&self) -> bool {
+        let Inverse { weak, strong } = self.inverse();
+        let most = 1.0 / F::TINY.to_f64();
+        weak.iter().chain(&strong).any(|&one| one > most)
     }
 
     fn inverse(&self) -> Inverse {

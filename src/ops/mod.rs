@@ -23,8 +23,9 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::parallel::threads_for;
 use crate::torch::autograd::StoredGrad;
+use crate::torch::facts::Facts;
 use crate::torch::input::Input;
-use crate::torch::{Dtype, beside, max_threads};
+use crate::torch::{Dtype, beside, composites_only, max_threads};
 use std::num::NonZeroUsize;
 use tch::{Device, Kind, Tensor};
 
@@ -87,6 +88,15 @@ fn place(inputs: &[&Input<'_>]) -> Place {
     } else {
         Place::Composite
     }
+}
+
+/// Whether the values are in host memory, so that checks read them, without waiting and without an operation that a
+/// mode or transform would intercept, even if no kernel may. Where libtorch's operations or an emulator stand in for
+/// a device, they are not.
+fn in_host_memory(facts: &Facts) -> bool {
+    let stand_in = || composites_only() || cuda::emulated();
+    let here = || facts.is_cpu() && facts.readable() && facts.contiguous();
+    facts.on_cpu() || here() && !stand_in()
 }
 
 /// The dtype in which operations compute a result of `kind`.

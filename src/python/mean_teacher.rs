@@ -53,27 +53,38 @@ fn parameters<'py>(module: &Bound<'py, PyAny>) -> PyResult<Walk<'py>> {
 }
 
 fn uses_own_walk(module: &Bound<'_, PyAny>) -> PyResult<bool> {
-    static BASE: GILOnceCell<Py<PyType>> = GILOnceCell::new();
     let py = module.py();
-    let base = BASE.import(py, "torch.nn", "Module")?;
+    let base = MODULE.import(py, "torch.nn", "Module")?;
     if !module.is_instance(base)? {
         return Err(PyTypeError::new_err(format!(
             "{CLASS}: model must be a torch.nn.Module, got {}",
             module.get_type().name()?
         )));
     }
+    let own = module.getattr(intern!(py, "__dict__"))?;
     for name in [
         intern!(py, "parameters"),
         intern!(py, "named_parameters"),
         intern!(py, "_named_members"),
         intern!(py, "named_modules"),
     ] {
-        if !module.get_type().getattr(name)?.is(&base.getattr(name)?) {
+        if overrides(&module.get_type(), base, name)? || own.contains(name)? {
             return Ok(true);
         }
     }
     Ok(false)
 }
+
+/// Whether a class has a method of its own in place of that of `base`.
+fn overrides(
+    class: &Bound<'_, PyType>,
+    base: &Bound<'_, PyType>,
+    name: &Bound<'_, PyString>,
+) -> PyResult<bool> {
+    Ok(!class.getattr(name)?.is(&base.getattr(name)?))
+}
+
+static MODULE: GILOnceCell<Py<PyType>> = GILOnceCell::new();
 
 /// Addresses of Python objects. One multiplication spreads them well; the standard hasher would
 /// take longer than the rest of the walk.
@@ -102,6 +113,8 @@ impl Hasher for Spread {
 
 struct Walk<'py> {
     modules: Addresses,
+    /// The classes of modules that walk over their children as torch's does.
+    classes: Addresses,
     parameters: Addresses,
     found: Vec<Bound<'py, PyAny>>,
     /// The tensors of `found`.
@@ -117,6 +130,7 @@ impl Default for Walk<'_> {
         let set = || Addresses::with_capacity_and_hasher(512, BuildHasherDefault::default());
         Self {
             modules: set(),
+            classes: Addresses::default(),
             parameters: set(),
             found: Vec::with_capacity(512),
             tensors: Vec::with_capacity(512),
@@ -135,12 +149,20 @@ impl<'py> Walk<'py> {
         Ok(walk)
     }
 
-    /// False if a container is not a plain dictionary (TorchScript): the module must be asked.
+    /// False if the outermost module must be asked: a module below chooses among its children, or a container is
+    /// not a plain dictionary (TorchScript).
     fn module(&mut self, module: &Bound<'py, PyAny>) -> PyResult<bool> {
         if !self.modules.insert(module.as_ptr() as usize) {
             return Ok(true);
         }
         let py = module.py();
+        let class = module.get_type();
+        if self.classes.insert(class.as_ptr() as usize) {
+            let base = MODULE.import(py, "torch.nn", "Module")?;
+            if overrides(&class, base, intern!(py, "named_modules"))? {
+                return Ok(false);
+            }
+        }
         let own = attribute(module, intern!(py, "_parameters"))?;
         let children = attribute(module, intern!(py, "_modules"))?;
         let (Ok(own), Ok(children)) = (own.downcast::<PyDict>(), children.downcast::<PyDict>())

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from tllib_rs import _core
+from tllib_rs._distributed import check_group
 
 CLASS = "DynamicThresholdingModule"
 LAYOUTS = ("replicated", "sharded")
@@ -309,11 +310,7 @@ def _value(code: int, like: Any) -> Any:
 
 def _own_group(process_group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A gloo group of the same ranks with the same timeout."""
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise TypeError(
-            f"{CLASS}: process_group must be a torch.distributed.ProcessGroup that this process is a member "
-            f"of, or None, got {type(process_group).__name__}"
-        )
+    check_group(CLASS, process_group)
     members = dist.get_process_group_ranks(process_group)
     return dist.new_group(
         members,

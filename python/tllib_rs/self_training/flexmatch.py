@@ -117,8 +117,8 @@ class DynamicThresholdingModule:
         self.threshold = as_number(threshold)
         self.warmup = warmup
         self.mapping_func = mapping_func
-        self.num_classes = num_classes
-        self.n_unlabeled_samples = n_unlabeled_samples
+        self.num_classes = as_number(num_classes)
+        self.n_unlabeled_samples = as_number(n_unlabeled_samples)
         self.device = device
         self.process_group = process_group
         self.layout = layout

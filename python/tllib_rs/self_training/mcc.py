@@ -81,6 +81,7 @@ class MinimumClassConfusionLoss(nn.Module):
     def forward(self, logits: torch.Tensor) -> torch.Tensor:
         """See the class."""
         if self._ranks is not None:
+            self._ranks.refuse_tangents(logits)
             part = _core.MccPart(logits, self.temperature)
             return part.finish(self._ranks.sum_(part.sums), self._ranks.size)
         if torch.compiler.is_compiling():

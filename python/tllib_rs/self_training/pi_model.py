@@ -140,6 +140,21 @@ def _dtype_of(p1: torch.Tensor, p2: torch.Tensor, mask: torch.Tensor | float) ->
     return (p1.new_empty(1, dtype=dtype) * mask).dtype  # torch.result_type cannot be traced
 
 
+def _check_mask(p1: torch.Tensor, mask: torch.Tensor | float) -> None:
+    """What the extension checks, for the compiler, which multiplies by itself."""
+    if not isinstance(mask, torch.Tensor):
+        return
+    if mask.is_complex():
+        raise TypeError(f"L2ConsistencyLoss: mask must hold real numbers or booleans, got {mask.dtype}")
+    rows = p1.shape[:1] + p1.shape[2:]
+    wide = mask.dim() > len(rows)
+    if wide or any(n not in (1, m) for n, m in zip(reversed(mask.shape), reversed(rows), strict=False)):
+        raise ValueError(
+            f"L2ConsistencyLoss: mask must broadcast to the shape of the rows, {list(rows)}, "
+            f"got shape {list(mask.shape)}"
+        )
+
+
 def _squared_distance(p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
     """The squared distance of each row, over dimension 1."""
     if torch.compiler.is_compiling():
@@ -192,5 +207,6 @@ class L2ConsistencyLoss(ConsistencyLoss):
         if self.distance_measure is not _squared_distance:
             return super().forward(p1, p2, mask)
         if torch.compiler.is_compiling():
+            _check_mask(p1, mask)
             return self._reduced(_compiled(p1, p2) * mask).to(_dtype_of(p1, p2, mask))
         return _core.pi_model(p1, p2, mask, self.reduction)

@@ -78,7 +78,8 @@ class ClassBalanceLoss(nn.Module):
     sends nothing, so the incoming gradient must be the same on every rank.
 
     The means are checked on the CPU only: elsewhere the check would synchronize the device, so the loss is
-    NaN instead.
+    NaN instead. It is NaN there too within a dispatch mode, and in a compiled function with an assigned
+    ``uniform_distribution``.
 
     Examples::
 
@@ -127,6 +128,7 @@ class ClassBalanceLoss(nn.Module):
         if self._prior is not None:
             return _against(self._prior, p, self.num_classes)
         if self._ranks is not None:
+            self._ranks.refuse_tangents(p)
             sums = self._ranks.sum_(_core.class_balance_sums(p, self.num_classes))
             return _core.class_balance_of_sums(p, self.num_classes, sums, self._ranks.size)
         if torch.compiler.is_compiling():

@@ -164,9 +164,9 @@ class SelfTuning(nn.Module):
         self.encoder_q = encoder_q
         self.encoder_k = encoder_k
         _copy_parameters(encoder_q, encoder_k)
-        queue = torch.randn(encoder_q.projection_dim, K * num_classes)
+        queue = torch.randn(encoder_q.projection_dim, self.K * self.num_classes)
         self.register_buffer("queue_list", F.normalize(queue, dim=0))
-        self.register_buffer("queue_ptr", torch.zeros(num_classes, dtype=torch.long))
+        self.register_buffer("queue_ptr", torch.zeros(self.num_classes, dtype=torch.long))
         self._history = _core.SelfTuningHistory()
         if self._ranks is not None:
             # DDP's broadcast would write the queue, between forward and backward if a step has several.
@@ -188,8 +188,8 @@ class SelfTuning(nn.Module):
             self._momentum_update_key_encoder()
             h_k, _ = _training_outputs("encoder_k", self.encoder_k(im_k))
         enqueued = None if rows is None else self._gathered(rows, h_k, labels)
-        if self._changed and rows is None:
-            return self._row_by_row(h_q, h_k, labels), self._targets(h_q), y_q
+        if self._changed:
+            return self._row_by_row(h_q, h_k, labels, enqueued), self._targets(h_q), y_q
         pgc_logits = self._history.step(h_q, h_k, labels, self.queue_list, self.queue_ptr, settings, enqueued)
         return pgc_logits, self._targets(h_q), y_q
 
@@ -201,7 +201,8 @@ class SelfTuning(nn.Module):
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, h: torch.Tensor, label: torch.Tensor) -> None:
-        """Replace the oldest key of a class. If a subclass overrides it, it is called for each row."""
+        """Replace the oldest key of a class. If a subclass overrides it, it is called for each row, with a
+        process group for those of all ranks."""
         labels = torch.as_tensor(label, device=h.device).reshape(1).expand(len(h))
         self._settings().enqueue(h, labels, self.queue_list, self.queue_ptr)
 
@@ -212,10 +213,17 @@ class SelfTuning(nn.Module):
             getattr(type(self), name) is not step or name in self.__dict__ for name, step in _STEPS.items()
         )
 
-    def _row_by_row(self, h_q: torch.Tensor, h_k: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _row_by_row(
+        self,
+        h_q: torch.Tensor,
+        h_k: torch.Tensor,
+        labels: torch.Tensor,
+        enqueued: tuple[torch.Tensor, ...] | None,
+    ) -> torch.Tensor:
         settings = (self.num_classes, self.K, self.m, self.T)
         pgc_logits, _ = _log_probabilities(h_q, h_k, labels, self.queue_list, *settings, [False])
-        for row, label in zip(h_k.split(1), labels, strict=True):
+        keys, classes = (h_k, labels) if enqueued is None else enqueued
+        for row, label in zip(keys.split(1), classes, strict=True):
             self._dequeue_and_enqueue(row, label)
         return pgc_logits
 
@@ -318,7 +326,8 @@ def _setup_context(ctx, inputs, output):
 
 _log_probabilities = define(
     "self_tuning",
-    f"(Tensor h_q, Tensor h_k, Tensor labels, Tensor queue_list, {_SETTINGS}, bool[] wanted) -> (Tensor, Tensor)",
+    f"(Tensor h_q, Tensor h_k, Tensor labels, Tensor queue_list, {_SETTINGS}, bool[] wanted) "
+    "-> (Tensor, Tensor)",
     _forward,
     _fake_forward,
 )

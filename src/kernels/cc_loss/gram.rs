@@ -34,6 +34,11 @@ const CLASSES: usize = 136;
 /// Maximum number of rows for which each thread has its own classes and its own products of rows with rows.
 pub const FEW: usize = 32;
 
+/// How many numbers [`gram`] keeps of more than [`FEW`] rows, at most.
+pub fn room(rows: usize) -> usize {
+    6 * rows * rows + 7 * ELEMENTS.max(CLASSES * rows)
+}
+
 /// The loss; with `grad` (contiguous, of the shape of the logits) also its gradient. With at most [`FEW`] rows,
 /// all threads call `products`.
 pub fn gram<E: Element, M>(
@@ -111,6 +116,8 @@ struct Way<'a, E, M> {
     workers: Vec<Worker>,
     /// How many classes each processes at a time.
     width: usize,
+    /// Whether all is done in one turn of each worker, which then need not compute anything again.
+    once: bool,
 }
 
 struct Worker {
@@ -118,6 +125,8 @@ struct Worker {
     threads: NonZeroUsize,
     matrices: Matrices,
     grams: Grams,
+    /// `Y`
+    y: Vec<f64>,
 }
 
 impl<'a, E: Element, M> Way<'a, E, M>
@@ -131,12 +140,15 @@ where
         } else {
             (NonZeroUsize::MIN, pairs.threads)
         };
-        let share = cols.div_ceil(workers.get());
-        let width = (ELEMENTS / rows).max(CLASSES).min(share);
+        // The same number of turns for each worker: they wait for each other.
+        let most = (ELEMENTS / rows).max(CLASSES);
+        let turns = cols.div_ceil(most).next_multiple_of(workers.get());
+        let width = cols.div_ceil(turns);
         let worker = |_| Worker {
             threads,
             matrices: Matrices::new(rows * width),
             grams: Grams::default(),
+            y: vec![0.0; rows * width],
         };
         Self {
             pairs,
@@ -145,6 +157,7 @@ where
             inverse,
             workers: (0..workers.get()).map(worker).collect(),
             width,
+            once: turns == workers.get(),
         }
     }
 
@@ -225,14 +238,15 @@ where
         self.each(
             |worker, classes| {
                 let width = classes.len();
-                let [_, _, alpha, epsilon] = worker.matrices.of(found.len() * width);
-                let mut y = vec![0.0; alpha.len()];
-                factors.y(products, (alpha, epsilon), width, &mut y)?;
+                let Worker { matrices, y, .. } = worker;
+                let [_, _, alpha, epsilon] = matrices.of(found.len() * width);
+                let y = &mut y[..alpha.len()];
+                factors.y(products, (alpha, epsilon), width, y)?;
                 Ok(dispatch(Levels {
                     found,
                     alpha,
                     epsilon,
-                    y: &y,
+                    y,
                     width,
                 }))
             },
@@ -254,7 +268,7 @@ where
         factor: f64,
         grad: &mut [E],
     ) -> Result<(), M::Error> {
-        let (found, products) = (self.found, self.products);
+        let (found, products, once) = (self.found, self.products, self.once);
         let (inverse, cols) = (&self.inverse.strong, self.pairs.cols());
         let mut next = found.iter().map(|pair| pair.index).peekable();
         for (i, row) in grad.chunks_exact_mut(cols).enumerate() {
@@ -265,16 +279,19 @@ where
         self.each(
             |worker, classes| {
                 let width = classes.len();
-                let [delta, b, alpha, epsilon] = worker.matrices.of(found.len() * width);
-                let (mut x, mut y) = (vec![0.0; b.len()], vec![0.0; b.len()]);
+                let Worker { matrices, y, .. } = worker;
+                let [delta, b, alpha, epsilon] = matrices.of(found.len() * width);
+                let (mut x, y) = (vec![0.0; b.len()], &mut y[..b.len()]);
                 factors.x(products, (delta, b), width, &mut x)?;
-                factors.y(products, (alpha, epsilon), width, &mut y)?;
+                if !once {
+                    factors.y(products, (alpha, epsilon), width, y)?;
+                }
                 let mut out = vec![E::store(E::Acc::ZERO); b.len()];
                 dispatch(Gradient {
                     found,
                     b,
                     x: &x,
-                    y: &y,
+                    y,
                     h: &h[classes.clone()],
                     inverse: &inverse[classes],
                     means,

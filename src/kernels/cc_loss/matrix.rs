@@ -21,7 +21,7 @@ use super::{Inverse, NARROW, Pair, Pairs, Reader, Sums, exponentials};
 const ROWS: usize = 128;
 
 /// The loss, with products in `F`; with `grad` (contiguous, of the shape of the logits) also its gradient.
-/// `None` where a class is so rare that a term of its gradient would be out of range of `F`.
+/// `None` where a class is too rare for `F`.
 pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
     pairs: Pairs<'_, E>,
     grad: Option<&mut [E]>,
@@ -60,21 +60,16 @@ pub fn matrix<E: Element, F: Real, M: Multiply<F>>(
             found.extend(part);
             sums.add(&of_part);
         }
+        // Before the last products: all of them, if there is one block.
+        if found.len() == pairs.chosen.len() && sums.rare::<F>() {
+            return Ok(None);
+        }
         products.outer(a, cols, weak)?;
         products.outer(b, cols, strong)?;
     }
     products.finish(cols, weak);
     products.finish(cols, strong);
     let inverse = sums.inverse();
-    let most = 1.0 / F::TINY.to_f64();
-    if inverse
-        .weak
-        .iter()
-        .chain(&inverse.strong)
-        .any(|&one| one > most)
-    {
-        return Ok(None);
-    }
     let (square, level) = combine(pairs, &inverse, weak, strong, grad.is_some());
     let scale = pairs.scale(&inverse);
     if let Some(grad) = grad {

@@ -191,6 +191,39 @@ fn equal_predictions_give_exactly_zero_and_half_types_agree() {
     );
 }
 
+/// Classes in one turn of each of two workers, in several, and in turns of one worker for many rows.
+#[test]
+fn turns_over_the_classes_match_the_matrix() {
+    for (rows, cols) in [(32, 500), (32, 2500), (FEW + 8, 1000)] {
+        let numbers = |step: usize| -> Vec<f64> {
+            (0..rows * cols)
+                .map(|k| {
+                    if k % cols == k / cols % 7 {
+                        9.0
+                    } else {
+                        (k * step % 17) as f64 / 9.0
+                    }
+                })
+                .collect()
+        };
+        let (weak, strong) = (numbers(7), numbers(5));
+        let of = |way| call::<f64>(&weak, &strong, (rows, cols), 1.0, way);
+        let (around, through) = (of(Gram), of(Matrix));
+        assert!(around.count > FEW.min(rows) / 2);
+        assert!((around.value - through.value).abs() <= 1e-12 * through.value);
+        let largest = through
+            .grad
+            .iter()
+            .fold(0.0f64, |most, g| most.max(g.abs()));
+        for (got, expected) in around.grad.iter().zip(&through.grad) {
+            assert!(
+                (got - expected).abs() <= 1e-11 * largest,
+                "{got} {expected}"
+            );
+        }
+    }
+}
+
 #[test]
 fn rare_classes_need_products_in_f64() {
     let (weak, strong) = ([300.0, 0.0, 0.0, 300.0], [0.0, 300.0, 200.0, 0.0]);

@@ -5,7 +5,7 @@ mod operations;
 use super::{Place, not_nan, place, positive, room_for, threads, widened_on_devices};
 use crate::error::Result;
 use crate::kernels::Loss;
-use crate::kernels::cc_loss::{FEW, Pairs, choose, gram, matrix};
+use crate::kernels::cc_loss::{FEW, Pairs, choose, gram, gram_room, matrix};
 use crate::kernels::element::Element;
 use crate::kernels::product::{Alone, Multiply};
 use crate::kernels::real::Real;
@@ -142,11 +142,11 @@ fn measure<E: Element + Stored>(
         }
     } else {
         let way = Way::of(count, cols, dtype);
+        way.room(count, cols)?;
         if way.alone {
             let Ok(loss) = way.go(pairs, out, &Alone);
             loss
         } else {
-            way.room(cols)?;
             way.go(pairs, out, &Together)?
         }
     };
@@ -185,11 +185,11 @@ impl Way {
         }
     }
 
-    /// An error if there is no memory for its two C x C matrices.
-    fn room(&self, cols: usize) -> Result<()> {
+    /// An error if there is no memory for its matrices of rows or of classes.
+    fn room(&self, rows: usize, cols: usize) -> Result<()> {
         let count = 2 * cols * cols;
         match self {
-            Self { around: true, .. } => Ok(()),
+            Self { around: true, .. } => room_for::<f64>(gram_room(rows)),
             Self { exact: true, .. } => room_for::<f64>(count),
             _ => room_for::<f32>(count),
         }

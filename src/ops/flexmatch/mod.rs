@@ -14,6 +14,7 @@ mod trust;
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::flexmatch::Counts;
+use crate::ops::in_host_memory;
 use crate::torch::input::Input;
 use crate::torch::{Without, aliased, beside, bump_version, held, pages, version};
 use batch::Batch;
@@ -69,7 +70,7 @@ impl FlexMatch {
         // The counts shall be ordinary as well.
         let _guard = Without::inference();
         let input = Input::new(CLASS, "net_outputs", &net_outputs)?;
-        let (samples, on_cpu) = (input.vector()?, input.on_cpu());
+        let samples = input.vector()?;
         if input.is_meta() {
             return Err(Error::Value(format!(
                 "{CLASS}: device must hold values, got meta"
@@ -77,7 +78,7 @@ impl FlexMatch {
         }
         let stored = Stored::of(&input)?;
         stored.holds(classes)?;
-        let on_host = !counts_on_device.unwrap_or(!on_cpu || cuda::emulated());
+        let on_host = !counts_on_device.unwrap_or(!in_host_memory(&input) || cuda::emulated());
         // Counted from the start on a device as well, in memory that stays: the first step may be captured into a
         // graph.
         let tally = if on_host {

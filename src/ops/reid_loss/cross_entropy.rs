@@ -4,7 +4,7 @@ use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::reid_loss::cross_entropy::{Targets, cross_entropy as kernel};
-use crate::ops::{Place, finite, inside, loss_dtype, place, stored, threads};
+use crate::ops::{Place, finite, in_host_memory, inside, loss_dtype, place, stored, threads};
 use crate::torch::autograd::{Room, StoredGrad, attach};
 use crate::torch::input::Input;
 use crate::torch::saved::Saved;
@@ -121,19 +121,21 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
             "have shape ({rows},), one label for each row of y"
         )));
     }
+    let known = in_host_memory(&indices)
+        .then(|| checked(&indices, cols))
+        .transpose()?;
     // tllib does not compare num_classes with y: it only divides the smoothing mass.
     let (hit, rest) = (1.0 - epsilon, epsilon / num_classes as f64);
     let kind = loss_dtype(&input, dtype).kind();
-    let (loss, grad) = match place(&[&input]) {
-        Place::Cuda if cuda::reaches(&indices) => {
+    let (loss, grad) = match (place(&[&input]), known) {
+        (Place::Cuda, _) if cuda::reaches(&indices) => {
             let out = loss_dtype(&input, dtype);
             cuda::cross_entropy::smooth(&input, &indices, (hit, rest), dtype, out)?
         }
-        Place::Operations if indices.plain() => {
+        (Place::Operations, _) if indices.plain() => {
             smooth_operations(&input, labels, (hit, rest), kind)?
         }
-        Place::Cpu if indices.on_cpu() => {
-            let labels = checked(&indices, cols)?;
+        (Place::Cpu, Some(labels)) => {
             let (loss, grad) = by_dtype!(dtype, E => {
                 fused::<E>(&input, Targets::Smooth { labels: &labels, hit, rest })?
             });

@@ -2,6 +2,7 @@
 
 use super::{Batch, CLASS, Settings};
 use crate::error::{Error, Result};
+use crate::ops::in_host_memory;
 use crate::ops::{fraction, positive};
 use crate::torch::Dtype;
 use crate::torch::input::Input;
@@ -46,7 +47,7 @@ impl Settings {
             return Err(im_k.wrong(&format!("have as many rows as im_q, {batch}")));
         }
         check_labels(&labels, batch)?;
-        if labels.on_cpu() {
+        if in_host_memory(&labels) {
             classes_of(&labels, self.classes)?;
         }
         check_queue(&Input::new(CLASS, "queue_list", queue_list)?, None, self)?;
@@ -93,7 +94,7 @@ impl<'a> Pointers<'a> {
     /// The positions, in range; `None` if reading them would wait for a device or is not
     /// possible.
     pub fn on_host(&self) -> Result<Option<Vec<i64>>> {
-        if !self.queue_ptr.on_cpu() {
+        if !in_host_memory(&self.queue_ptr) {
             return Ok(None);
         }
         let pointers = self.queue_ptr.integers()?;
@@ -178,8 +179,11 @@ impl<'a> Checked<'a> {
 
     /// The labels, in range; `None` if reading them would wait for a device or is not possible.
     pub fn on_host(&self, settings: Settings) -> Result<Option<Vec<usize>>> {
-        let enqueued = self.enqueued.as_ref().is_none_or(|labels| labels.on_cpu());
-        if !(self.labels.on_cpu() && enqueued) {
+        let enqueued = self
+            .enqueued
+            .as_ref()
+            .is_none_or(|labels| in_host_memory(labels));
+        if !(in_host_memory(&self.labels) && enqueued) {
             return Ok(None);
         }
         classes_of(&self.labels, settings.classes).map(Some)

@@ -15,6 +15,8 @@ pub(super) struct Matrices {
     b: Vec<f64>,
     alpha: Vec<f64>,
     epsilon: Vec<f64>,
+    /// The classes that they are of.
+    classes: Range<usize>,
 }
 
 impl Matrices {
@@ -25,6 +27,7 @@ impl Matrices {
             b: room(),
             alpha: room(),
             epsilon: room(),
+            classes: 0..0,
         }
     }
 
@@ -33,7 +36,7 @@ impl Matrices {
         [&self.delta, &self.b, &self.alpha, &self.epsilon].map(|of| &of[..size])
     }
 
-    /// Computes the matrices for `classes`.
+    /// Computes the matrices for `classes`, if they are of others. All else is the same in every call.
     pub(super) fn load<E: Element>(
         &mut self,
         pairs: Pairs<'_, E>,
@@ -41,6 +44,10 @@ impl Matrices {
         classes: &Range<usize>,
         threads: NonZeroUsize,
     ) {
+        if self.classes == *classes {
+            return;
+        }
+        self.classes = classes.clone();
         let width = classes.len();
         let shares = split(found.len(), threads);
         let rows = shares.iter();

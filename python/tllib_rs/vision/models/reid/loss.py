@@ -43,6 +43,8 @@ _opaque_distances = define(
     lambda x, y: _core.distances(x.detach(), y.detach()),
     lambda x, y: x.new_empty((x.shape[0], y.shape[0]), dtype=at_least_float32(x.dtype)),
 )
+
+
 def _distances_backward(incoming, x, y, out, wanted):
     grads = _core.distances_backward(incoming, x, y, out, wanted)
     return tuple(incoming.new_empty(0) if grad is None else grad for grad in grads)
@@ -65,9 +67,7 @@ _compiled_distances_backward = define(
 
 def _distances_gradients(ctx, kept, incoming):
     grads = _compiled_distances_backward(incoming, *kept, list(ctx.needs_input_grad))
-    return tuple(
-        grad if want else None for grad, want in zip(grads, ctx.needs_input_grad, strict=True)
-    )
+    return tuple(grad if want else None for grad, want in zip(grads, ctx.needs_input_grad, strict=True))
 
 
 differentiate(
@@ -208,7 +208,8 @@ def _side_by_side(y: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, 
             f"CrossEntropyLossWithLabelSmooth: labels must have shape {list(expected)}, got shape "
             f"{list(labels.shape)}"
         )
-    return y.movedim(1, -1).reshape(-1, y.shape[1]), labels.reshape(-1), math.prod(y.shape[2:])
+    rows = y.movedim(1, -1).reshape(math.prod(expected), y.shape[1])
+    return rows, labels.reshape(-1), math.prod(y.shape[2:])
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -289,9 +290,9 @@ class CrossEntropyLossWithLabelSmooth(nn.Module):
         positions = 1
         if isinstance(y, torch.Tensor) and y.dim() > 2 and isinstance(labels, torch.Tensor):
             y, labels, positions = _side_by_side(y, labels)
+        loss = smooth(y, labels, self.num_classes, self.epsilon)
         if positions == 0:
             return (y * 0).sum()
-        loss = smooth(y, labels, self.num_classes, self.epsilon)
         return loss if positions == 1 else loss * positions
 
     def extra_repr(self) -> str:
@@ -356,8 +357,9 @@ def _ranked(
 
 
 def _settings(loss: nn.Module) -> str:
-    """The arguments of a triplet loss, for ``repr``."""
-    return f"margin={loss.margin}, normalize_feature={loss.normalize_feature}"
+    """The arguments of a triplet loss, for ``repr``; the margin is the one that counts."""
+    ranking = getattr(loss, "margin_loss", getattr(loss, "ranking_loss", loss))
+    return f"margin={getattr(ranking, 'margin', loss.margin)}, normalize_feature={loss.normalize_feature}"
 
 
 class TripletLoss(nn.Module):
@@ -553,6 +555,7 @@ class SoftTripletLoss(nn.Module):
         self, features_1: torch.Tensor, features_2: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         _core.check_soft_triplet(features_1, features_2, labels, self.margin)
+        self._ranks.refuse_tangents(features_1)
         tensors = {"features_1": features_1, "labels": labels}
         if self.margin is None:
             tensors["features_2"] = features_2
