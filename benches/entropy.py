@@ -16,9 +16,17 @@ def _losses(_):
     }
 
 
+def _each(_):
+    """Squared, so that the rows' incoming gradients differ."""
+    return {
+        OURS: lambda p: entropy(p).square().sum(),
+        PLAIN: lambda p: plain(p).square().sum(),
+    }
+
+
 METHOD = Method(
     "entropy",
     loss_cases(_losses, probabilities(1)),
     footprints=[footprint(_losses, probabilities(1))],
-    families=[family(_losses, probabilities(1))],
+    families=[family(_losses, probabilities(1)), family(_each, probabilities(1), loss="each row")],
 )

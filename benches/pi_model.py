@@ -14,9 +14,21 @@ def _losses(_):
     return {OURS: L2ConsistencyLoss(), PLAIN: plain, TLLIB: tllib and tllib()}
 
 
+def _each(_):
+    """Squared, so that the rows' incoming gradients differ."""
+    loss = L2ConsistencyLoss("none")
+    return {
+        OURS: lambda p1, p2: loss(p1, p2).square().sum(),
+        PLAIN: lambda p1, p2: plain(p1, p2, reduction="none").square().sum(),
+    }
+
+
 METHOD = Method(
     "pi_model",
     loss_cases(_losses, probabilities(2), limit=1.0, differentiated=BOTH),
     footprints=[footprint(_losses, probabilities(2), differentiated=BOTH)],
-    families=[family(_losses, probabilities(2), differentiated=BOTH)],
+    families=[
+        family(_losses, probabilities(2), differentiated=BOTH),
+        family(_each, probabilities(2), differentiated=BOTH, loss="each row"),
+    ],
 )

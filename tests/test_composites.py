@@ -31,7 +31,7 @@ EXCEPT = {
     "uda": "",
     "flexmatch": "bad_update or bad_get_threshold or hundred_million or fork_while or made_in_a_dispatch_mode",
     "self_tuning": "strides_and_autocast or writes_between or bad_batches or bad_queues or labels_are_checked",
-    "compiled_losses": "",
+    "compiled_losses": "wrong_types",
     "compile": "refuses_before_anything_changes",
     "compiled_training": "",
     "training": "",

@@ -40,7 +40,7 @@ struct Call<'a> {
     out: Dtype,
 }
 
-/// The distance between the rows of `p1` and `p2`, (minibatch, C, ...), over dimension 1, times
+/// The squared distance between the rows of `p1` and `p2`, (minibatch, C, ...), over dimension 1, times
 /// `mask`, reduced. Differentiable with respect to all three.
 pub fn pi_model(p1: &Tensor, p2: &Tensor, mask: &Mask, reduction: Reduction) -> Result<Tensor> {
     let call = Call::new(p1, p2, mask, reduction)?;

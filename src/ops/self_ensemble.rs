@@ -75,7 +75,7 @@ fn same_rows(
     Ok(loss)
 }
 
-/// The backward pass on a device: there, the rows of the gradient, which are all equal, are only written in backward.
+/// The backward pass without a CPU kernel: the rows of the gradient, which are all equal, are only written there.
 struct SameRows {
     /// The gradient with respect to any row, in the dtype that the loss was computed in.
     slope: Tensor,

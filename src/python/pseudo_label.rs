@@ -3,7 +3,7 @@ use crate::ops::pseudo_label::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
-/// Loss, mask and pseudo labels of `y` with labels from `y_target`, both (minibatch, C).
+/// Loss, mask and pseudo labels of `y` with labels from `y_target`, both (minibatch, C, ...).
 #[pyfunction]
 pub fn pseudo_label(
     py: Python<'_>,

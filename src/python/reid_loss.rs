@@ -203,7 +203,7 @@ pub fn hardest(
     Ok((PyTensor(positive), PyTensor(negative)))
 }
 
-/// The cross entropy of `y` with the softmax of `labels`, both logits (N, C).
+/// The cross entropy of `y` with the softmax of `labels`, both logits (N, C, ...).
 #[pyfunction]
 pub fn soft_cross_entropy(
     py: Python<'_>,

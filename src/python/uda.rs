@@ -3,7 +3,7 @@ use crate::ops::uda::{self as ops, CLASS};
 use pyo3::prelude::*;
 use pyo3_tch::PyTensor;
 
-/// The consistency of `y_strong` with `y`, both (minibatch, C).
+/// The consistency of `y_strong` with `y`, both (minibatch, C, ...).
 #[pyfunction]
 pub fn uda(
     py: Python<'_>,

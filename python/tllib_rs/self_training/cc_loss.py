@@ -36,7 +36,7 @@ class CCConsistency(nn.Module):
 
     where :math:`N` comes from the weak and :math:`N'` from the strong logits. The weak side is not
     differentiated. If at most :math:`C / 8` rows are selected (:math:`C / 4` in float64 and where
-    :math:`B C^2` is small) no :math:`C \times C` matrix is formed.
+    :math:`n C^2` is small) no :math:`C \times C` matrix is formed.
 
     Args:
         temperature (float): :math:`T > 0`, divides the logits.

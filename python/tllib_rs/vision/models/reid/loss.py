@@ -314,7 +314,8 @@ class CrossEntropyLoss(nn.Module):
         - labels (tensor): unnormalized predictions of the other network, same shape.
 
     Returns:
-        A scalar in the dtype of the predictions (float32 in an autocast region). NaN for an empty batch.
+        A scalar in the dtype that both are promoted to (float32 in an autocast region). NaN for an empty
+        batch.
 
     Raises:
         TypeError: an input is not a floating-point tensor.
