@@ -20,6 +20,7 @@ use check::{Checked, Pointers};
 use node::{Held, Node};
 use plan::Plan;
 pub use queue::History;
+use std::sync::Arc;
 use tch::{Kind, Tensor};
 
 /// The class, for messages.
@@ -137,8 +138,9 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     let (out, snapshot) =
         no_grad(|| history.step(queue, queue_ptr, &entering, plan, wanted, forward))?;
     if let Some(snapshot) = snapshot {
-        let held = Held::new(snapshot, &keys, &batch.classes()?, settings)?;
-        let node = Node::<E>::new(&held, &out, labels, batch.h_q.f_kind()?)?;
+        let queue = Arc::new(snapshot);
+        let held = Held::new(queue.clone(), &keys, &batch.classes()?, settings)?;
+        let node = Node::<E>::new(&held, queue, &out, labels, batch.h_q.f_kind()?)?;
         held.attach(&out, batch.h_q, node, E::KIND)?;
     }
     Ok(out)

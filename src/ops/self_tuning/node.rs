@@ -35,7 +35,7 @@ unsafe impl Sync for Parts {}
 impl Held {
     /// Keys and labels (int64) are copied: the caller may write theirs before backward.
     pub fn new(
-        queue: Snapshot,
+        queue: Arc<Snapshot>,
         keys: &Tensor,
         labels: &Tensor,
         settings: Settings,
@@ -96,6 +96,7 @@ pub fn saved(out: &Tensor) -> Result<Saved> {
 /// The node's state.
 pub struct Node<E> {
     held: Held,
+    queue: Arc<Snapshot>,
     out: Saved,
     labels: Vec<usize>,
     /// The dtype of the queries.
@@ -105,9 +106,16 @@ pub struct Node<E> {
 
 impl<E> Node<E> {
     /// `out` is contiguous and of type `E`.
-    pub fn new(held: &Held, out: &Tensor, labels: Vec<usize>, kind: Kind) -> Result<Self> {
+    pub fn new(
+        held: &Held,
+        queue: Arc<Snapshot>,
+        out: &Tensor,
+        labels: Vec<usize>,
+        kind: Kind,
+    ) -> Result<Self> {
         Ok(Self {
             held: held.clone(),
+            queue,
             out: saved(out)?,
             labels,
             kind,
@@ -121,32 +129,36 @@ impl<E: Element<Acc = E> + Real + Stored> Backward for Node<E> {
         let out = self.out.get()?;
         let input = Input::new(CLASS, "grad_output", incoming)?;
         let grad = match input.rows::<E>() {
-            Some(rows) => self.fused(rows, out)?,
+            Some(rows) => {
+                let Parts { keys, settings, .. } = &*self.held.0;
+                let product = |scores: &mut Tensor| self.queue.times_transposed(scores);
+                fused(rows, out, (keys, &self.labels), *settings, product)?
+            }
             None => self.held.gradient(incoming, out)?,
         };
         Ok(vec![Some(grad.f_to_kind(self.kind)?)])
     }
 }
 
-impl<E: Element<Acc = E> + Real + Stored> Node<E> {
-    fn fused(&self, incoming: Rows<'_, E>, out: &Tensor) -> Result<Tensor> {
-        let Parts {
-            queue,
-            keys,
-            settings,
-            ..
-        } = &*self.held.0;
-        let scores = scores_gradient(incoming, out, &self.labels, *settings)?;
-        let width = scores.size2()?.1;
-        let mut grad = queue.times_transposed(&mut scores.f_narrow(1, 1, width - 1)?)?;
-        let _ = grad.f_addcmul_(&scores.f_narrow(1, 0, 1)?, keys)?;
-        Ok(grad)
-    }
+/// The gradient of the queries. `times_transposed` multiplies that of the queue's scores, which it may overwrite, by the
+/// transposed queue. `out` is contiguous and of type `E`, as are the keys.
+pub fn fused<E: Element<Acc = E> + Real + Stored>(
+    incoming: Rows<'_, E>,
+    out: &Tensor,
+    (keys, labels): (&Tensor, &[usize]),
+    settings: Settings,
+    times_transposed: impl FnOnce(&mut Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let scores = scores_gradient(incoming, out, labels, settings)?;
+    let width = scores.size2()?.1;
+    let mut grad = times_transposed(&mut scores.f_narrow(1, 1, width - 1)?)?;
+    let _ = grad.f_addcmul_(&scores.f_narrow(1, 0, 1)?, keys)?;
+    Ok(grad)
 }
 
 /// The gradient of the scores: of the own key, then of the queue in the order of its columns.
 /// `out` is contiguous and of type `E`.
-pub fn scores_gradient<E: Element<Acc = E> + Real + Stored>(
+fn scores_gradient<E: Element<Acc = E> + Real + Stored>(
     incoming: Rows<'_, E>,
     out: &Tensor,
     labels: &[usize],

@@ -2,7 +2,7 @@
 //! backward needs, including a copy of the queue.
 
 use super::check::{Checked, Pointers};
-use super::node::{gradient, scores_gradient};
+use super::node::{self, gradient};
 use super::plan::Plan;
 use super::{Batch, CLASS, Settings, device, formula, scores};
 use crate::error::Result;
@@ -84,15 +84,12 @@ fn fused<E: Element<Acc = E> + Real + Stored>(
     let (incoming, out, keys) = (of_kind(incoming)?, of_kind(out)?, of_kind(batch.h_k)?);
     let input = Input::new(CLASS, "grad_output", &incoming)?;
     let rows = input.dense_rows::<E>()?;
-    let scores = scores_gradient(rows, &out, labels, settings)?;
-    let (height, width) = scores.size2()?;
-    let queue = batch.queue_list.f_detach()?;
-    let (dim, _) = queue.size2()?;
-    let mut grad = Owned::<E>::new(&[height, dim])?.into_tensor();
-    let scores_of_queue = scores.f_narrow(1, 1, width - 1)?;
-    multiply(&scores_of_queue, &queue.f_tr()?, &grad, How::default())?;
-    let _ = grad.f_addcmul_(&scores.f_narrow(1, 0, 1)?, &keys)?;
-    Ok(grad)
+    node::fused(rows, &out, (&keys, labels), settings, |scores| {
+        let queue = batch.queue_list.f_detach()?;
+        let grad = Owned::<E>::new(&[scores.size2()?.0, queue.size2()?.0])?.into_tensor();
+        multiply(scores, &queue.f_tr()?, &grad, How::default())?;
+        Ok(grad)
+    })
 }
 
 /// Puts the keys of a batch into the queue, at its pointers, and advances these.

@@ -145,8 +145,8 @@ impl Snapshot {
         restored(&self.changes()?)
     }
 
-    /// [`Past::times_transposed`].
-    fn times_transposed(&self, grad: &mut Tensor) -> Result<Tensor> {
+    /// `grad` (minibatch, N; overwritten) times the transposed queue as it was, (minibatch, D).
+    pub fn times_transposed(&self, grad: &mut Tensor) -> Result<Tensor> {
         let _lock = self.history.lock();
         let changes = self.changes()?;
         let queue = &self.since.queue;
@@ -174,7 +174,7 @@ impl Snapshot {
 /// The queue as it was before a step, for the graph of that step.
 pub enum Past {
     /// Reconstructed from what later steps replaced.
-    Changed(Snapshot),
+    Changed(Arc<Snapshot>),
     /// Copied, on a device: whether the new keys are finite cannot be queried there, and other streams
     /// may write the queue while backward would read it.
     Copied(Tensor),
@@ -186,18 +186,6 @@ impl Past {
         match self {
             Self::Changed(snapshot) => snapshot.restored(),
             Self::Copied(queue) => Ok(queue.shallow_clone()),
-        }
-    }
-
-    /// `grad` (minibatch, N; overwritten) times the transposed queue as it was, (minibatch, D).
-    pub fn times_transposed(&self, grad: &mut Tensor) -> Result<Tensor> {
-        match self {
-            Self::Changed(snapshot) => snapshot.times_transposed(grad),
-            Self::Copied(queue) => {
-                let shape = [grad.size2()?.0, queue.size2()?.0];
-                let out = Tensor::f_empty(shape, (grad.f_kind()?, grad.device()))?;
-                Ok(grad.f_mm_out(&out, &queue.f_tr()?)?)
-            }
         }
     }
 }
