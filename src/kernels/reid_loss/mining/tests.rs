@@ -67,7 +67,13 @@ fn mined<F: Element<Acc = F> + Real>(
 
 #[test]
 fn finds_what_a_plain_search_finds() {
-    let (n, dim) = (37, 19);
+    // Fewer candidates than are compared at once, as many, and more.
+    for n in [7, 32, 37, 64, 101] {
+        plain_search(n, 19);
+    }
+}
+
+fn plain_search(n: usize, dim: usize) {
     let x = features(n, dim, 0.0);
     let labels: Vec<i64> = (0..n as i64).map(|i| i * i % 7 - 3).collect();
     let d = |i: usize, j: usize| {
