@@ -96,6 +96,28 @@ fn plain_search(n: usize, dim: usize) {
 }
 
 #[test]
+fn any_labels_are_numbered_in_the_order_of_their_first_occurrence() {
+    // Close to each other, far apart, and too far apart to be subtracted.
+    for labels in [
+        [7, -2, 7, 3, -2, 8],
+        [7000, -2000, 7000, 3, -2000, 8],
+        [i64::MAX, i64::MIN, i64::MAX, 3, i64::MIN, -1],
+    ] {
+        let own = Identities::new(&labels, None);
+        assert_eq!(own.anchors, [0, 1, 0, 2, 1, 3]);
+        assert_eq!(
+            (own.anchors, own.counts),
+            (own.candidates, vec![2, 2, 1, 1])
+        );
+        let other = Identities::new(&labels[2..4], Some(&labels));
+        assert_eq!(other.anchors, [0, 1]);
+        assert_eq!(other.candidates, [0, 2, 0, 1, 2, 3]);
+        assert_eq!(other.counts, [2, 1, 2, 1]);
+    }
+    assert!(Identities::new(&[], None).counts.is_empty());
+}
+
+#[test]
 fn a_common_offset_does_not_change_the_pairs() {
     let (n, dim) = (16, 8);
     let labels: Vec<i64> = (0..n as i64).map(|i| i / 4).collect();
