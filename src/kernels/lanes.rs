@@ -167,8 +167,7 @@ pub fn exp_shifted<I: Isa, F: Real>(
         set(e, |k| ((z[k] - shift[k]) * scale).exp_nonpositive::<I>());
         each_lane(|k| total[k] += e[k].to_f64());
     }
-    // A copy, for the sums to stay in registers wherever the caller keeps them.
-    held(total)
+    total
 }
 
 /// Writes the class of each row into `out`, which has a place for at most [`LANES`].

@@ -330,8 +330,7 @@ mod tests {
 
     #[test]
     fn a_label_without_a_chance_leaves_the_other_rows_alone() {
-        // Three classes, and label 1 in each of 19 rows. Where its logit is minus infinity, so is its logarithm; with no
-        // target on the label itself, the others decide.
+        // Three classes, and label 1 in each of 19 rows.
         let mut z = logits(19 * 3, 5);
         let exact = |z: &[f64], rest: f64| {
             let mut t = vec![rest; z.len()];

@@ -20,7 +20,9 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
         let mut grad = Tile::new(cols);
         let mut total = [0.0; LANES];
         for (rows, here) in tiles(sweep.range.clone()) {
-            let p = Softmax::of::<I, _>(&sweep.logits, rows.clone(), E::Acc::ONE, &mut own);
+            let mut p = Softmax::of::<I, _>(&sweep.logits, rows.clone(), E::Acc::ONE, &mut own);
+            // A copy: in place, half of the sums would be kept in memory while they are made.
+            p.total = held(p.total);
             let wanted = sweep.grad.is_some().then_some(&mut grad[..]);
             let values = match sweep.targets {
                 Targets::Logits(targets) => {
