@@ -125,10 +125,10 @@ pub fn finish<E: Element>(
 ) -> Loss {
     let Swept { sums, kept, ranges } = swept;
     let cols = logits.cols();
-    // |dL/dz| <= 4 / T, from s_c >= w_i p_ic.
-    let scale = stored_scale::<E>(4.0 / temperature);
     let mut slopes = grad.is_some().then(|| Slopes::<E::Acc>::new(cols));
     let value = total(&sums, slopes.as_mut(), ranges.len()) / cols as f64;
+    let bound = slopes.as_ref().map_or(0.0, Slopes::bound);
+    let scale = stored_scale::<E>(bound / temperature);
 
     if let Some(Slopes { ratio, inverse }) = &slopes {
         let narrow = lanes::narrow(&ranges, cols, NARROW);
