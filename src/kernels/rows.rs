@@ -11,6 +11,8 @@ mod spread;
 pub use in_turn::Scratch;
 pub use spread::Spread;
 
+/// Bytes that a processor's caches load together.
+pub const CACHE_LINE: usize = 64;
 /// Elements that are put side by side before they are converted.
 const APART: usize = 64;
 
