@@ -197,6 +197,20 @@ def test_more_dimensions_and_empty_batches():
     assert no_classes.grad.shape == (3, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 3, 7, 40])
+def test_an_incoming_gradient_for_each_row(width, dtype):
+    # As many rows as several groups of them, an incoming gradient with a stride, and one of no elements.
+    for rows in (1100, 0):
+        p1, p2 = (torch.rand(rows, width).to(dtype).requires_grad_() for _ in range(2))
+        incoming = torch.rand(2 * rows).to(dtype)[::2]
+        got = torch.autograd.grad(L2ConsistencyLoss("none")(p1, p2), (p1, p2), incoming)
+        expected = 2 * (p1.double() - p2.double()) * incoming.double().unsqueeze(1)
+        # The stored gradient is rounded once before it is multiplied, and once after.
+        for grad, value in zip(got, (expected, -expected), strict=True):
+            torch.testing.assert_close(grad.double(), value, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
 def test_small_float16_gradients_survive_a_large_mean():
     p1 = torch.full((65_536, 2), 0.5, dtype=torch.float16, requires_grad=True)
     L2ConsistencyLoss()(p1, p1.detach() - 0.25).backward(torch.tensor(1024.0, dtype=torch.float16))

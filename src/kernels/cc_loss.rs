@@ -34,7 +34,7 @@ mod narrow;
 use super::element::{Element, round_to, stored_scale};
 use super::isa::{Isa, Kernel};
 use super::lanes;
-use super::mcc::entropy;
+use super::mcc::ENTROPY_EPSILON;
 use super::parallel::{run, split};
 use super::real::Real;
 use super::reduce;
@@ -209,10 +209,8 @@ impl Sums {
     }
 
     fn add(&mut self, other: &Self) {
-        let sums = self.weak.iter_mut().chain(&mut self.strong);
-        for (sum, part) in sums.zip(other.weak.iter().chain(&other.strong)) {
-            *sum += part;
-        }
+        reduce::add(&mut self.weak, &other.weak);
+        reduce::add(&mut self.strong, &other.strong);
     }
 
     /// Whether a class is so rare that a term of its gradient would be out of range of `F`.
@@ -316,6 +314,19 @@ fn softmax<I: Isa, F: Real>(z: &[F], inverse_t: f64, p: &mut [f64], sums: &mut [
         reciprocal,
         root,
     }
+}
+
+/// `-sum_c p_c ln(p_c + 1e-5)` of probabilities.
+#[inline(always)]
+fn entropy<I: Isa, F: Real>(p: &[F]) -> f64 {
+    -reduce::sum_of(p, |p| p_ln_p::<I, _>(p))
+}
+
+/// `p ln(p + 1e-5)`. The sum in the logarithm is a normal number; where it is NaN, so is the factor in
+/// front.
+#[inline(always)]
+fn p_ln_p<I: Isa, F: Real>(p: F) -> F {
+    p * (p + F::of(ENTROPY_EPSILON)).ln_normal::<I>(F::ZERO)
 }
 
 #[cfg(test)]

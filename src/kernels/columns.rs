@@ -5,6 +5,7 @@ use super::element::Element;
 use super::isa::{Isa, Kernel, dispatch};
 use super::parallel::{cut_optional, run, split};
 use super::real::Real;
+use super::reduce;
 use super::rows::{Rows, Scratch};
 use std::array::from_fn;
 use std::marker::PhantomData;
@@ -58,9 +59,7 @@ pub fn sweep<E: Element, T: Each<N>, const N: usize>(
         .collect();
     sums.fill(0.0);
     for part in run(jobs) {
-        for (sum, part) in sums.iter_mut().zip(part) {
-            *sum += part;
-        }
+        reduce::add(sums, &part);
     }
 }
 

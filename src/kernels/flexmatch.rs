@@ -11,6 +11,7 @@
 //! a class).
 
 use super::parallel::{run, split};
+use super::reduce;
 use super::rows::prefetch;
 use std::num::NonZeroUsize;
 
@@ -79,15 +80,9 @@ fn tally<L: Label>(outputs: &[L], classes: usize) -> Result<Vec<i64>, OutOfRange
     let mut tables = counts.chunks_exact(width);
     let mut sum = tables.next().map_or_else(Vec::new, <[i64]>::to_vec);
     for table in tables {
-        add(&mut sum, table);
+        reduce::add(&mut sum, table);
     }
     Ok(sum)
-}
-
-fn add(sum: &mut [i64], counts: &[i64]) {
-    for (s, c) in sum.iter_mut().zip(counts) {
-        *s += c;
-    }
 }
 
 impl Counts {
@@ -108,7 +103,7 @@ impl Counts {
                 position: part.start + stray.position,
                 ..stray
             })?;
-            add(&mut counts, &found);
+            reduce::add(&mut counts, &found);
         }
         Ok(Self::from_raw(counts))
     }

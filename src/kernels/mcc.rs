@@ -23,7 +23,7 @@ use super::lanes;
 use super::parallel::{cut_optional, run, split};
 use super::real::Real;
 use super::reduce;
-use super::rows::{Rows, store_row};
+use super::rows::{CACHE_LINE, Rows, store_row};
 mod classes;
 mod narrow;
 mod sums;
@@ -125,10 +125,10 @@ pub fn finish<E: Element>(
 ) -> Loss {
     let Swept { sums, kept, ranges } = swept;
     let cols = logits.cols();
-    // |dL/dz| <= 4 / T, from s_c >= w_i p_ic.
-    let scale = stored_scale::<E>(4.0 / temperature);
     let mut slopes = grad.is_some().then(|| Slopes::<E::Acc>::new(cols));
     let value = total(&sums, slopes.as_mut(), ranges.len()) / cols as f64;
+    let bound = slopes.as_ref().map_or(0.0, Slopes::bound);
+    let scale = stored_scale::<E>(bound / temperature);
 
     if let Some(Slopes { ratio, inverse }) = &slopes {
         let narrow = lanes::narrow(&ranges, cols, NARROW);
@@ -243,19 +243,6 @@ fn weigh<I: Isa, F: Real>(exps: &[F], rows: &mut [Row<F>], p: &mut [F]) {
     }
 }
 
-/// `-sum_c p_c ln(p_c + 1e-5)` of probabilities.
-#[inline(always)]
-pub(super) fn entropy<I: Isa, F: Real>(p: &[F]) -> f64 {
-    -reduce::sum_of(p, |p| p_ln_p::<I, _>(p))
-}
-
-/// `p ln(p + 1e-5)`. The sum in the logarithm is a normal number; where it is NaN, so is the factor in
-/// front.
-#[inline(always)]
-fn p_ln_p<I: Isa, F: Real>(p: F) -> F {
-    p * (p + F::of(ENTROPY_EPSILON)).ln_normal::<I>(F::ZERO)
-}
-
 /// Second sweep: the gradient, from the probabilities that the first one left in `out`, or from
 /// the logits again where a half type could not hold them.
 struct Gradient<'a, E: Element> {
@@ -313,8 +300,7 @@ const PAGE: usize = 4096;
 /// same index or behind it.
 #[inline(always)]
 fn apart<'a, F>(room: &'a mut [F], count: usize, other: &[F]) -> &'a mut [F] {
-    let line = 64;
-    let distance = (other.as_ptr() as usize).wrapping_sub(room.as_ptr() as usize + line);
+    let distance = (other.as_ptr() as usize).wrapping_sub(room.as_ptr() as usize + CACHE_LINE);
     let start = distance % PAGE / size_of::<F>();
     &mut room[start..start + count]
 }

@@ -138,7 +138,10 @@ mod tests {
 
     #[test]
     fn every_width() {
-        for (rows, cols) in [(1, 1), (16, 2), (19, 3), (700, 7), (5, 33), (3, 5000)] {
+        let few = [(1, 1), (16, 2), (19, 3), (5, 33), (3, 5000)];
+        // Several groups of rows whose factors are spread together.
+        let many = [(1500, 1), (700, 4), (700, 7), (60, 31)];
+        for (rows, cols) in few.into_iter().chain(many) {
             let number = |k: usize, step: usize| ((k * step) % 17) as f64 / 16.0;
             let a: Vec<f64> = (0..rows * cols).map(|k| number(k, 5)).collect();
             let b: Vec<f64> = (0..rows * cols).map(|k| number(k, 7)).collect();

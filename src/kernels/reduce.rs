@@ -4,7 +4,7 @@
 use super::isa::Isa;
 use super::real::Real;
 use std::array::from_fn;
-use std::ops::Add;
+use std::ops::{Add, AddAssign};
 
 /// Independent accumulators. So many that the loop over them is not unrolled before it is vectorized: whether
 /// LLVM vectorizes a hundred unrolled scalar instructions is uncertain. As it knows their number, it needs
@@ -193,6 +193,14 @@ fn before<const N: usize, F: Real>(row: &[F], found: &impl Fn(F) -> bool) -> usi
         }
     }
     chunks.len() * N
+}
+
+/// Adds `part` to `sums`, element by element.
+#[inline(always)]
+pub fn add<T: Copy + AddAssign>(sums: &mut [T], part: &[T]) {
+    for (sum, &part) in sums.iter_mut().zip(part) {
+        *sum += part;
+    }
 }
 
 /// The sum of all lanes, the last steps in f64.

@@ -1,12 +1,18 @@
 //! A matrix in memory that somebody else owns: any strides, any element type.
 
 use super::element::Element;
+use super::isa::{Isa, Kernel, dispatch};
+use super::real::Real;
 use std::marker::PhantomData;
 mod in_turn;
 mod side_by_side;
+mod spread;
 
 pub use in_turn::Scratch;
+pub use spread::Spread;
 
+/// Bytes that a processor's caches load together.
+pub const CACHE_LINE: usize = 64;
 /// Elements that are put side by side before they are converted.
 const APART: usize = 64;
 
@@ -267,6 +273,27 @@ pub fn prefetch<T>(address: *const T) {
 pub fn store_row<E: Element>(values: &[E::Acc], scale: E::Acc, out: &mut [E]) {
     for (o, &v) in out.iter_mut().zip(values) {
         *o = E::store(v * scale);
+    }
+}
+
+/// Rounds `values` into `out`.
+pub fn round<E: Element>(values: &[f64], out: &mut [E]) {
+    dispatch(Round { values, out });
+}
+
+struct Round<'a, 'b, E> {
+    values: &'a [f64],
+    out: &'b mut [E],
+}
+
+impl<E: Element> Kernel for Round<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self) {
+        for (o, &value) in self.out.iter_mut().zip(self.values) {
+            *o = E::store(E::Acc::of(value));
+        }
     }
 }
 

@@ -80,7 +80,7 @@ pub fn column_sums<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64
         })
         .collect();
     for part in run(jobs) {
-        add(&mut sums, &part);
+        reduce::add(&mut sums, &part);
     }
     sums
 }
@@ -88,12 +88,6 @@ pub fn column_sums<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64
 /// Whether a sum takes one column after the other.
 fn by_columns<E: Element>(p: &Rows<'_, E>) -> bool {
     p.column_major() && p.rows() >= TALL
-}
-
-fn add(sums: &mut [f64], part: &[f64]) {
-    for (sum, part) in sums.iter_mut().zip(part) {
-        *sum += part;
-    }
 }
 
 /// Adds every row to `sums`.
@@ -123,7 +117,7 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
             let mut partial = vec![0.0; group * cols];
             add_rows(wide, &mut partial);
             for part in partial.chunks_exact(cols) {
-                add(sums, part);
+                reduce::add(sums, part);
             }
             start = wide.rows() * group;
         } else if cols <= NARROW {
@@ -216,7 +210,7 @@ fn add_narrow<E: Element, const N: usize>(p: Rows<'_, E>, sums: &mut [f64]) {
             *sum += p.element(i, c).to_f64();
         }
     }
-    add(sums, &total);
+    reduce::add(sums, &total);
 }
 
 /// The loss over `rows` rows with these means, and the gradient with respect to any one of them.

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::parallel::threads_for;
 use crate::kernels::real::Real;
+use crate::kernels::rows::Rows;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::{Kind, Tensor};
@@ -397,15 +398,19 @@ fn numbers(input: &Input<'_>, rows: Option<i64>) -> Option<Vec<f64>> {
     let (count, stride) = match (input.shape(), input.strides()) {
         ([], _) => (1, 0),
         (&[n], &[0]) if n > 0 => (1, 0),
-        (&[n], &[stride]) if Some(n) == rows => (n as isize, stride as isize),
+        (&[n], &[stride]) if Some(n) == rows => (n as usize, stride as isize),
         _ => return None,
     };
     let dtype = input.dtype().filter(|_| input.on_cpu())?;
+    if count == 0 {
+        return Some(Vec::new()); // the address may be null
+    }
     by_dtype!(dtype, E => {
-        let data = input.data().cast::<E>();
+        let data = input.data().cast_const().cast::<E>();
         // SAFETY: an ordinary tensor of `count` elements of type `E`, `stride` apart.
-        let value = |k| unsafe { *data.offset(k * stride) }.load().to_f64();
-        Some((0..count).map(value).collect())
+        let values = unsafe { Rows::strided(data, (1, count), (0, stride)) };
+        let mut scratch = values.scratch();
+        Some(values.in_turn(0, &mut scratch).iter().map(|value| value.to_f64()).collect())
     })
 }
 

@@ -4,6 +4,7 @@ use super::{Dtype, Stored, Without, by_dtype};
 use crate::error::Result;
 use crate::kernels::element::Element;
 use crate::kernels::real::Real;
+use crate::kernels::rows;
 use std::marker::PhantomData;
 use tch::{Device, Tensor};
 
@@ -70,9 +71,7 @@ pub fn scalar(value: f64, dtype: Dtype) -> Result<Tensor> {
 pub fn vector(values: &[f64], dtype: Dtype) -> Result<Tensor> {
     by_dtype!(dtype, E => {
         let mut out = Owned::<E>::new(&[values.len() as i64])?;
-        for (o, &value) in out.slice().iter_mut().zip(values) {
-            *o = E::store(<E as Element>::Acc::of(value));
-        }
+        rows::round(values, out.slice());
         Ok(out.into_tensor())
     })
 }

@@ -3,11 +3,10 @@
 use super::super::element::Element;
 use super::super::quad::Quad;
 use super::super::real::Real;
-use super::super::rows::store_row;
+use super::super::rows::{CACHE_LINE, store_row};
 use super::{LANES, Lanes};
 use std::ops::{Deref, DerefMut, Range};
 
-const CACHE_LINE: usize = 64;
 /// Rows and columns that are transposed at a time.
 const STEP: usize = 4;
 

@@ -25,6 +25,16 @@ impl<F: Real> Slopes<F> {
             inverse: vec![F::ZERO; count],
         }
     }
+
+    /// No `|dL/dz_ic| T` is above this.
+    pub(super) fn bound(&self) -> f64 {
+        // `dL/dp_ic` is between -2 and 1 times `w_i / (C s_c)`, and `w_i <= 2`: it differs from its mean over the row
+        // by at most `1 - p_ic` times `6 / (C s)`, with the least `s`. And `p (1 - p) <= 1/4`.
+        let largest = self.inverse.iter().fold(F::ZERO, |a, &i| i.larger(a));
+        let by_sums = 1.5 * largest.to_f64() / self.inverse.len() as f64;
+        // From `s_c >= w_i p_ic`.
+        by_sums.min(4.0)
+    }
 }
 
 /// `sum_c e_c / s_c`, with 1 for a class that is absent, and NaN if all are: then there was no row. Also writes what

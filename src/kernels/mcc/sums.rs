@@ -3,6 +3,7 @@
 use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::parallel::{cut, run, split_classes};
 use super::super::real::Real;
+use super::super::reduce;
 use super::{FLUSH, Lead, Row};
 
 /// `s_c` and `e_c` per class. The sums of several batches add up to those over all their rows.
@@ -51,9 +52,7 @@ impl Kernel for Add<'_, '_> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         for (sums, parts) in self.0.into_iter().zip(self.1) {
-            for (sum, part) in sums.iter_mut().zip(parts) {
-                *sum += part;
-            }
+            reduce::add(sums, parts);
         }
     }
 }

@@ -226,6 +226,31 @@ fn lower_precisions_agree_with_f64() {
 }
 
 #[test]
+fn float16_gradients_use_its_range_and_stay_within() {
+    let largest = |rows: usize, cols: usize, spread: f64, t: f64| {
+        let z: Vec<F16> = (0..rows * cols)
+            .map(|k| ((k * 7919 + k / cols * 31 + 13) % 101) as f64 / 50.0 - 1.0)
+            .map(|z| F16::store((spread * z) as f32))
+            .collect();
+        let mut grad = vec![F16(0); z.len()];
+        let view = Rows::contiguous(&z, rows, cols).unwrap();
+        mcc(view, t, Some(&mut grad), NonZeroUsize::MIN);
+        grad.iter().fold(0.0f32, |a, g| a.max(g.load().abs()))
+    };
+    for (rows, cols) in [(1, 3), (2, 2), (2, 60), (64, 10), (300, 100)] {
+        for spread in [0.01, 1.0, 8.0, 200.0] {
+            for t in [0.05, 1.0, 20.0] {
+                let found = largest(rows, cols, spread, t);
+                assert!(found <= 16_400.0, "{rows} {cols} {spread} {t}: {found}");
+            }
+        }
+    }
+    // In a large batch every element of the gradient is small: the bound 4 / T leaves less than 0.01.
+    assert!(largest(300, 100, 1.0, 2.0) > 0.5);
+    assert!(largest(3000, 20, 1.0, 2.0) > 0.5);
+}
+
+#[test]
 fn absent_classes_have_the_limit_and_nan_stays() {
     let z = [800.0f32, 0.0, -800.0, 0.0, 800.0, -800.0];
     let mut grad = [1.0f32; 6];

@@ -1,10 +1,10 @@
 //! The sweep over narrow rows, many at a time; their sums are taken side by side.
 
 use super::super::element::Element;
-use super::super::isa::{Isa, Kernel};
+use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::lanes::{Narrow, sums_of_squares};
 use super::super::real::Real;
-use super::super::rows::store_row;
+use super::super::rows::{Spread, store_row};
 use super::Sweep;
 
 impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
@@ -33,20 +33,55 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
                 *d = a - b;
             }
             sums_of_squares(difference, &mut out.distances[here.clone()]);
-            for (grad, factor) in [(&mut out.grad_a, factor), (&mut out.grad_b, -factor)] {
-                let Some(grad) = grad.as_deref_mut() else {
-                    continue;
-                };
-                let grad = &mut grad[here.start * cols..here.end * cols];
-                let Some(mask) = mask else {
-                    store_row(difference, E::Acc::of(2.0 * factor), grad);
-                    continue;
-                };
-                let each = grad
-                    .chunks_exact_mut(cols)
-                    .zip(difference.chunks_exact(cols));
-                for ((grad, difference), m) in each.zip(&mask[rows.clone()]) {
-                    store_row(difference, E::Acc::of(2.0 * factor * m), grad);
+            let mut grads = [&mut out.grad_a, &mut out.grad_b].map(|grad| {
+                let grad = grad.as_deref_mut()?;
+                Some(&mut grad[here.start * cols..here.end * cols])
+            });
+            match mask {
+                Some(mask) => dispatch(Weighted {
+                    difference,
+                    mask: &mask[rows],
+                    factor: 2.0 * factor,
+                    grads,
+                }),
+                None => {
+                    for (grad, sign) in grads.iter_mut().zip([1.0, -1.0]) {
+                        if let Some(grad) = grad {
+                            store_row(difference, E::Acc::of(sign * 2.0 * factor), grad);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Writes the gradients of some rows where each has a factor of its own. Compiled separately from the sums, which would
+/// otherwise lose registers to it.
+struct Weighted<'a, 'b, E: Element> {
+    difference: &'a [E::Acc],
+    mask: &'a [f64],
+    factor: f64,
+    grads: [Option<&'b mut [E]>; 2],
+}
+
+impl<E: Element> Kernel for Weighted<'_, '_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(mut self) {
+        let cols = self.difference.len() / self.mask.len();
+        let mut spread = Spread::new(cols);
+        let rows = spread.rows();
+        let groups = self.difference.chunks(rows * cols);
+        for (k, (difference, mask)) in groups.zip(self.mask.chunks(rows)).enumerate() {
+            let factors = spread.each(mask, self.factor);
+            for (grad, sign) in self.grads.iter_mut().zip([E::Acc::ONE, -E::Acc::ONE]) {
+                if let Some(grad) = grad {
+                    let grad = &mut grad[k * rows * cols..];
+                    for ((g, &d), &factor) in grad.iter_mut().zip(difference).zip(factors) {
+                        *g = E::store(d * factor * sign);
+                    }
                 }
             }
         }

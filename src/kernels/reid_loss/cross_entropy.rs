@@ -329,6 +329,32 @@ mod tests {
     }
 
     #[test]
+    fn a_label_without_a_chance_leaves_the_other_rows_alone() {
+        // Three classes, and label 1 in each of 19 rows.
+        let mut z = logits(19 * 3, 5);
+        let exact = |z: &[f64], rest: f64| {
+            let mut t = vec![rest; z.len()];
+            t.iter_mut().skip(1).step_by(3).for_each(|t| *t = 0.25);
+            plain(z, &t, 3).0
+        };
+        let value = |z: &[f64], rest: f64| {
+            let targets = Targets::Smooth {
+                labels: &[1; 19],
+                hit: 0.25 - rest,
+                rest,
+            };
+            let rows = Rows::contiguous(z, 19, 3).unwrap();
+            cross_entropy(rows, targets, None, NonZeroUsize::MIN).value
+        };
+        assert!((value(&z, 0.1) - exact(&z, 0.1)).abs() < 1e-14);
+        z[3 * 5 + 1] = f64::NEG_INFINITY;
+        // `0.25 - rest` times minus infinity would be plus infinity, and the sum NaN.
+        assert!(value(&z, 0.5) == f64::INFINITY && value(&z, 0.1) == f64::INFINITY);
+        z[3 * 5 + 1] = f64::NAN;
+        assert!(value(&z, 0.1).is_nan());
+    }
+
+    #[test]
     fn nothing_and_infinity() {
         let labels = Targets::Smooth {
             labels: &[0],

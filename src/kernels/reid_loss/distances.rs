@@ -136,9 +136,7 @@ pub fn factors<F: Element<Acc = F> + Real>(
     let (mut of_rows, mut of_columns) = (Vec::with_capacity(incoming.rows()), vec![0.0; cols]);
     for (rows, part) in run(jobs) {
         of_rows.extend(rows);
-        for (sum, part) in of_columns.iter_mut().zip(part) {
-            *sum += part;
-        }
+        reduce::add(&mut of_columns, &part);
     }
     (of_rows, of_columns.into_iter().map(F::of).collect())
 }

@@ -34,6 +34,9 @@ pub use search::Seen;
 /// compared again.
 pub const ERROR: f64 = 16.0;
 
+/// Labels whose range is less than so many times their number are looked up in a table, and not in a hash map.
+const DENSE: usize = 4;
+
 /// The identities of anchors and candidates, as small numbers.
 pub struct Identities {
     anchors: Vec<u32>,
@@ -45,15 +48,50 @@ pub struct Identities {
 impl Identities {
     /// From any labels. Without `candidates` the anchors are the candidates.
     pub fn new(anchors: &[i64], candidates: Option<&[i64]>) -> Self {
-        let mut known = HashMap::new();
-        let mut number = |label: &i64| {
-            let next = known.len() as u32;
-            *known.entry(*label).or_insert(next)
+        let (least, most) = [Some(anchors), candidates]
+            .into_iter()
+            .flatten()
+            .map(|labels| dispatch(Extremes(labels)))
+            .fold((i64::MAX, i64::MIN), |(least, most), (low, high)| {
+                (least.min(low), most.max(high))
+            });
+        let count = anchors.len() + candidates.map_or(0, <[i64]>::len);
+        // `None` if the difference is too large for the type, and without labels.
+        match most.checked_sub(least).map(usize::try_from) {
+            Some(Ok(span)) if span < count.saturating_mul(DENSE) => {
+                let mut table = vec![u32::MAX; span + 1];
+                Self::numbered(anchors, candidates, |label, next| {
+                    let number = &mut table[(label - least) as usize];
+                    *number = next.min(*number);
+                    *number
+                })
+            }
+            _ => {
+                let mut known = HashMap::new();
+                Self::numbered(anchors, candidates, |label, next| {
+                    *known.entry(label).or_insert(next)
+                })
+            }
+        }
+    }
+
+    /// Numbers the labels in the order in which they first occur. `number(label, next)` is the number that the label
+    /// was given, `next` the first time.
+    fn numbered(
+        anchors: &[i64],
+        candidates: Option<&[i64]>,
+        mut number: impl FnMut(i64, u32) -> u32,
+    ) -> Self {
+        let mut next = 0;
+        let mut number = |&label: &i64| {
+            let number = number(label, next);
+            next += u32::from(number == next);
+            number
         };
         let anchors: Vec<u32> = anchors.iter().map(&mut number).collect();
         let candidates =
             candidates.map_or_else(|| anchors.clone(), |c| c.iter().map(&mut number).collect());
-        let mut counts = vec![0; known.len()];
+        let mut counts = vec![0; next as usize];
         for &identity in &candidates {
             counts[identity as usize] += 1;
         }
@@ -80,6 +118,22 @@ impl Identities {
                 Who::All
             },
         )
+    }
+}
+
+/// The least and the largest of some numbers.
+struct Extremes<'a>(&'a [i64]);
+
+impl Kernel for Extremes<'_> {
+    type Output = (i64, i64);
+
+    #[inline(always)]
+    fn run<I: Isa>(self) -> (i64, i64) {
+        let (mut least, mut most) = (i64::MAX, i64::MIN);
+        for &number in self.0 {
+            (least, most) = (least.min(number), most.max(number));
+        }
+        (least, most)
     }
 }
 

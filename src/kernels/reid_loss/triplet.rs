@@ -27,6 +27,9 @@ use super::{CLAMP, OFFSET, SMALLEST_NORM, distance, squared_distance};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+/// Independent sums of an inner product.
+const SUMS: usize = 32;
+
 /// Which loss.
 #[derive(Clone, Copy, Debug)]
 pub enum Objective {
@@ -296,7 +299,7 @@ impl<F: Element<Acc = F> + Real, E: Element<Acc = F>> Kernel for Sweep<'_, '_, F
                     norm
                 };
                 if !(norm < SMALLEST_NORM) {
-                    along = sum.iter().zip(own).map(|(s, u)| s * u.to_f64()).sum();
+                    along = inner(&sum, own);
                 }
             }
             let factor = self.scale / divisor;
@@ -330,6 +333,21 @@ impl Last {
             *o = F::of((s - self.along * u.to_f64()) * self.factor);
         }
     }
+}
+
+/// `sum_j x_j u_j` in f64.
+#[inline(always)]
+fn inner<F: Real>(x: &[f64], u: &[F]) -> f64 {
+    let mut sums = [0.0; SUMS];
+    let (x_chunks, x_rest) = x.as_chunks::<SUMS>();
+    let (u_chunks, u_rest) = u.as_chunks::<SUMS>();
+    for (x, u) in x_chunks.iter().zip(u_chunks) {
+        for k in 0..SUMS {
+            sums[k] += x[k] * u[k].to_f64();
+        }
+    }
+    let rest: f64 = x_rest.iter().zip(u_rest).map(|(x, u)| x * u.to_f64()).sum();
+    sums.iter().sum::<f64>() + rest
 }
 
 /// `sum = sum_k weight_k (x - y_k)`, a few `y_k` at a time: accesses to `sum` take most of the time.

@@ -8,14 +8,13 @@ use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::lanes::{LANES, Lanes};
 use super::super::real::Real;
-use super::{Rows, prefetch};
+use super::{CACHE_LINE, Rows, prefetch};
 use std::array::from_fn;
 use std::ops::Range;
 
 /// Bytes of the next rows that a sweep prefetches while it computes these. Beyond that, long rows are left to
 /// the hardware prefetcher, which stops at each page and starts slowly.
 const AHEAD: usize = 4096;
-const CACHE_LINE: usize = 64;
 /// Elements that are converted at a time where rows are narrow.
 const GROUP: usize = 4096;
 /// The L1 cache: its minimum number of sets, and of lines per set.

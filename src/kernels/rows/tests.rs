@@ -32,6 +32,20 @@ fn strides_and_conversion() {
     assert_eq!(out.map(Element::load), [4.0, 8.0]);
 }
 
+#[test]
+fn numbers_are_rounded_as_each_alone() {
+    let values: Vec<f64> = (0..75).map(|k| f64::from(k) * 0.1234 - 3.0).collect();
+    let mut out = [F16(0); 75];
+    round(&values, &mut out);
+    assert_eq!(
+        out.to_vec(),
+        values
+            .iter()
+            .map(|&v| F16::store(v as f32))
+            .collect::<Vec<_>>()
+    );
+}
+
 /// Every row, every group of rows and every tile of the matrix, all ways of reading.
 fn check<E: Element>(rows: Rows<'_, E>, value: impl Fn(usize, usize) -> f64) {
     let expect = |range: Range<usize>, got: &[E::Acc]| {

@@ -66,9 +66,7 @@ impl Grams {
             &other.dd, &other.db, &other.bb, &other.aa, &other.ae, &other.ee,
         ];
         for (sums, parts) in sums.into_iter().zip(parts) {
-            for (sum, part) in sums.iter_mut().zip(parts) {
-                *sum += part;
-            }
+            reduce::add(sums, parts);
         }
     }
 

@@ -7,7 +7,7 @@ use super::super::super::real::Real;
 use super::super::super::rows::{Rows, prefetch};
 use std::array::from_fn;
 
-/// Rows and columns of the result that [`Tiles::dots`] computes together.
+/// Rows and columns of the result that [`Dot::dots`] computes together.
 pub const HIGH: usize = 4;
 /// See [`HIGH`].
 pub const WIDE: usize = 6;

@@ -20,7 +20,9 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, '_, E>> {
         let mut grad = Tile::new(cols);
         let mut total = [0.0; LANES];
         for (rows, here) in tiles(sweep.range.clone()) {
-            let p = Softmax::of::<I, _>(&sweep.logits, rows.clone(), E::Acc::ONE, &mut own);
+            let mut p = Softmax::of::<I, _>(&sweep.logits, rows.clone(), E::Acc::ONE, &mut own);
+            // A copy: in place, half of the sums would be kept in memory while they are made.
+            p.total = held(p.total);
             let wanted = sweep.grad.is_some().then_some(&mut grad[..]);
             let values = match sweep.targets {
                 Targets::Logits(targets) => {
@@ -72,13 +74,23 @@ fn soft<I: Isa, F: Real>(
     values
 }
 
-/// The sum of `z_c - max` over the classes but the label, in one lane.
+/// Corrects the sums `sum_c t_c (z_c - max)` in the lanes where the logit of the label is not finite: that class counts
+/// once, with all of its target.
 #[cold]
 #[inline(never)]
-fn others<F: Real>(p: &Softmax<'_, F>, label: &Lanes<F>, k: usize) -> f64 {
-    let label = label[k].to_f64() as usize;
-    let columns = p.z.iter().enumerate().filter(|&(c, _)| c != label);
-    columns.map(|(_, z)| (z[k] - p.max[k]).to_f64()).sum()
+fn correct<F: Real>(
+    z: &[Lanes<F>],
+    max: &Lanes<F>,
+    (label, hit, rest): (&Lanes<F>, f64, f64),
+    logit: &Lanes<F>,
+    logs: &mut Lanes<f64>,
+) {
+    for k in (0..LANES).filter(|&k| !logit[k].finite()) {
+        let label = label[k].to_f64() as usize;
+        let columns = z.iter().enumerate().filter(|&(c, _)| c != label);
+        let others: f64 = columns.map(|(_, z)| (z[k] - max[k]).to_f64()).sum();
+        logs[k] = (hit + rest) * logit[k].to_f64() + rest * others;
+    }
 }
 
 /// As [`smooth_row`](super::smooth_row), for each lane.
@@ -96,17 +108,23 @@ fn smooth<I: Isa, F: Real>(
         each_lane(|k| shifted[k] += z[k] - p.max[k]);
     }
     let split = split(p.z, p.exp, label);
+    let (mut logit, mut logs) = ([F::ZERO; LANES], [0.0; LANES]);
+    let mut finite = true;
+    // A call inside the loops over lanes would keep them from vectorizing.
+    for k in 0..LANES {
+        logit[k] = split.logit[k] - p.max[k];
+        logs[k] = hit * logit[k].to_f64() + rest * shifted[k].to_f64();
+        finite &= logit[k].finite();
+    }
+    if !finite {
+        // Not all of `p`, whose sums would then be kept in memory.
+        correct(p.z, &{ p.max }, (label, hit, rest), &logit, &mut logs);
+    }
     let mut values = [0.0; LANES];
     let (mut own, mut of_others) = ([F::ZERO; LANES], [F::ZERO; LANES]);
     for k in 0..LANES {
         let total = split.own[k] + split.others[k];
-        let logit = split.logit[k] - p.max[k];
-        let logs = if logit.finite() {
-            hit * logit.to_f64() + rest * shifted[k].to_f64()
-        } else {
-            (hit + rest) * logit.to_f64() + rest * others(&p, label, k)
-        };
-        values[k] = mass * Real::ln::<I>(total) - logs;
+        values[k] = mass * Real::ln::<I>(total) - logs[k];
         let p_label = split.own[k] / total;
         let direct = mass * p_label - hit - rest;
         // S (p - 1) + (S - t): 1 - p is the sum of the others, which keeps its digits here.

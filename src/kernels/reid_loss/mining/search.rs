@@ -10,6 +10,8 @@ use super::{ERROR, Mining, Tile};
 /// collapsed to a point do not cost `N^2 F`.
 const COMPARED: usize = 16;
 const LANES: usize = 16;
+/// Keys that are compared at once: as many independent maxima as hide the latency of one.
+const CHUNK: usize = 32;
 /// Keys of a row that are made and searched together: they stay in the cache.
 const KEYS: usize = 2048;
 
@@ -222,7 +224,7 @@ impl<'a, F: Element<Acc = F> + Real> Search<'a, F> {
             return;
         }
         let ids = &self.ids[first..first + keys.len()];
-        nearest(
+        collect_largest(
             keys,
             ids,
             self.positives,
@@ -233,7 +235,7 @@ impl<'a, F: Element<Acc = F> + Real> Search<'a, F> {
         for key in &mut *keys {
             *key = -*key;
         }
-        nearest(
+        collect_largest(
             keys,
             ids,
             self.negatives,
@@ -244,9 +246,17 @@ impl<'a, F: Element<Acc = F> + Real> Search<'a, F> {
     }
 }
 
-/// Takes the candidates of `keys`, of which the first is `first`, into account.
+/// Takes the candidates of `keys`, of which the first is `first`, into account: those with the largest keys are
+/// remembered.
 #[inline(always)]
-fn nearest<F: Real>(keys: &[F], ids: &[u32], who: Who, error: F, first: usize, near: &mut Near<F>) {
+fn collect_largest<F: Real>(
+    keys: &[F],
+    ids: &[u32],
+    who: Who,
+    error: F,
+    first: usize,
+    near: &mut Near<F>,
+) {
     let (id, same) = match who {
         Who::Same(id) => (id, true),
         Who::Other(id) => (id, false),
@@ -254,36 +264,67 @@ fn nearest<F: Real>(keys: &[F], ids: &[u32], who: Who, error: F, first: usize, n
         Who::All => (u32::MAX, false),
     };
     let takes_part = |other: u32| (other == id) == same;
-    let mut lanes = [F::NEG_INFINITY; LANES];
-    for (keys, ids) in keys.chunks(LANES).zip(ids.chunks(LANES)) {
-        for ((lane, &key), &id) in lanes.iter_mut().zip(keys).zip(ids) {
-            let key = if takes_part(id) { key } else { F::NEG_INFINITY };
-            *lane = key.larger(*lane);
+    // LLVM keeps the maxima in registers, and vectorizes, only if it knows the length of every chunk.
+    let (key_chunks, key_rest) = keys.as_chunks::<CHUNK>();
+    let (id_chunks, id_rest) = ids.as_chunks::<CHUNK>();
+    // The last chunk may overlap the one before: a maximum may be taken twice.
+    let (mut few_keys, mut few_ids) = ([F::NEG_INFINITY; CHUNK], [id; CHUNK]);
+    let last = (keys.last_chunk(), ids.last_chunk());
+    let (last_keys, last_ids) = if let (Some(keys), Some(ids)) = last {
+        (keys, ids)
+    } else {
+        few_keys[..keys.len()].copy_from_slice(keys);
+        few_ids[..ids.len()].copy_from_slice(ids);
+        (&few_keys, &few_ids)
+    };
+    let mut lanes = [F::NEG_INFINITY; CHUNK];
+    let mut raise = |keys: &[F; CHUNK], ids: &[u32; CHUNK]| {
+        for l in 0..CHUNK {
+            let key = if takes_part(ids[l]) {
+                keys[l]
+            } else {
+                F::NEG_INFINITY
+            };
+            lanes[l] = key.larger(lanes[l]);
         }
+    };
+    for (keys, ids) in key_chunks.iter().zip(id_chunks) {
+        raise(keys, ids);
+    }
+    if !key_rest.is_empty() {
+        raise(last_keys, last_ids);
     }
     let largest = reduce::max(&lanes);
     let floor = near.raise(largest, error);
     if largest < floor {
         return;
     }
-    for (c, (keys, ids)) in keys.chunks(LANES).zip(ids.chunks(LANES)).enumerate() {
+    let any = |keys: &[F; CHUNK], ids: &[u32; CHUNK]| {
         let mut any = false;
-        for (&key, &id) in keys.iter().zip(ids) {
+        for l in 0..CHUNK {
             #[allow(
                 clippy::needless_bitwise_bool,
                 reason = "a branch would keep it from vectorising"
             )]
             {
-                any |= takes_part(id) & (key >= floor);
+                any |= takes_part(ids[l]) & (keys[l] >= floor);
             }
         }
-        if !any {
-            continue;
-        }
+        any
+    };
+    let mut push = |keys: &[F], ids: &[u32], first: usize| {
         for (l, (&key, &id)) in keys.iter().zip(ids).enumerate() {
             if takes_part(id) && key >= floor {
-                near.push(key, first + c * LANES + l);
+                near.push(key, first + l);
             }
         }
+    };
+    for (c, (keys, ids)) in key_chunks.iter().zip(id_chunks).enumerate() {
+        if any(keys, ids) {
+            push(keys, ids, first + c * CHUNK);
+        }
+    }
+    if !key_rest.is_empty() && any(last_keys, last_ids) {
+        push(key_rest, id_rest, first + key_chunks.len() * CHUNK);
     }
 }

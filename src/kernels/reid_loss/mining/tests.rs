@@ -67,7 +67,13 @@ fn mined<F: Element<Acc = F> + Real>(
 
 #[test]
 fn finds_what_a_plain_search_finds() {
-    let (n, dim) = (37, 19);
+    // Fewer candidates than are compared at once, as many, and more.
+    for n in [7, 32, 37, 64, 101] {
+        plain_search(n, 19);
+    }
+}
+
+fn plain_search(n: usize, dim: usize) {
     let x = features(n, dim, 0.0);
     let labels: Vec<i64> = (0..n as i64).map(|i| i * i % 7 - 3).collect();
     let d = |i: usize, j: usize| {
@@ -87,6 +93,28 @@ fn finds_what_a_plain_search_finds() {
             assert!(labels[got.negative.index] != labels[i] && !got.positive.missing);
         }
     }
+}
+
+#[test]
+fn any_labels_are_numbered_in_the_order_of_their_first_occurrence() {
+    // Close to each other, far apart, and too far apart to be subtracted.
+    for labels in [
+        [7, -2, 7, 3, -2, 8],
+        [7000, -2000, 7000, 3, -2000, 8],
+        [i64::MAX, i64::MIN, i64::MAX, 3, i64::MIN, -1],
+    ] {
+        let own = Identities::new(&labels, None);
+        assert_eq!(own.anchors, [0, 1, 0, 2, 1, 3]);
+        assert_eq!(
+            (own.anchors, own.counts),
+            (own.candidates, vec![2, 2, 1, 1])
+        );
+        let other = Identities::new(&labels[2..4], Some(&labels));
+        assert_eq!(other.anchors, [0, 1]);
+        assert_eq!(other.candidates, [0, 2, 0, 1, 2, 3]);
+        assert_eq!(other.counts, [2, 1, 2, 1]);
+    }
+    assert!(Identities::new(&[], None).counts.is_empty());
 }
 
 #[test]
