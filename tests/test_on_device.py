@@ -17,6 +17,7 @@ from tests.on_device import (
     inductor,
     kernels,
     never_waiting,
+    occupy,
     on_cpu,
     placed,
     somewhere,
@@ -342,22 +343,72 @@ def test_captured_and_replayed(loss, shape, dtype, generator):
     assert_agree(captured, run(loss, loss.ours, others), dtype, rounding)
 
 
+#: Hundreds of blocks, of warps for each row and of whole blocks, so that kernels of several streams run together.
+at_once = pytest.mark.parametrize("shape", [(3000, 345), (3000, 5003)], ids=str)
+
+
 @gpu
 @every_loss
-def test_streams_of_their_own(loss, generator):
-    _, inputs = made(loss, generator, torch.float32, 64, 100)
+@at_once
+def test_streams_of_their_own(loss, shape, generator):
+    _, inputs = made(loss, generator, torch.float32, *shape)
     expected = run(loss, loss.ours, inputs)
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(4)]
-    results = []
-    for turn in range(40):
-        with torch.cuda.stream(streams[turn % 4]):
-            results.append(run(loss, loss.ours, inputs))
+
+    def turns():
+        results = []
+        for _ in range(4):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(run(loss, loss.ours, inputs))
+        return results
+
+    # Memory for each stream, and what a first call needs: getting it may wait for the device.
+    turns()
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            occupy(0.1)
+    results = turns()
+    assert not any(stream.query() for stream in streams), "the turns ran one after another"
     torch.cuda.synchronize()
     # Without kernels index_add_ sums the gradients of triplets, in no fixed order.
     rounding = 1e-6 if "triplet" in loss.name and not KERNELS else 0.0
     for result in results:
         assert_agree(result, expected, torch.float32, rounding)
+
+
+@gpu
+@pytest.mark.parametrize(
+    "loss",
+    # The products of graphs that are captured on one stream share libtorch's workspace.
+    [loss for loss in LOSSES if not of_pairs(loss) and loss.name != "cc_loss"],
+    ids=repr,
+)
+@at_once
+def test_graphs_of_one_stream_replayed_on_two(loss, shape, generator):
+    _, inputs = made(loss, generator, torch.float32, *shape)
+    expected = run(loss, loss.ours, inputs)
+    torch.cuda.synchronize()
+    graphs, results = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            results.append(run(loss, loss.ours, inputs))
+        graph.replay()  # the first time it is copied to the device
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            occupy(0.1)
+    for _ in range(4):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    assert not any(stream.query() for stream in streams), "the graphs ran one after another"
+    torch.cuda.synchronize()
+    for result in results:
+        assert_agree(result, expected, torch.float32, 0.0)
 
 
 @gpu
