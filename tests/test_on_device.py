@@ -1,8 +1,10 @@
 """The fused CUDA kernels: every form of each, in every element type, judged like the kernels of the CPU."""
 
+import ctypes
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -422,6 +424,71 @@ def test_a_device_that_is_not_the_current_one(loss, generator):
         got = run(loss, loss.ours, moved)
     assert got[0].device.index == 1
     assert_agree(on_cpu(got), on_cpu(expected), torch.float32, 1e-6)
+
+
+@gpu
+@every_loss
+def test_a_thread_without_a_context(loss, generator):
+    """Its first use of CUDA is a loss: torch makes a context current only in its own calls."""
+    _, inputs = made(loss, generator, torch.float32, 64, 100)
+    expected = run(loss, loss.ours, inputs)
+
+    def alone():
+        assert ctypes.CDLL("libcuda.so.1").cuCtxSetCurrent(None) == 0
+        return run(loss, loss.ours, inputs)
+
+    with ThreadPoolExecutor(1) as thread:
+        got = thread.submit(alone).result()
+    assert_agree(got, expected, torch.float32, 1e-6)
+
+
+ANOTHER_CONTEXT = """
+import ctypes
+import torch
+from tllib_rs.self_training.mcc import MinimumClassConfusionLoss
+
+driver, loss = ctypes.CDLL("libcuda.so.1"), MinimumClassConfusionLoss(2.0)
+y, side = torch.randn(40, 300, device="cuda"), torch.cuda.Stream()
+expected = loss(y)
+torch.cuda.synchronize()
+
+def within(context):
+    assert driver.cuCtxPushCurrent_v2(context) == 0
+    try:
+        value = loss(y)
+        now = ctypes.c_void_p()
+        assert driver.cuCtxGetCurrent(ctypes.byref(now)) == 0
+        assert now.value == context.value, "another context was left behind"
+        return value
+    finally:
+        assert driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())) == 0
+
+device, context = ctypes.c_int(), ctypes.c_void_p()
+assert driver.cuDeviceGet(ctypes.byref(device), 0) == 0
+assert driver.cuCtxCreate_v2(ctypes.byref(context), 0, device) == 0
+assert driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())) == 0
+with torch.cuda.stream(side):
+    loss(y)  # what it frees serves the next call: torch would allocate in the context that is current
+    value = within(context)
+torch.cuda.synchronize()
+print(torch.equal(value, expected))
+try:
+    within(context)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@kernels
+@gpu
+def test_another_context_of_the_device():
+    """Its streams are torch's, and used; its default stream cannot be told from torch's, and is refused. In a process
+    of its own: torch is not made for this."""
+    command = [sys.executable, "-c", ANOTHER_CONTEXT]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    first, _, second = done.stdout.partition("\n")
+    assert first == "True", done.stderr[-2000:]
+    assert "the current context is not the primary one of cuda:0" in second, done.stderr[-2000:]
 
 
 @gpu
