@@ -18,6 +18,12 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+// 1 / x to a unit in the last place, in one instruction, for an x that is not subnormal. Above 2^126 it is 0.
+__device__ __forceinline__ float reciprocal(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
 #endif
 // One instruction for each of the next two functions, where the device has one.
 #if !defined(TLLIB_ON_CPU) && __CUDA_ARCH__ >= 800
@@ -27,16 +33,6 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
   return extreme
 #else
 #define TLLIB_EXTREME(instruction, a, b, otherwise) return otherwise
-#endif
-// 1 / x to a unit in the last place, in one instruction, for an x that is not subnormal. Above 2^126 it is 0.
-#ifdef TLLIB_ON_CPU
-inline float reciprocal(float x) { return 1 / x; }
-#else
-__device__ __forceinline__ float reciprocal(float x) {
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
-  return inverse;
-}
 #endif
 // NaN wins, as in torch.
 __device__ __forceinline__ float larger(float a, float b) { TLLIB_EXTREME("max", a, b, (b <= a || a != a) ? a : b); }
@@ -375,17 +371,24 @@ struct Gathering {
   unsigned* done;    // zero before and after
 };
 
+#ifndef TLLIB_ON_CPU
+// Counts from 0 to `limit` and again from 0; returns the number before. What this thread knows to be written is known
+// to those that count later: a release and an acquire, for which one fence is enough.
+__device__ __forceinline__ unsigned count_in_order(unsigned* at, unsigned limit) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(limit) : "memory");
+  return before;
+}
+#endif
+
 // True in all threads of the last block to arrive, which then sees what the others wrote before. `done` is
 // zero before and after. All threads must call it.
 __device__ __forceinline__ bool last_block(unsigned* done) {
   __shared__ bool last;
-  __syncthreads();  // all that the block wrote is before the fence
-  if (threadIdx.x == 0) {
-    __threadfence();
-    // Wraps to 0 with the last block, for the next launch.
-    last = atomicInc(done, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();  // what the others wrote is before all that this block does from here on
-  }
+  __syncthreads();  // all that the block wrote is before it is counted
+  if (gridDim.x == 1) return true;
+  // Wraps to 0 with the last block, for the next launch.
+  if (threadIdx.x == 0) last = count_in_order(done, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   return last;
 }
