@@ -135,8 +135,8 @@ __device__ __forceinline__ void mcc_grad(const Mcc& a) {
     Row<E, SIZE, KEEP> z(a.logits, i, a.cols);
     const Softmax softmax = softmax_of(a, i);
     const float times = a.factor * a.of_rows[2 * a.rows + i];
-    const auto slope = [&](float p, int c) {
-      const Coefficients of_c = a.coefficients[c];
+    const auto slope = [&](float p, int c, bool there) {
+      const Coefficients of_c = there ? a.coefficients[c] : Coefficients{0, 0};
       return of_c.inverse * (p + p - of_c.ratio);
     };
     // Any number in the place of `lead` gives the same gradient: with the slope of the class that has most of the
@@ -144,25 +144,26 @@ __device__ __forceinline__ void mcc_grad(const Mcc& a) {
     float lead = 0;
     if (softmax.reciprocal > 0.5f) {
       const auto add = [&](int k, int c) {
-        if (z.at(k) == softmax.max) lead += slope(softmax.reciprocal, c);
+        if (z.at(k) == softmax.max) lead += slope(softmax.reciprocal, c, true);
       };
       columns<SIZE, KEEP>(a.cols, add, z);
       lead = Group<SIZE>::sum(lead);
     }
-    const auto share = [&](float p, int c) { return p * (slope(p, c) - lead); };
-    float total = 0;
-    const auto add = [&](int k, int c) {
+    const auto share = [&](float p, int c, bool there) { return p * (slope(p, c, there) - lead); };
+    float total = 0, shares[KEEP > 0 ? KEEP : TOGETHER];
+    const auto add = [&](int k, int c, bool there) {
       const float p = softmax.of(z.at(k));
-      total += share(p, c);
+      total += shares[k] = share(p, c, there);
       if constexpr (KEEP > 0) z.kept[k] = p;
     };
-    columns<SIZE, KEEP>(a.cols, add, z);
+    places<SIZE, KEEP>(a.cols, add, z);
     total = Group<SIZE>::sum(total);
     E* grad = a.grad + i * a.cols;
     const auto gradient = [&](int k, int c) {
-      // Recomputes its share: holding the shares too would take as many registers as the row.
+      // Where the row is held, so are the shares: coefficients that are read again would wait for the stores before,
+      // which may be to the same memory as far as the compiler knows.
       const float p = KEEP > 0 ? z.at(k) : softmax.of(z.at(k));
-      store(grad[c], times * (share(p, c) - p * total));
+      store(grad[c], times * ((KEEP > 0 ? shares[k] : share(p, c, true)) - p * total));
     };
     columns<SIZE, KEEP>(a.cols, gradient, z);
   }
