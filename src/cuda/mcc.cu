@@ -63,8 +63,11 @@ __device__ __forceinline__ void sweep(const Mcc& a, F each) {
     };
     places<SIZE, KEEP>(a.cols, sum, z);
     Group<SIZE>::template reduce<Add>(sums);
-    const double ones = sums[0], rest = sums[1], total = ones + rest;
-    const Softmax p = {max, (float)(1 / total), a.inverse_t, (float)((ones - 1 + rest) / total)};
+    // 1 / (ones + rest), without rounding the sum first, by a step of Newton's method; then off by less than a unit in
+    // the last place. `ones` is an integer, of which 1 can be taken away exactly.
+    const float ones = sums[0], rest = sums[1], about = reciprocal(ones + rest);
+    const float inverse = fmaf(about, fmaf(-about, rest, fmaf(-about, ones, 1)), about);
+    const Softmax p = {max, inverse, a.inverse_t, (ones - 1 + rest) * inverse};
     // This logarithm is off by 2 units in the last place, and near 1 by 2^-22, so that e^-H is off by at most
     // (1 + H) e^-H 2^-22 < 2.4e-7. An exact one would take a quarter of the row's instructions.
     float p_log2_p = 0;
