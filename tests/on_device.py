@@ -49,8 +49,8 @@ def occupy(seconds):
 
 @contextmanager
 def never_waiting():
-    """Raises if anything inside waits for the device. torch reports waits that are made through it; after any other,
-    such as one of the driver's, nothing is left of the work that was queued before."""
+    """Raises if anything inside waits for the device. torch reports waits that are made through it; after any
+    other, such as one of the driver's, nothing is left of the work that was queued before."""
     occupy(0.3)
     try:
         with warnings.catch_warnings():

@@ -362,8 +362,8 @@ def test_flexmatch_captured_and_replayed(generator):
 
 @gpu
 def test_flexmatch_written_between_replays(generator):
-    """A graph does not look for such writes. The next call outside of it does, and counts into the memory that the
-    graph reads."""
+    """A graph does not look for such writes. The next call outside of it does, and counts into the memory that
+    the graph reads."""
     ours, plain = both(10, 200)
     static = random_batch(generator)
     flexmatch_step(ours, *static)
