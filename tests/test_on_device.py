@@ -35,9 +35,10 @@ pytestmark = somewhere
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 
 #: One for each form of a kernel over rows, and a batch with more rows than a grid has blocks.
-SHAPES = [(9, 100), (300, 7), (7, 345), (6, 1000), (5, 1500), (3, 5003)]
+SHAPES = [(9, 100), (300, 7), (8, 200), (7, 345), (6, 1000), (5, 1500), (4, 3000), (3, 5003)]
 #: The same for the grid of a GPU, which holds a row for each warp of thousands of blocks.
-LARGE_SHAPES = [(40_000, 7), (20_000, 100), (9_000, 345), (6_000, 1000), (1_500, 5003)]
+LARGE_SHAPES = [(40_000, 7), (20_000, 100), (12_000, 200), (9_000, 345),
+                (6_000, 1000), (3_000, 1500), (2_000, 3000), (1_500, 5003)]  # fmt: skip
 every_form = pytest.mark.parametrize("shape", SHAPES, ids=str)
 #: Losses that are means over rows of logits.
 LOGITS = ("uda", "pseudo_label", "reid_cross_entropy", "label_smooth", "dst")
@@ -345,7 +346,7 @@ def test_captured_and_replayed(loss, shape, dtype, generator):
     assert_agree(captured, run(loss, loss.ours, others), dtype, rounding)
 
 
-#: Hundreds of blocks, of warps for each row and of whole blocks, so that kernels of several streams run together.
+#: Hundreds of blocks, so that kernels of several streams run together: a warp for each row, and a block.
 at_once = pytest.mark.parametrize("shape", [(3000, 345), (3000, 5003)], ids=str)
 
 
@@ -482,8 +483,8 @@ except RuntimeError as error:
 @kernels
 @gpu
 def test_another_context_of_the_device():
-    """Its streams are torch's, and used; its default stream cannot be told from torch's, and is refused. In a process
-    of its own: torch is not made for this."""
+    """A stream of torch's works there. The context's default stream cannot be told from torch's: it is
+    refused. In a process of its own: torch is not made for this."""
     command = [sys.executable, "-c", ANOTHER_CONTEXT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     first, _, second = done.stdout.partition("\n")

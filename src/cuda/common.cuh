@@ -433,8 +433,10 @@ template <int SIZE> __device__ __forceinline__ double once(float x) {
 // threads pays, is spread over as many columns as possible. Mirrored by `ROWS` in src/cuda/plan.rs.
 #define ROW_KERNEL(name, Args)                                       \
   KERNEL(256, name##_128, Args, (name<32, 4>(args)))                 \
+  RESIDENT_KERNEL(128, 8, name##_256, Args, (name<32, 8>(args)))     \
   RESIDENT_KERNEL(128, 6, name##_512, Args, (name<32, 16>(args)))    \
   RESIDENT_KERNEL(128, 4, name##_1024, Args, (name<32, 32>(args)))   \
+  RESIDENT_KERNEL(128, 6, name##_2048, Args, (name<128, 16>(args)))  \
   RESIDENT_KERNEL(128, 4, name##_4096, Args, (name<128, 32>(args)))  \
   KERNEL(1024, name##_any, Args, (name<1024, 0>(args)))
 
