@@ -33,12 +33,13 @@ __device__ __forceinline__ void forward(const Forward& a) {
   const int lane = Group<SIZE>::lane();
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
     const i64 label = class_of(a.labels, i, a.cols / a.of_class);
+    Row<E, SIZE, 0> query(a.queries, i, a.dim, 0), key(a.keys, i, a.dim, 0);
     double dot = 0;
-    for (int c = lane; c < a.dim; c += SIZE) {
-      const float key = a.keys.at(i, c);
-      dot += (double)a.queries.at(i, c) * key;
-      if (a.kept_keys) store(a.kept_keys[i * a.dim + c], key);
-    }
+    const auto product = [&](int k, int c, bool there) {
+      dot += (double)query.at(k) * key.at(k);
+      if (a.kept_keys && there) store(a.kept_keys[i * a.dim + c], key.at(k));
+    };
+    places<SIZE, 0>(a.dim, product, query, key);
     if (a.kept_labels && lane == 0) a.kept_labels[i] = label;
     const float own = (float)Group<SIZE>::sum(dot);
     Row<f32, SIZE, KEEP> s(a.products, i, a.cols);
@@ -94,7 +95,8 @@ __device__ __forceinline__ void backward(const Backward& a) {
     };
     columns<SIZE, KEEP>(a.cols, put, g, out);
     const float own = (of_key - expf(out_of_key) * total) * a.inverse_t;
-    for (int c = Group<SIZE>::lane(); c < a.dim; c += SIZE) a.grad[i * a.dim + c] = own * a.keys.at(i, c);
+    Row<E, SIZE, 0> key(a.keys, i, a.dim, 0);
+    columns<SIZE, 0>(a.dim, [&](int k, int c) { a.grad[i * a.dim + c] = own * key.at(k); }, key);
   }
 }
 FEW_ROWS_KERNEL(backward, Backward)
