@@ -114,7 +114,7 @@ def cyclic(x, count=3):
 
 
 # Made here and not in the calls, which torch.compile traces.
-CLASS_BALANCE = {classes: ClassBalanceLoss(classes) for classes in (*range(1, 1100), 1500, 5003)}
+CLASS_BALANCE = {classes: ClassBalanceLoss(classes) for classes in (*range(1, 1100), 1500, 3000, 5003)}
 TRIPLET = reid_loss.TripletLoss(1.0)
 TRIPLET_XBM = reid_loss.TripletLossXBM(0.5, normalize_feature=True)
 SOFT_TRIPLET = reid_loss.SoftTripletLoss()

@@ -42,13 +42,24 @@ def placed(view):
     return whole.to(DEVICE).as_strided(view.shape, view.stride(), view.storage_offset())
 
 
+def occupy(seconds):
+    """Keeps the current stream busy for about so long: what is queued on it meanwhile comes later."""
+    torch.cuda._sleep(int(1.8e9 * seconds))  # cycles of a GPU's clock
+
+
 @contextmanager
 def never_waiting():
-    """Raises if anything inside waits for the device."""
+    """Raises if anything inside waits for the device. torch reports waits that are made through it; after any
+    other, such as one of the driver's, nothing is left of the work that was queued before."""
+    occupy(0.3)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
             torch.cuda.set_sync_debug_mode("error")
         yield
+        queued = torch.cuda.Event()
+        queued.record()
+        assert not queued.query(), "the device had nothing to do any more: something waited for it"
     finally:
         torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()

@@ -17,7 +17,11 @@ CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
 DTYPES = ["float32", "float16", "bfloat16"]
 STEMS = sorted(path.stem for path in SOURCES.glob("*.cu"))
 #: The forms of a kernel, by the macro in common.cuh that makes them.
-FORMS = {"": (), "ROW_": ("128", "512", "1024", "4096", "any"), "FEW_ROWS_": ("128", "1024", "4096", "any")}
+FORMS = {
+    "": (),
+    "ROW_": ("128", "256", "512", "1024", "2048", "4096", "any"),
+    "FEW_ROWS_": ("128", "1024", "4096", "any"),
+}
 #: The tests that every loss goes through.
 EVERY_LOSS = ["test_losses.py", "test_compiled_losses.py", "test_on_device.py"]
 #: The tests that are run once more through the kernels: files, and the selection of tests in them.

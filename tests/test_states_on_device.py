@@ -358,3 +358,26 @@ def test_flexmatch_captured_and_replayed(generator):
         assert torch.equal(captured.cpu(), expected)
         plain.update(*(x.cpu() for x in fresh))
         assert_same(ours, plain, torch.arange(10))
+
+
+@gpu
+def test_flexmatch_written_between_replays(generator):
+    """A graph does not look for such writes. The next call outside of it does, and counts into the memory that
+    the graph reads."""
+    ours, plain = both(10, 200)
+    static = random_batch(generator)
+    flexmatch_step(ours, *static)
+    plain.update(*(x.cpu() for x in static))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flexmatch_step(ours, *static)
+    for turn in range(3):
+        for module in (ours, plain):
+            module.net_outputs[30 * turn : 30 * turn + 60] = turn
+        ours.get_threshold(static[2])
+        for _ in range(2):
+            expected = plain.get_threshold(static[2].cpu())
+            graph.replay()
+            assert torch.equal(captured.cpu(), expected)
+            plain.update(*(x.cpu() for x in static))
+    assert_same(ours, plain, torch.arange(10))

@@ -18,6 +18,12 @@ __device__ __forceinline__ unsigned short float_to_half(float value) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 }
+// 1 / x to a unit in the last place, in one instruction, for an x that is not subnormal. Above 2^126 it is 0.
+__device__ __forceinline__ float reciprocal(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
 #endif
 // One instruction for each of the next two functions, where the device has one.
 #if !defined(TLLIB_ON_CPU) && __CUDA_ARCH__ >= 800
@@ -42,10 +48,14 @@ __device__ __forceinline__ float load(f16 x) { return half_to_float(x.bits); }
 __device__ __forceinline__ float load(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
 __device__ __forceinline__ void store(f32& to, float x) { to.value = x; }
 __device__ __forceinline__ void store(f16& to, float x) { to.bits = float_to_half(x); }
-// To the nearest, ties to even.
+// To the nearest, ties to even: one instruction, where the device has it.
 __device__ __forceinline__ void store(bf16& to, float x) {
+#if !defined(TLLIB_ON_CPU) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
   const unsigned bits = __float_as_uint(x);
   to.bits = x != x ? 0x7fc0 : (unsigned short)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#endif
 }
 
 template <typename T>
@@ -361,17 +371,24 @@ struct Gathering {
   unsigned* done;    // zero before and after
 };
 
+#ifndef TLLIB_ON_CPU
+// Counts from 0 to `limit` and again from 0; returns the number before. What this thread knows to be written is known
+// to those that count later: a release and an acquire, for which one fence is enough.
+__device__ __forceinline__ unsigned count_in_order(unsigned* at, unsigned limit) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(at), "r"(limit) : "memory");
+  return before;
+}
+#endif
+
 // True in all threads of the last block to arrive, which then sees what the others wrote before. `done` is
 // zero before and after. All threads must call it.
 __device__ __forceinline__ bool last_block(unsigned* done) {
   __shared__ bool last;
-  __syncthreads();  // all that the block wrote is before the fence
-  if (threadIdx.x == 0) {
-    __threadfence();
-    // Wraps to 0 with the last block, for the next launch.
-    last = atomicInc(done, gridDim.x - 1) == gridDim.x - 1;
-    __threadfence();  // what the others wrote is before all that this block does from here on
-  }
+  __syncthreads();  // all that the block wrote is before it is counted
+  if (gridDim.x == 1) return true;
+  // Wraps to 0 with the last block, for the next launch.
+  if (threadIdx.x == 0) last = count_in_order(done, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   return last;
 }
@@ -416,8 +433,10 @@ template <int SIZE> __device__ __forceinline__ double once(float x) {
 // threads pays, is spread over as many columns as possible. Mirrored by `ROWS` in src/cuda/plan.rs.
 #define ROW_KERNEL(name, Args)                                       \
   KERNEL(256, name##_128, Args, (name<32, 4>(args)))                 \
+  RESIDENT_KERNEL(128, 8, name##_256, Args, (name<32, 8>(args)))     \
   RESIDENT_KERNEL(128, 6, name##_512, Args, (name<32, 16>(args)))    \
   RESIDENT_KERNEL(128, 4, name##_1024, Args, (name<32, 32>(args)))   \
+  RESIDENT_KERNEL(128, 6, name##_2048, Args, (name<128, 16>(args)))  \
   RESIDENT_KERNEL(128, 4, name##_4096, Args, (name<128, 32>(args)))  \
   KERNEL(1024, name##_any, Args, (name<1024, 0>(args)))
 

@@ -7,7 +7,8 @@ use crate::error::Result;
 use cudarc::driver::sys::CUdevice_attribute as A;
 use cudarc::driver::{result, sys};
 use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::{CStr, CString, c_void};
+use std::mem::MaybeUninit;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// A stream, function or module of the driver: an opaque pointer that any thread may use.
@@ -49,7 +50,10 @@ impl Context {
         if !PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
             return Err(failed("the CUDA driver, libcuda, cannot be loaded"));
         }
-        result::init().map_err(reason)?;
+        result::init().map_err(|error| match error.0 {
+            sys::CUresult::CUDA_ERROR_STUB_LIBRARY => stub(),
+            _ => reason(error),
+        })?;
         // The first call may come while a graph is captured.
         let _relaxed = Relaxed::new()?;
         let device = result::device::get(ordinal).map_err(reason)?;
@@ -337,6 +341,23 @@ impl Drop for Relaxed {
         // SAFETY: as above. There is nothing to do about a failure.
         let _ = unsafe { sys::cuThreadExchangeStreamCaptureMode(&raw mut self.0) };
     }
+}
+
+/// What to do about the library of a toolkit that only serves to link programs: `cudarc` looks for `libcuda.so`, the
+/// name that it has, before `libcuda.so.1`, which is the driver's.
+fn stub() -> crate::error::Error {
+    let mut info = MaybeUninit::<libc::Dl_info>::uninit();
+    // SAFETY: the library is loaded, and has the function that was just called; the loader says of its address which
+    // file it is from, by a text that lasts as long as the library is loaded.
+    let file = unsafe {
+        let init = sys::culib().get::<*mut c_void>(b"cuInit\0");
+        let found = init.is_ok_and(|init| libc::dladdr(*init, info.as_mut_ptr()) != 0);
+        found.then(|| CStr::from_ptr(info.assume_init().dli_fname).to_string_lossy())
+    };
+    failed(&format!(
+        "{} is a toolkit's stub of the CUDA driver: take its folder out of LD_LIBRARY_PATH",
+        file.as_deref().unwrap_or("libcuda.so")
+    ))
 }
 
 fn reason(error: result::DriverError) -> crate::error::Error {

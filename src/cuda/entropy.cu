@@ -22,7 +22,9 @@ __device__ __forceinline__ void entropy(const Entropy& a) {
     const auto term = [&](int k, int c, bool there) {
       const float x = p.at(k), shifted = x + a.epsilon, log = logf(shifted);
       sum -= x * log;
-      if (grad && there) store(grad[c], -(log + x / shifted) * a.weight);
+      // A division, with its branch for exponents at both ends, would not overlap with those of other columns.
+      const float slope = -(log + x * reciprocal(shifted)) * a.weight;
+      if (grad && there) store(grad[c], slope);
     };
     places<SIZE, KEEP>(a.cols, term, p);
     sum = Group<SIZE>::sum(sum);

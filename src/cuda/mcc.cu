@@ -63,8 +63,11 @@ __device__ __forceinline__ void sweep(const Mcc& a, F each) {
     };
     places<SIZE, KEEP>(a.cols, sum, z);
     Group<SIZE>::template reduce<Add>(sums);
-    const double ones = sums[0], rest = sums[1], total = ones + rest;
-    const Softmax p = {max, (float)(1 / total), a.inverse_t, (float)((ones - 1 + rest) / total)};
+    // 1 / (ones + rest), without rounding the sum first, by a step of Newton's method; then off by less than a unit in
+    // the last place. `ones` is an integer, of which 1 can be taken away exactly.
+    const float ones = sums[0], rest = sums[1], about = reciprocal(ones + rest);
+    const float inverse = fmaf(about, fmaf(-about, rest, fmaf(-about, ones, 1)), about);
+    const Softmax p = {max, inverse, a.inverse_t, (ones - 1 + rest) * inverse};
     // This logarithm is off by 2 units in the last place, and near 1 by 2^-22, so that e^-H is off by at most
     // (1 + H) e^-H 2^-22 < 2.4e-7. An exact one would take a quarter of the row's instructions.
     float p_log2_p = 0;
@@ -135,8 +138,8 @@ __device__ __forceinline__ void mcc_grad(const Mcc& a) {
     Row<E, SIZE, KEEP> z(a.logits, i, a.cols);
     const Softmax softmax = softmax_of(a, i);
     const float times = a.factor * a.of_rows[2 * a.rows + i];
-    const auto slope = [&](float p, int c) {
-      const Coefficients of_c = a.coefficients[c];
+    const auto slope = [&](float p, int c, bool there) {
+      const Coefficients of_c = there ? a.coefficients[c] : Coefficients{0, 0};
       return of_c.inverse * (p + p - of_c.ratio);
     };
     // Any number in the place of `lead` gives the same gradient: with the slope of the class that has most of the
@@ -144,25 +147,26 @@ __device__ __forceinline__ void mcc_grad(const Mcc& a) {
     float lead = 0;
     if (softmax.reciprocal > 0.5f) {
       const auto add = [&](int k, int c) {
-        if (z.at(k) == softmax.max) lead += slope(softmax.reciprocal, c);
+        if (z.at(k) == softmax.max) lead += slope(softmax.reciprocal, c, true);
       };
       columns<SIZE, KEEP>(a.cols, add, z);
       lead = Group<SIZE>::sum(lead);
     }
-    const auto share = [&](float p, int c) { return p * (slope(p, c) - lead); };
-    float total = 0;
-    const auto add = [&](int k, int c) {
+    const auto share = [&](float p, int c, bool there) { return p * (slope(p, c, there) - lead); };
+    float total = 0, shares[KEEP > 0 ? KEEP : TOGETHER];
+    const auto add = [&](int k, int c, bool there) {
       const float p = softmax.of(z.at(k));
-      total += share(p, c);
+      total += shares[k] = share(p, c, there);
       if constexpr (KEEP > 0) z.kept[k] = p;
     };
-    columns<SIZE, KEEP>(a.cols, add, z);
+    places<SIZE, KEEP>(a.cols, add, z);
     total = Group<SIZE>::sum(total);
     E* grad = a.grad + i * a.cols;
     const auto gradient = [&](int k, int c) {
-      // Recomputes its share: holding the shares too would take as many registers as the row.
+      // Where the row is held, so are the shares: coefficients that are read again would wait for the stores before,
+      // which may be to the same memory as far as the compiler knows.
       const float p = KEEP > 0 ? z.at(k) : softmax.of(z.at(k));
-      store(grad[c], times * (share(p, c) - p * total));
+      store(grad[c], times * ((KEEP > 0 ? shares[k] : share(p, c, true)) - p * total));
     };
     columns<SIZE, KEEP>(a.cols, gradient, z);
   }

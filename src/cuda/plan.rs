@@ -5,10 +5,12 @@ use crate::error::Result;
 use crate::torch::Dtype;
 
 /// The forms of `ROW_KERNEL` in common.cuh, by the columns that they hold.
-pub static ROWS: [Form; 5] = [
+pub static ROWS: [Form; 7] = [
     Form::new(128, "128", 256, 8),
+    Form::new(256, "256", 128, 4),
     Form::new(512, "512", 128, 4),
     Form::new(1024, "1024", 128, 4),
+    Form::new(2048, "2048", 128, 1),
     Form::new(HELD, "4096", 128, 1),
     Form::new(usize::MAX, "any", 1024, 1),
 ];

@@ -62,7 +62,7 @@ __device__ __forceinline__ void scale_all(const Scale& a) {
   const bool one = a.incoming.stride == 0, rows = !one || a.chosen;
   const float of_all = one ? a.incoming.at(0) * factor : 0;
   // The case where backward() is called on the loss itself.
-  if (!rows && a.out == a.grad && of_all == 1) return;
+  if (a.out == a.grad && of_all == 1) return;
   const int N = 16 / sizeof(E);
   const bool packed = Pack<E, N>::fits(a.grad) && Pack<E, N>::fits(a.out) && (!rows || a.of_row % N == 0);
   if (!packed) {

@@ -33,12 +33,13 @@ __device__ __forceinline__ void forward(const Forward& a) {
   const int lane = Group<SIZE>::lane();
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
     const i64 label = class_of(a.labels, i, a.cols / a.of_class);
+    Row<E, SIZE, 0> query(a.queries, i, a.dim, 0), key(a.keys, i, a.dim, 0);
     double dot = 0;
-    for (int c = lane; c < a.dim; c += SIZE) {
-      const float key = a.keys.at(i, c);
-      dot += (double)a.queries.at(i, c) * key;
-      if (a.kept_keys) store(a.kept_keys[i * a.dim + c], key);
-    }
+    const auto product = [&](int k, int c, bool there) {
+      dot += (double)query.at(k) * key.at(k);
+      if (a.kept_keys && there) store(a.kept_keys[i * a.dim + c], key.at(k));
+    };
+    places<SIZE, 0>(a.dim, product, query, key);
     if (a.kept_labels && lane == 0) a.kept_labels[i] = label;
     const float own = (float)Group<SIZE>::sum(dot);
     Row<f32, SIZE, KEEP> s(a.products, i, a.cols);
@@ -63,7 +64,7 @@ FEW_ROWS_KERNEL(forward, Forward)
 
 struct Backward {  // mirrored by `Backward` in src/cuda/self_tuning.rs
   Matrix<f32> incoming;
-  const float* out;  // [rows][cols], of forward
+  const f32* out;  // [rows][cols], of forward
   i64 rows;
   int cols, of_class;  // cols: one more than the queue has
   Labels labels;
@@ -78,22 +79,24 @@ template <int SIZE, int KEEP>
 __device__ __forceinline__ void backward(const Backward& a) {
   for (i64 i = first_row<SIZE>(); i < a.rows; i += step_rows<SIZE>()) {
     const i64 label = class_of(a.labels, i, (a.cols - 1) / a.of_class);
-    Row<f32, SIZE, KEEP> g(a.incoming, i, a.cols, 0);
+    // Both before the first store, which may be to their memory as far as the compiler knows.
+    Row<f32, SIZE, KEEP> g(a.incoming, i, a.cols, 0), out({a.out, a.cols, 1}, i, a.cols);
+    const float of_key = a.incoming.at(i, 0), out_of_key = out.again(0);
     double sum = 0;
     places<SIZE, KEEP>(a.cols, [&](int k, int, bool) { sum += g.at(k); }, g);
     const float total = (float)Group<SIZE>::sum(sum);
-    const float* out = a.out + i * a.cols;
     float* products = a.products + i * (a.cols - 1ll);
     const int keys = a.of_class, before = (int)label * keys;
     const auto put = [&](int k, int j) {
       if (j == 0) return;
       // In the order of the output: the own class, the classes before it, the rest.
       const int n = j - 1, place = n < keys ? n + before : n < before + keys ? n - keys : n;
-      products[place] = (g.at(k) - expf(out[j]) * total) * a.inverse_t;
+      products[place] = (g.at(k) - expf(out.at(k)) * total) * a.inverse_t;
     };
-    columns<SIZE, KEEP>(a.cols, put, g);
-    const float own = (a.incoming.at(i, 0) - expf(out[0]) * total) * a.inverse_t;
-    for (int c = Group<SIZE>::lane(); c < a.dim; c += SIZE) a.grad[i * a.dim + c] = own * a.keys.at(i, c);
+    columns<SIZE, KEEP>(a.cols, put, g, out);
+    const float own = (of_key - expf(out_of_key) * total) * a.inverse_t;
+    Row<E, SIZE, 0> key(a.keys, i, a.dim, 0);
+    columns<SIZE, 0>(a.dim, [&](int k, int c) { a.grad[i * a.dim + c] = own * key.at(k); }, key);
   }
 }
 FEW_ROWS_KERNEL(backward, Backward)

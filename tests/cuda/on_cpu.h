@@ -102,7 +102,6 @@ DEVICE inline void __syncwarp(unsigned = ~0u) {
   emulated::meet_warp();
   ++emulated::self().warp_turn;
 }
-inline void __threadfence() {}
 template <typename T> DEVICE T __shfl_xor_sync(unsigned, T x, int mask) {
   return emulated::exchange(x, (threadIdx.x % 32) ^ mask);
 }
@@ -121,8 +120,8 @@ DEVICE inline unsigned __ballot_sync(unsigned, int predicate) {
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
-// Of the counters of blocks alone: the block that comes last sees what all others wrote.
-DEVICE inline unsigned atomicInc(unsigned* at, unsigned limit) {
+// Of the counters of blocks: the block that comes last sees what all others wrote.
+DEVICE inline unsigned count_in_order(unsigned* at, unsigned limit) {
   const unsigned old = *at;
   *at = old >= limit ? 0 : old + 1;
   if (old == limit) emulated::block->last = true;
@@ -159,6 +158,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline unsigned __float_as_uint(float x) { unsigned u; std::memcpy(&u, &x, 4); return u; }
 inline float __uint_as_float(unsigned u) { float x; std::memcpy(&x, &u, 4); return x; }
+inline float reciprocal(float x) { return 1 / x; }
 
 inline float half_to_float(unsigned short bits) {
   const unsigned sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;

@@ -59,7 +59,9 @@ class DynamicThresholdingModule:
 
     :meth:`update` maintains the counts incrementally, so a step costs :math:`O(B)` however many samples
     there are. Outside writes to :attr:`net_outputs` are detected, and all labels are then recounted once;
-    while you keep a reference to it, they are recounted once per call.
+    while you keep a reference to it, they are recounted once per call. A replayed CUDA graph does not detect
+    them: after a write in place, call :meth:`get_threshold` once outside of the graph; after assigning
+    :attr:`net_outputs` or loading a state, capture again.
 
     Args:
         threshold (float): the fixed threshold :math:`\tau`.
