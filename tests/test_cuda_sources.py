@@ -41,7 +41,8 @@ METHODS = {
         ["test_flexmatch.py", "test_states_on_device.py"],
         # The memory of the process includes the sanitizer's here. Samples are counted in operations of libtorch,
         # whose threads do not survive a fork.
-        "not bad_update and not bad_get_threshold and not hundred_million and not fork_while",
+        "not bad_update and not bad_get_threshold and not hundred_million and not fork_while "
+        "and not made_in_a_dispatch_mode",
     ),
     "mean_teacher": (
         [
@@ -58,11 +59,12 @@ METHODS = {
         ["test_self_ensemble.py", "test_self_ensemble_on_device.py", *EVERY_LOSS],
         "(self_ensemble or class_balance) and not (bad_probabilities or mean_above_1)",
     ),
-    "self_tuning": (["test_self_tuning.py", "test_self_tuning_on_device.py"], ""),
+    # Nor are labels checked within a dispatch mode.
+    "self_tuning": (["test_self_tuning.py", "test_self_tuning_on_device.py"], "not labels_are_checked"),
     # Bad input is rejected before any kernel is chosen, and in that file includes that of other losses.
     "triplet": (
         ["test_reid_loss.py", "test_reid_loss_on_device.py", *EVERY_LOSS],
-        "(triplet or test_reid_loss) and not half_types_notice and not bad_input",
+        "(triplet or test_reid_loss) and not half_types_notice and not bad_input and not labels_are_checked",
     ),
     "uda": (["test_uda.py", *EVERY_LOSS], "uda"),
 }

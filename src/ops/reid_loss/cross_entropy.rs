@@ -121,13 +121,15 @@ pub fn label_smooth(y: &Tensor, labels: &Tensor, num_classes: i64, epsilon: f64)
             "have shape ({rows},), one label for each row of y"
         )));
     }
-    let known = in_host_memory(&indices)
+    let place = place(&[&input]);
+    // A device's kernel checks by itself, in host memory too where it is emulated.
+    let known = (place != Place::Cuda && in_host_memory(&indices))
         .then(|| checked(&indices, cols))
         .transpose()?;
     // tllib does not compare num_classes with y: it only divides the smoothing mass.
     let (hit, rest) = (1.0 - epsilon, epsilon / num_classes as f64);
     let kind = loss_dtype(&input, dtype).kind();
-    let (loss, grad) = match (place(&[&input]), known) {
+    let (loss, grad) = match (place, known) {
         (Place::Cuda, _) if cuda::reaches(&indices) => {
             let out = loss_dtype(&input, dtype);
             cuda::cross_entropy::smooth(&input, &indices, (hit, rest), dtype, out)?
