@@ -42,9 +42,12 @@ def placed(view):
     return whole.to(DEVICE).as_strided(view.shape, view.stride(), view.storage_offset())
 
 
-def occupy(seconds):
-    """Keeps the current stream busy for about so long: what is queued on it meanwhile comes later."""
-    torch.cuda._sleep(int(1.8e9 * seconds))  # cycles of a GPU's clock
+def occupy(seconds, *streams):
+    """Keeps the streams, or the current one, busy for about so long: what is queued on them meanwhile comes
+    later."""
+    for stream in streams or (torch.cuda.current_stream(),):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(int(1.8e9 * seconds))  # cycles of a GPU's clock
 
 
 @contextmanager

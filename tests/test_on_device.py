@@ -377,9 +377,7 @@ def test_streams_of_their_own(loss, shape, generator):
     # Memory for each stream, and what a first call needs: getting it may wait for the device.
     turns()
     torch.cuda.synchronize()
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            occupy(0.1)
+    occupy(0.1, *streams)
     results = turns()
     assert not any(stream.query() for stream in streams), "the turns ran one after another"
     torch.cuda.synchronize()
@@ -408,9 +406,7 @@ def test_graphs_of_one_stream_replayed_on_two(loss, shape, generator):
         graph.replay()  # the first time it is copied to the device
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in graphs]
-    for stream in streams:
-        with torch.cuda.stream(stream):
-            occupy(0.1)
+    occupy(0.1, *streams)
     for _ in range(4):
         for graph, stream in zip(graphs, streams, strict=True):
             with torch.cuda.stream(stream):

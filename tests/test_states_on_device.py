@@ -339,16 +339,22 @@ def test_flexmatch_compiled_with_graphs(generator):
     assert_same(ours, plain, batch[2].cpu())
 
 
-@gpu
-def test_flexmatch_captured_and_replayed(generator):
-    """Each replay continues from the counts and labels of the last one, and so does what is not captured."""
-    ours, plain = both(10, 200)
+def captured_step(ours, plain, generator):
+    """A step of both, then one that is captured: its inputs, the graph, and the thresholds that it writes."""
     static = random_batch(generator)
     flexmatch_step(ours, *static)
     plain.update(*(x.cpu() for x in static))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = flexmatch_step(ours, *static)
+    return static, graph, captured
+
+
+@gpu
+def test_flexmatch_captured_and_replayed(generator):
+    """Each replay continues from the counts and labels of the last one, and so does what is not captured."""
+    ours, plain = both(10, 200)
+    static, graph, captured = captured_step(ours, plain, generator)
     for _ in range(5):
         fresh = random_batch(generator)
         for x, value in zip(static, fresh, strict=True):
@@ -365,12 +371,7 @@ def test_flexmatch_written_between_replays(generator):
     """A graph does not look for such writes. The next call outside of it does, and counts into the memory that
     the graph reads."""
     ours, plain = both(10, 200)
-    static = random_batch(generator)
-    flexmatch_step(ours, *static)
-    plain.update(*(x.cpu() for x in static))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = flexmatch_step(ours, *static)
+    static, graph, captured = captured_step(ours, plain, generator)
     for turn in range(3):
         for module in (ours, plain):
             module.net_outputs[30 * turn : 30 * turn + 60] = turn

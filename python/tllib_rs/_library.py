@@ -299,20 +299,16 @@ _has_kernels._dynamo_marked_constant = True
 def _gradients(loss: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """The gradients with respect to the inputs, contiguous, in the dtype of :func:`_kept`; empty ones for
     those that require none."""
-    grads: list[torch.Tensor | None] = [None] * len(inputs)
-    wanted = [k for k, x in enumerate(inputs) if x.requires_grad]
-    if wanted:
-        grads = _core.gradients(loss, len(inputs))
+    leaves = [x for x in inputs if x.requires_grad]
+    grads = _core.gradients(loss, len(inputs)) if leaves else [None] * len(inputs)
     if grads is None:
         # The loss is a composite. Backward in this thread: a graph being captured does not track memory that
         # another thread allocates.
         with torch.autograd.set_multithreading_enabled(False):
-            found = torch.autograd.grad(loss, [inputs[k] for k in wanted], torch.ones_like(loss))
-        grads = [None] * len(inputs)
-        for k, grad in zip(wanted, found, strict=True):
-            grads[k] = grad
+            found = iter(torch.autograd.grad(loss, leaves, torch.ones_like(loss)))
+        grads = [next(found) if x.requires_grad else None for x in inputs]
     return [
-        x.new_empty(0, dtype=_kept(x)) if grad is None else grad.to(_kept(x)).contiguous()
+        grad.to(_kept(x)).contiguous() if x.requires_grad else x.new_empty(0, dtype=_kept(x))
         for grad, x in zip(grads, inputs, strict=True)
     ]
 

@@ -91,8 +91,8 @@ fn place(inputs: &[&Input<'_>]) -> Place {
 }
 
 /// Whether the values are in host memory, so that checks read them, without waiting and without an operation that a
-/// mode or transform would intercept, even if no kernel may. Where libtorch's operations or an emulator stand in for
-/// a device, they are not.
+/// mode or transform would intercept, even if no kernel may. What no kernel may read is not there while libtorch's
+/// operations or an emulator stand in for a device.
 fn in_host_memory(facts: &Facts) -> bool {
     let stand_in = || composites_only() || cuda::emulated();
     let here = || facts.is_cpu() && facts.readable() && facts.contiguous();

@@ -17,11 +17,12 @@ impl<F: Real> Spread<F> {
     /// For rows of `width` elements.
     #[inline(always)]
     pub fn new(width: usize) -> Self {
-        let rows = (GROUP / width.max(1)).max(1);
-        Self {
+        let mut spread = Self {
             width,
-            room: vec![F::ZERO; rows * width + STEP],
-        }
+            room: Vec::new(),
+        };
+        spread.room = vec![F::ZERO; spread.rows() * width + STEP];
+        spread
     }
 
     /// How many rows are spread at a time, at most.

@@ -88,8 +88,13 @@ pub fn distances_backward(
         Dtype::F64 => gradients::<f64>(incoming, of, wanted)?,
         _ => gradients::<f32>(incoming, of, wanted)?,
     };
-    let stored = |grad: Option<Tensor>| grad.map(|g| g.f_to_kind(pair.dtype.kind())).transpose();
-    Ok([stored(of_x)?, stored(of_y)?])
+    let kind = pair.dtype.kind();
+    Ok([stored(of_x, kind)?, stored(of_y, kind)?])
+}
+
+/// A gradient in the dtype of the features.
+fn stored(grad: Option<Tensor>, kind: Kind) -> Result<Option<Tensor>> {
+    Ok(grad.map(|grad| grad.f_to_kind(kind)).transpose()?)
 }
 
 /// The same in libtorch operations.
@@ -202,17 +207,16 @@ struct Node<F> {
 impl<F: Element<Acc = F> + Real + Stored> Backward for Node<F> {
     fn grads(&mut self, incoming: &Tensor, _last: bool) -> Result<Vec<Option<Tensor>>> {
         let out = self.out.get()?;
-        let stored = |grad: Option<Tensor>| grad.map(|g| g.f_to_kind(self.kind)).transpose();
         let x = computed(self.x.get()?, F::KIND)?;
         if self.own
             && let Some(grad) = own_gradient::<F>(incoming, &x, out)?
         {
-            return Ok(vec![stored(Some(grad))?, None]);
+            return Ok(vec![stored(Some(grad), self.kind)?, None]);
         }
         let y = computed(self.y.get()?, F::KIND)?;
         gradients::<F>(incoming, [&x, &y, out], self.wanted)?
             .into_iter()
-            .map(|grad| Ok(stored(grad)?))
+            .map(|grad| stored(grad, self.kind))
             .collect()
     }
 }
