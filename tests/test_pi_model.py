@@ -199,16 +199,27 @@ def test_more_dimensions_and_empty_batches():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [1, 3, 7, 40])
-def test_an_incoming_gradient_for_each_row(width, dtype):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_an_incoming_gradient_for_each_row(transposed, width, dtype):
     # As many rows as several groups of them, an incoming gradient with a stride, and one of no elements.
     for rows in (1100, 0):
-        p1, p2 = (torch.rand(rows, width).to(dtype).requires_grad_() for _ in range(2))
+        p1, p2 = (torch.rand(rows, width).to(dtype) for _ in range(2))
+        if transposed:
+            p1, p2 = (p.T.contiguous().T for p in (p1, p2))
         incoming = torch.rand(2 * rows).to(dtype)[::2]
-        got = torch.autograd.grad(L2ConsistencyLoss("none")(p1, p2), (p1, p2), incoming)
         expected = 2 * (p1.double() - p2.double()) * incoming.double().unsqueeze(1)
-        # The stored gradient is rounded once before it is multiplied, and once after.
-        for grad, value in zip(got, (expected, -expected), strict=True):
-            torch.testing.assert_close(grad.double(), value, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+        for wanted in ((True, True), (True, False), (False, True)):
+            given = [p.detach().requires_grad_(want) for p, want in zip((p1, p2), wanted, strict=True)]
+            inputs = [p for p in given if p.requires_grad]
+            values = [value for value, want in zip((expected, -expected), wanted, strict=True) if want]
+            losses = L2ConsistencyLoss("none")(*given)
+            for kept in (True, False):
+                got = torch.autograd.grad(losses, inputs, incoming, retain_graph=kept)
+                # The stored gradient is rounded once before it is multiplied, and once after.
+                for grad, value in zip(got, values, strict=True):
+                    torch.testing.assert_close(
+                        grad.double(), value, rtol=2 * torch.finfo(dtype).eps, atol=1e-7
+                    )
 
 
 def test_small_float16_gradients_survive_a_large_mean():

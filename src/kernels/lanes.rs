@@ -209,33 +209,6 @@ pub fn flush<F: Real>(lanes: &mut [Lanes<F>], sums: &mut [f64]) {
     }
 }
 
-/// The sum of squares of each of `sums.len()` contiguous rows.
-#[inline(always)]
-pub fn sums_of_squares<F: Real>(rows: &[F], sums: &mut [f64]) {
-    let cols = rows.len() / sums.len().max(1);
-    for (rows, sums) in rows.chunks(LANES * cols.max(1)).zip(sums.chunks_mut(LANES)) {
-        let mut lanes = [F::ZERO; LANES];
-        if let Some(rows) = rows.get(..LANES * cols) {
-            for c in 0..cols {
-                for (k, lane) in lanes.iter_mut().enumerate() {
-                    // SAFETY: `k * cols + c < LANES * cols`, the length of the slice.
-                    let x = unsafe { *rows.get_unchecked(k * cols + c) };
-                    *lane += x * x;
-                }
-            }
-        } else {
-            for (row, lane) in rows.chunks_exact(cols).zip(&mut lanes) {
-                for &x in row {
-                    *lane += x * x;
-                }
-            }
-        }
-        for (sum, lane) in sums.iter_mut().zip(lanes) {
-            *sum = lane.to_f64();
-        }
-    }
-}
-
 /// As f64.
 #[inline(always)]
 pub fn wide<F: Real>(lanes: &Lanes<F>) -> Lanes<f64> {

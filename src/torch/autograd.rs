@@ -7,13 +7,14 @@
 //! differentiate it.
 
 use super::input::Input;
-use super::{Owned, Stored, by_dtype, check, max_threads};
+use super::{Dtype, Owned, Stored, by_dtype, check, max_threads};
 use crate::cuda;
 use crate::error::{Error, Result};
 use crate::kernels::element::Element;
 use crate::kernels::parallel::threads_for;
 use crate::kernels::real::Real;
 use crate::kernels::rows::Rows;
+use crate::kernels::scale::{Factors, scale};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use tch::{Kind, Tensor};
@@ -112,6 +113,14 @@ impl<E: Element + Stored> Room<E> {
             room: room.transpose()?,
             by_columns,
         })
+    }
+
+    /// None, although one is wanted.
+    pub fn left_out() -> Self {
+        Self {
+            room: None,
+            by_columns: false,
+        }
     }
 
     /// Where a kernel writes it.
@@ -343,34 +352,18 @@ fn as_it_lies(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Ten
         ..
     } = stored;
     let on_cpu = Input::new("backward", "gradient", &grad)?;
-    let rows = on_cpu.shape().first().copied().unwrap_or(1);
-    let rows = (!by_columns).then_some(rows);
-    if let (Some(dtype), Some(mut factors), true) =
-        (on_cpu.dtype(), numbers(incoming, rows), on_cpu.on_cpu())
-    {
-        let (data, len, shape) = (on_cpu.data(), on_cpu.numel(), on_cpu.shape().to_vec());
+    // Those of the input.
+    let rows = if by_columns {
+        on_cpu.shape().last()
+    } else {
+        on_cpu.shape().first()
+    };
+    let factors = numbers(incoming, rows.copied().unwrap_or(1));
+    if let (Some(dtype), Some(mut factors), true) = (on_cpu.dtype(), factors, on_cpu.on_cpu()) {
         for factor in &mut factors {
             *factor /= scale;
         }
-        return by_dtype!(dtype, E => {
-            let threads = threads_for(len, GRAIN, max_threads());
-            if own {
-                #[allow(clippy::float_cmp, reason = "exactly one changes nothing")]
-                if factors.iter().any(|&factor| factor != 1.0) && len > 0 {
-                    // SAFETY: a stored gradient is contiguous with `len` elements of `E`, and
-                    // `own` says that the node, which moved it out, was its only holder.
-                    let slice = unsafe { std::slice::from_raw_parts_mut(data.cast::<E>(), len) };
-                    crate::kernels::scale::scale(None, &factors, slice, threads);
-                }
-                Ok(grad)
-            } else {
-                let mut out = Owned::<E>::new(&shape)?;
-                // SAFETY: as above, and only read.
-                let values = unsafe { if len == 0 { &[][..] } else { std::slice::from_raw_parts(data.cast::<E>(), len) } };
-                crate::kernels::scale::scale(Some(values), &factors, out.slice(), threads);
-                Ok(out.into_tensor())
-            }
-        });
+        return multiplied(grad, dtype, &factors, by_columns, own);
     }
     let kind = grad.f_kind()?;
     let mut incoming = incoming.tensor.shallow_clone();
@@ -392,13 +385,49 @@ fn as_it_lies(stored: StoredGrad, incoming: &Input<'_>, own: bool) -> Result<Ten
     Ok(out.f_to_kind(kind)?)
 }
 
+/// `grad`, on the CPU, times one factor for all or one for each row of the input.
+fn multiplied(
+    grad: Tensor,
+    dtype: Dtype,
+    factors: &[f64],
+    by_columns: bool,
+    own: bool,
+) -> Result<Tensor> {
+    let input = Input::new("backward", "gradient", &grad)?;
+    let (data, len) = (input.data(), input.numel());
+    let each = if by_columns && factors.len() > 1 {
+        Factors::Columns(factors)
+    } else {
+        Factors::Rows(factors)
+    };
+    let threads = threads_for(len, GRAIN, max_threads());
+    by_dtype!(dtype, E => {
+        if own {
+            #[allow(clippy::float_cmp, reason = "exactly one changes nothing")]
+            if factors.iter().any(|&factor| factor != 1.0) && len > 0 {
+                // SAFETY: a stored gradient is contiguous with `len` elements of `E`, and
+                // `own` says that the node, which moved it out, was its only holder.
+                let slice = unsafe { std::slice::from_raw_parts_mut(data.cast::<E>(), len) };
+                scale(None, each, slice, threads);
+            }
+            Ok(grad)
+        } else {
+            let mut out = Owned::<E>::new(input.shape())?;
+            // SAFETY: as above, and only read.
+            let values = unsafe { if len == 0 { &[][..] } else { std::slice::from_raw_parts(data.cast::<E>(), len) } };
+            scale(Some(values), each, out.slice(), threads);
+            Ok(out.into_tensor())
+        }
+    })
+}
+
 /// The values of an ordinary CPU tensor that is zero-dimensional, or has one dimension of `rows` elements; a single
 /// value if its stride is 0, as in the gradient of a sum.
-fn numbers(input: &Input<'_>, rows: Option<i64>) -> Option<Vec<f64>> {
+fn numbers(input: &Input<'_>, rows: i64) -> Option<Vec<f64>> {
     let (count, stride) = match (input.shape(), input.strides()) {
         ([], _) => (1, 0),
         (&[n], &[0]) if n > 0 => (1, 0),
-        (&[n], &[stride]) if Some(n) == rows => (n as usize, stride as isize),
+        (&[n], &[stride]) if n == rows => (n as usize, stride as isize),
         _ => return None,
     };
     let dtype = input.dtype().filter(|_| input.on_cpu())?;

@@ -2,7 +2,8 @@
 
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
-use super::super::lanes::{Narrow, sums_of_squares};
+use super::super::lanes::Narrow;
+use super::super::quad::Quad;
 use super::super::real::Real;
 use super::super::rows::{Spread, store_row};
 use super::Sweep;
@@ -54,6 +55,73 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
             }
         }
     }
+}
+
+/// Rows and columns that are transposed at a time.
+const STEP: usize = 4;
+
+/// The sum of squares of each of `sums.len()` contiguous rows.
+#[inline(always)]
+fn sums_of_squares<F: Real>(rows: &[F], sums: &mut [f64]) {
+    match rows.len() / sums.len().max(1) {
+        0 => sums.fill(0.0),
+        1 => of_few::<F, 1>(rows, sums),
+        2 => of_few::<F, 2>(rows, sums),
+        3 => of_few::<F, 3>(rows, sums),
+        cols => {
+            let (quads, others) = sums.as_chunks_mut::<STEP>();
+            let (whole, rest) = rows.split_at(quads.len() * STEP * cols);
+            for (sums, rows) in quads.iter_mut().zip(whole.chunks_exact(STEP * cols)) {
+                *sums = of_quad(rows, cols).map(F::to_f64);
+            }
+            for (sum, row) in others.iter_mut().zip(rest.chunks_exact(cols)) {
+                *sum = of_one(row).to_f64();
+            }
+        }
+    }
+}
+
+/// For rows of `N` numbers.
+#[inline(always)]
+fn of_few<F: Real, const N: usize>(rows: &[F], sums: &mut [f64]) {
+    for (sum, row) in sums.iter_mut().zip(rows.as_chunks::<N>().0) {
+        *sum = of_one(row).to_f64();
+    }
+}
+
+/// For [`STEP`] rows of `cols >= STEP` numbers.
+#[inline(always)]
+fn of_quad<F: Real>(rows: &[F], cols: usize) -> Quad<F> {
+    assert!(cols >= STEP && rows.len() == STEP * cols, "rows");
+    let mut totals = [F::ZERO; STEP];
+    let mut add = |column: &Quad<F>| {
+        for (total, &x) in totals.iter_mut().zip(column) {
+            *total += x * x;
+        }
+    };
+    let last = cols - cols % STEP;
+    for c in (0..last).step_by(STEP) {
+        // SAFETY: `k < STEP`, `c + STEP <= cols`, and there are STEP * cols numbers, as just seen.
+        let quad = |k: usize| unsafe { &*rows.as_ptr().add(k * cols + c).cast::<Quad<F>>() };
+        let columns = F::transposed([quad(0), quad(1), quad(2), quad(3)]);
+        columns.iter().for_each(&mut add);
+    }
+    for c in last..cols {
+        // SAFETY: as above, for one number.
+        let number = |k: usize| unsafe { *rows.get_unchecked(k * cols + c) };
+        add(&[number(0), number(1), number(2), number(3)]);
+    }
+    totals
+}
+
+/// For one row.
+#[inline(always)]
+fn of_one<F: Real>(row: &[F]) -> F {
+    let mut total = F::ZERO;
+    for &x in row {
+        total += x * x;
+    }
+    total
 }
 
 /// Writes the gradients of some rows where each has a factor of its own. Compiled separately from the sums, which would

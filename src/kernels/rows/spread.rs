@@ -42,15 +42,11 @@ impl<F: Real> Spread<F> {
             3 => copies::<F, 3>(factors, times, room),
             4 => copies::<F, 4>(factors, times, room),
             width => {
-                let mut start = 0;
+                // What is written behind a row, the next one overwrites.
+                let whole = width.next_multiple_of(STEP);
                 for (i, &factor) in factors.iter().enumerate() {
-                    let factor = [F::of(factor * times); STEP];
-                    while start < (i + 1) * width {
-                        // What is written behind the row, the next one overwrites.
-                        room[start..start + STEP].copy_from_slice(&factor);
-                        start += STEP;
-                    }
-                    start = (i + 1) * width;
+                    let row = &mut room[i * width..][..whole];
+                    row.as_chunks_mut().0.fill([F::of(factor * times); STEP]);
                 }
             }
         }
