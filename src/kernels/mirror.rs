@@ -1,12 +1,15 @@
 //! Symmetric matrices of which one triangle is computed and copied into the other.
 
 use super::parallel::run;
+use super::quad::Quad;
 use super::real::Real;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-/// Rows and columns of a matrix that are transposed together.
+/// Rows and columns of a matrix that are transposed together: those of a cache line.
 const TILE: usize = 16;
+/// Rows and columns that are transposed by shuffles.
+const STEP: usize = 4;
 
 /// A triangle of a square matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,28 +72,45 @@ impl<F: Real> Square<F> {
     /// `start` is valid for `n * n` elements, `rows` are among the `n`, and nobody else accesses these rows below the
     /// diagonal, nor writes above it, until this returns.
     unsafe fn mirror(self, rows: Range<usize>) {
-        let Self { start, n } = self;
         for top in rows.clone().step_by(TILE) {
             let bottom = rows.end.min(top + TILE);
-            for left in (0..bottom).step_by(TILE) {
-                let mut tile = [[F::ZERO; TILE]; TILE];
-                for j in left..n.min(left + TILE) {
-                    for i in top..bottom {
-                        // Below the diagonal nothing may be read: an earlier tile of another job.
-                        if j < i {
-                            // SAFETY: `i`, `j` < n, and above the diagonal nobody writes.
-                            tile[i - top][j - left] = unsafe { *start.add(j * n + i) };
-                        }
-                    }
-                }
-                for i in top..bottom {
-                    for j in left..i.min(left + TILE) {
-                        // SAFETY: `i`, `j` < n, and row `i` below the diagonal is this call's.
-                        unsafe { *start.add(i * n + j) = tile[i - top][j - left] };
-                    }
+            let mut left = 0;
+            // Tiles that the diagonal does not cross.
+            while bottom == top + TILE && left + TILE <= top {
+                // SAFETY: per contract; all columns of the tile are before its first row.
+                unsafe { self.whole(top, left) };
+                left += TILE;
+            }
+            for i in top..bottom {
+                for j in left..i {
+                    // SAFETY: `j < i < n`, and row `i` below the diagonal is this call's; above it nobody writes.
+                    unsafe { *self.at(i, j) = *self.at(j, i) };
                 }
             }
         }
+    }
+
+    /// Fills the tile at this row and column.
+    ///
+    /// # Safety
+    /// As [`Square::mirror`] for the rows of the tile, which exist, and whose columns are all before `top`.
+    unsafe fn whole(self, top: usize, left: usize) {
+        for i in (top..top + TILE).step_by(STEP) {
+            for j in (left..left + TILE).step_by(STEP) {
+                // SAFETY: `STEP` elements of row `j + k`, which are above the diagonal: `j + k < i`. Nobody writes them.
+                let quad = |k: usize| unsafe { &*self.at(j + k, i).cast::<Quad<F>>() };
+                let rows = F::transposed([quad(0), quad(1), quad(2), quad(3)]);
+                for (k, row) in rows.into_iter().enumerate() {
+                    // SAFETY: as many of row `i + k` below the diagonal, which are this call's.
+                    unsafe { *self.at(i + k, j).cast::<Quad<F>>() = row };
+                }
+            }
+        }
+    }
+
+    /// The address of an element.
+    fn at(self, row: usize, column: usize) -> *mut F {
+        self.start.wrapping_add(row * self.n + column)
     }
 }
 
@@ -123,7 +143,7 @@ mod tests {
 
     #[test]
     fn the_upper_triangle_is_copied() {
-        for n in [0usize, 1, 15, 16, 17, 50] {
+        for n in [0usize, 1, 15, 16, 17, 50, 131] {
             for threads in [1, 2, 5] {
                 let at = |k: usize| (k / n * 100 + k % n) as f64;
                 let mut matrix: Vec<f64> = (0..n * n).map(at).collect();
