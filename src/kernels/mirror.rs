@@ -81,8 +81,8 @@ impl<F: Real> Square<F> {
                 unsafe { self.whole(top, left) };
                 left += TILE;
             }
-            for i in top..bottom {
-                for j in left..i {
+            for j in left..bottom {
+                for i in top.max(j + 1)..bottom {
                     // SAFETY: `j < i < n`, and row `i` below the diagonal is this call's; above it nobody writes.
                     unsafe { *self.at(i, j) = *self.at(j, i) };
                 }
