@@ -1,15 +1,13 @@
 //! Symmetric matrices of which one triangle is computed and copied into the other.
 
 use super::parallel::run;
-use super::quad::Quad;
+use super::quad::{Quad, STEP};
 use super::real::Real;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
 /// Rows and columns of a matrix that are transposed together: those of a cache line.
 const TILE: usize = 16;
-/// Rows and columns that are transposed by shuffles.
-const STEP: usize = 4;
 
 /// A triangle of a square matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,7 +1,10 @@
 //! Transposition of rows, four numbers at a time: by itself, LLVM moves them one by one.
 
-/// Four adjacent numbers.
-pub type Quad<F> = [F; 4];
+/// Rows and columns that are transposed at a time.
+pub const STEP: usize = 4;
+
+/// Adjacent numbers of a row.
+pub type Quad<F> = [F; STEP];
 
 /// Rows as columns, element by element.
 #[inline(always)]

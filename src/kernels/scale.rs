@@ -11,7 +11,7 @@ use std::ops::Range;
 
 /// The widest rows whose factors are spread.
 const NARROW: usize = 32;
-/// Columns are multiplied this many elements at a time, several together if they are shorter.
+/// Rows with a factor for each column are multiplied several at a time if they are shorter than half of this.
 const LONG: usize = 512;
 
 /// What a matrix, contiguous row by row, is multiplied by.
@@ -78,7 +78,7 @@ fn by_columns<E: Element>(
 ) {
     let converted = factors.iter().map(|&factor| E::Acc::of(factor));
     let factors = converted.collect::<Vec<_>>();
-    // Short ones are repeated, to a whole number of rows.
+    // Those of a short row are repeated.
     let factors = factors.repeat((LONG / factors.len().max(1)).max(1));
     let ranges = split(out.len(), threads);
     let jobs: Vec<_> = cut(out, &ranges, 1)

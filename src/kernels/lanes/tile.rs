@@ -1,14 +1,11 @@
 //! The columns of [`LANES`] rows.
 
 use super::super::element::Element;
-use super::super::quad::Quad;
+use super::super::quad::{Quad, STEP};
 use super::super::real::Real;
 use super::super::rows::{CACHE_LINE, store_row};
 use super::{LANES, Lanes};
 use std::ops::{Deref, DerefMut, Range};
-
-/// Rows and columns that are transposed at a time.
-const STEP: usize = 4;
 
 /// Storage for the columns of a tile of rows, each aligned to a cache line: an access that crosses two lines takes
 /// twice as long.

@@ -3,7 +3,7 @@
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::lanes::Narrow;
-use super::super::quad::Quad;
+use super::super::quad::{Quad, STEP};
 use super::super::real::Real;
 use super::super::rows::{Spread, store_row};
 use super::Sweep;
@@ -56,9 +56,6 @@ impl<E: Element> Kernel for Narrow<Sweep<'_, E>> {
         }
     }
 }
-
-/// Rows and columns that are transposed at a time.
-const STEP: usize = 4;
 
 /// The sum of squares of each of `sums.len()` contiguous rows.
 #[inline(always)]
