@@ -154,7 +154,7 @@ def test_random_settings(capsys):
 
     assert main(["entropy", "--random", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "entropy: (" in printed
+    assert "\nentropy: " in printed
     assert "slower than plain in " in printed
     for wrong in (["flexmatch"], ["entropy", "--case", "x"], ["entropy", "--quick"]):
         assert main([*wrong, "--random", "1"]) == 2
