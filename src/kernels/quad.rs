@@ -1,10 +1,26 @@
 //! Transposition of rows, four numbers at a time: by itself, LLVM moves them one by one.
 
+use super::real::Real;
+
 /// Rows and columns that are transposed at a time.
 pub const STEP: usize = 4;
 
 /// Adjacent numbers of a row.
 pub type Quad<F> = [F; STEP];
+
+/// The columns of the block that starts at `numbers[first]` and whose rows are `stride` apart.
+///
+/// # Panics
+/// If the block leaves `numbers`: a mistake in a kernel.
+#[inline(always)]
+pub fn columns<F: Real>(numbers: &[F], first: usize, stride: usize) -> [Quad<F>; STEP] {
+    // A larger one could overflow the length of the block.
+    assert!(stride <= numbers.len(), "stride");
+    let block = &numbers[first..][..(STEP - 1) * stride + STEP];
+    // SAFETY: `k < STEP`, and so `k * stride + STEP <= block.len()`.
+    let row = |k: usize| unsafe { &*block.as_ptr().add(k * stride).cast::<Quad<F>>() };
+    F::transposed([row(0), row(1), row(2), row(3)])
+}
 
 /// Rows as columns, element by element.
 #[inline(always)]
@@ -53,6 +69,16 @@ pub fn transposed_f32([a, b, c, d]: [&Quad<f32>; 4]) -> [Quad<f32>; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_block_within_rows() {
+        let numbers: [f64; 23] = std::array::from_fn(|k| k as f64);
+        let column = |c: usize| [c, c + 6, c + 12, c + 18].map(|k| k as f64);
+        assert_eq!(columns(&numbers, 1, 6), [1, 2, 3, 4].map(column));
+        for (first, stride) in [(2, 6), (1, 7), (24, 0), (0, usize::MAX / 3)] {
+            assert!(std::panic::catch_unwind(|| columns(&numbers, first, stride)).is_err());
+        }
+    }
 
     #[test]
     fn columns_are_the_rows_of_the_transpose() {

@@ -1,7 +1,7 @@
 //! The columns of [`LANES`] rows.
 
 use super::super::element::Element;
-use super::super::quad::{Quad, STEP};
+use super::super::quad::{self, Quad, STEP};
 use super::super::real::Real;
 use super::super::rows::{CACHE_LINE, store_row};
 use super::{LANES, Lanes};
@@ -130,11 +130,8 @@ impl<F: Real> Tile<F> {
     /// Writes [`STEP`] rows from lane `k` on; there must be at least as many columns.
     #[inline(always)]
     fn write_quads(&self, k: usize, rows: &mut [F]) {
-        assert!(k + STEP <= LANES, "lanes");
         for c in starts(self.cols) {
-            // SAFETY: `k + STEP <= LANES`, as just seen.
-            let quad = |j: usize| unsafe { &*self[c + j].as_ptr().add(k).cast::<Quad<F>>() };
-            let block = F::transposed([quad(0), quad(1), quad(2), quad(3)]);
+            let block = quad::columns(self.as_flattened(), c * LANES + k, LANES);
             for (j, quad) in block.iter().enumerate() {
                 rows[j * self.cols + c..][..STEP].copy_from_slice(quad);
             }

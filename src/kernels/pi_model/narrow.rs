@@ -3,7 +3,7 @@
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::lanes::Narrow;
-use super::super::quad::{Quad, STEP};
+use super::super::quad::{self, Quad, STEP};
 use super::super::real::Real;
 use super::super::rows::{Spread, store_row};
 use super::Sweep;
@@ -89,7 +89,6 @@ fn of_few<F: Real, const N: usize>(rows: &[F], sums: &mut [f64]) {
 /// For [`STEP`] rows of `cols >= STEP` numbers.
 #[inline(always)]
 fn of_quad<F: Real>(rows: &[F], cols: usize) -> Quad<F> {
-    assert!(cols >= STEP && rows.len() == STEP * cols, "rows");
     let mut totals = [F::ZERO; STEP];
     let mut add = |column: &Quad<F>| {
         for (total, &x) in totals.iter_mut().zip(column) {
@@ -98,15 +97,15 @@ fn of_quad<F: Real>(rows: &[F], cols: usize) -> Quad<F> {
     };
     let last = cols - cols % STEP;
     for c in (0..last).step_by(STEP) {
-        // SAFETY: `k < STEP`, `c + STEP <= cols`, and there are STEP * cols numbers, as just seen.
-        let quad = |k: usize| unsafe { &*rows.as_ptr().add(k * cols + c).cast::<Quad<F>>() };
-        let columns = F::transposed([quad(0), quad(1), quad(2), quad(3)]);
-        columns.iter().for_each(&mut add);
+        quad::columns(rows, c, cols).iter().for_each(&mut add);
     }
     for c in last..cols {
-        // SAFETY: as above, for one number.
-        let number = |k: usize| unsafe { *rows.get_unchecked(k * cols + c) };
-        add(&[number(0), number(1), number(2), number(3)]);
+        add(&[
+            rows[c],
+            rows[cols + c],
+            rows[2 * cols + c],
+            rows[3 * cols + c],
+        ]);
     }
     totals
 }
