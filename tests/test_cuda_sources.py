@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.again import passes_again
+from tests.again import begun, passes_again
 from tests.cuda import ELEMENTS, SOURCES, bounds_watch, build_emulator
 from tllib_rs import _core
 
@@ -24,8 +24,14 @@ FORMS = {
 }
 #: The tests that every loss goes through.
 EVERY_LOSS = ["test_losses.py", "test_compiled_losses.py", "test_on_device.py"]
-#: The tests that are run once more through the kernels: files, and the selection of tests in them.
+#: The tests that are run once more through the kernels: files, and the selection of tests in them. What takes longest is
+#: first: as many as there are processors run at a time.
 METHODS = {
+    # Bad input is rejected before any kernel is chosen, and in that file includes that of other losses.
+    "triplet": (
+        ["test_reid_loss.py", "test_reid_loss_on_device.py", *EVERY_LOSS],
+        "(triplet or test_reid_loss) and not half_types_notice and not bad_input and not labels_are_checked",
+    ),
     # Not labels that are no columns: on a device they are not checked for (tests/test_on_device.py).
     "cross_entropy": (
         ["test_reid_loss.py", *EVERY_LOSS],
@@ -61,11 +67,6 @@ METHODS = {
     ),
     # Nor are labels checked within a dispatch mode.
     "self_tuning": (["test_self_tuning.py", "test_self_tuning_on_device.py"], "not labels_are_checked"),
-    # Bad input is rejected before any kernel is chosen, and in that file includes that of other losses.
-    "triplet": (
-        ["test_reid_loss.py", "test_reid_loss_on_device.py", *EVERY_LOSS],
-        "(triplet or test_reid_loss) and not half_types_notice and not bad_input and not labels_are_checked",
-    ),
     "uda": (["test_uda.py", *EVERY_LOSS], "uda"),
 }
 
@@ -152,19 +153,29 @@ def emulator(tmp_path_factory):
     return build_emulator(tmp_path_factory.mktemp("emulator"))
 
 
-@pytest.mark.parametrize("stem", sorted(METHODS))
-def test_methods_through_the_kernels(stem, emulator, tmp_path):
-    """The method's tests pass again with CPU tensors treated as CUDA tensors, and launch each of its kernels
-    (in <stem>.cu and <stem>_*.cu) in each of its element types. A race ends the process, as does an access
-    out of bounds."""
-    launches = tmp_path / "launches"
-    environment = bounds_watch() | {
-        "TLLIB_RS_CUDA": "1",
-        "TLLIB_RS_CUDA_EMULATOR": str(emulator),
-        "TLLIB_EMULATED_LAUNCHES": str(launches),
-    }
-    passes_again(*METHODS[stem], environment)
-    launched = {line.split()[0] for line in launches.read_text().splitlines()}
+@pytest.fixture(scope="module")
+def emulated(request, emulator):
+    """Runs with CPU tensors treated as CUDA tensors, each of which returns the kernels that it launched."""
+
+    def run(stem):
+        launches = emulator.with_name(f"{stem}-launches")
+        environment = bounds_watch() | {
+            "TLLIB_RS_CUDA": "1",
+            "TLLIB_RS_CUDA_EMULATOR": str(emulator),
+            "TLLIB_EMULATED_LAUNCHES": str(launches),
+        }
+        passes_again(*METHODS[stem], environment)
+        return {line.split()[0] for line in launches.read_text().splitlines()}
+
+    with begun(request, run) as runs:
+        yield runs
+
+
+@pytest.mark.parametrize("stem", METHODS)
+def test_methods_through_the_kernels(stem, emulated):
+    """The method's tests pass again, and launch each of its kernels (in <stem>.cu and <stem>_*.cu) in each of its
+    element types. A race ends the process, as does an access out of bounds."""
+    launched = emulated[stem].result()
     for own in (s for s in STEMS if s == stem or s.startswith(f"{stem}_")):
         source = (SOURCES / f"{own}.cu").read_text()
         for macro, kernel in re.findall(r"^(\w*)KERNEL\((?:\d+, )?(\w+)", source, re.MULTILINE):
