@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.threads import processors
+
 #: A run takes one processor for most of its time, and up to 2 GB.
-AT_ONCE = min(4, os.cpu_count() or 1)
+AT_ONCE = min(4, processors())
 
 
 @contextmanager

@@ -49,8 +49,8 @@ def run_ranks(
     world_size: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 60.0,
-    group_timeout: float = 20.0,
+    timeout: float = 300.0,
+    group_timeout: float = 60.0,
     dying: Sequence[int] = (),
 ) -> list[Any]:
     """``function(rank, *arguments)`` on every rank; the results in the order of the ranks.
@@ -117,10 +117,16 @@ def _rank(
 
 
 def _connect(rank: int, world_size: int, store: dist.Store, timeout: datetime.timedelta) -> None:
+    # Ranks take their time to import what they run: the group's time-out counts from when all have done so.
+    _meet("started", rank, world_size, store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     # The first rank that is connected to all others may be done, or dead, before another has heard from it.
-    store.set(f"connected/{rank}", "")
-    store.wait([f"connected/{other}" for other in range(world_size)], timeout)
+    _meet("connected", rank, world_size, store)
+
+
+def _meet(where: str, rank: int, world_size: int, store: dist.Store) -> None:
+    store.set(f"{where}/{rank}", "")
+    store.wait([f"{where}/{other}" for other in range(world_size)], datetime.timedelta(minutes=1))
 
 
 def _collect(ranks: Sequence[tuple[Any, Connection]], deadline: float, dying: set[int]) -> list[Any]:

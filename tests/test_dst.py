@@ -199,4 +199,4 @@ def test_golden_classifier_initial_weights():
     torch.manual_seed(0)
     model = classifier(case)
     for name, value in model.state_dict().items():
-        case.check(f"init:{name}", value, torch.float32)
+        case.check_drawn(f"init:{name}", value)

@@ -241,12 +241,12 @@ def _late(rank):
     if rank == 0:  # the other never takes the step
         module.update(torch.arange(3), torch.ones(3), torch.arange(3))
         return _message(module.get_threshold, EVERY)
-    time.sleep(5)
+    time.sleep(9)
     return None
 
 
 def test_late_ranks_are_waited_for_until_the_time_out():
-    message, _ = run_ranks(2, _late, group_timeout=3)
+    message, _ = run_ranks(2, _late, group_timeout=6)
     assert "the exchange between the ranks failed" in message
     assert "Timed out" in message
 

@@ -1,5 +1,6 @@
-"""torch's number of threads, for a while."""
+"""torch's number of threads, for a while, and the processors that there are."""
 
+import os
 from contextlib import contextmanager
 
 import torch
@@ -13,3 +14,8 @@ def threads_of(count):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def processors():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from tests.threads import processors
+
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "src" / "cuda"
 ELEMENTS = ("f32", "f16", "bf16")
@@ -22,7 +24,8 @@ def compiler() -> str:
 @cache
 def bounds_watch() -> dict[str, str]:
     """The environment variables with which races.cpp knows where each allocation ends: those of the address
-    sanitizer. Empty if the compiler brings no such library."""
+    sanitizer. Empty if the compiler brings no such library, or one from before 2024 that some of the addresses at
+    random collide with (google/sanitizers#1614)."""
 
     def library(name: str) -> str:
         command = [compiler(), f"-print-file-name={name}"]
@@ -32,7 +35,19 @@ def bounds_watch() -> dict[str, str]:
     preloaded = [library("libasan.so"), library("libstdc++.so")]
     if not all(Path(path).is_absolute() for path in preloaded):
         return {}
-    return {"LD_PRELOAD": " ".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0"}
+    watch = {"LD_PRELOAD": " ".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0"}
+
+    def starts() -> bool:
+        try:
+            done = subprocess.run(
+                ["true"], env=os.environ | watch, capture_output=True, check=False, timeout=10
+            )
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
+
+    # One process of four does not, where they collide.
+    return watch if all(starts() for _ in range(30)) else {}
 
 
 def build_emulator(folder: Path, sources: Path = SOURCES) -> Path:
@@ -66,7 +81,7 @@ def build_emulator(folder: Path, sources: Path = SOURCES) -> Path:
         source, target, defines = unit
         subprocess.run([compiler(), *flags, *defines, "-c", str(source), "-o", str(target)], check=True)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(8, processors())) as pool:
         list(pool.map(compile_one, units))
     library = folder / "libemulated.so"
     subprocess.run([compiler(), "-shared", *(str(unit[1]) for unit in units), "-o", str(library)], check=True)
