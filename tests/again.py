@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from tests.threads import processors
@@ -13,9 +12,9 @@ from tests.threads import processors
 AT_ONCE = min(4, processors())
 
 
-@contextmanager
 def begun(request, run):
-    """For a fixture: the futures of ``run(stem)``, for each ``stem`` of the selected tests that use the fixture."""
+    """For a fixture to yield: the futures of ``run(stem)``, for each ``stem`` of the selected tests that use the
+    fixture."""
     items = [item for item in request.session.items if request.fixturename in item.fixturenames]
     stems = dict.fromkeys(item.callspec.params["stem"] for item in items if item.path == request.path)
     with ThreadPoolExecutor(AT_ONCE) as pool:

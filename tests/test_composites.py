@@ -52,8 +52,7 @@ def through_operations(request):
         which = f"not ({EXCEPT[stem]})" if EXCEPT[stem] else ""
         passes_again([f"test_{stem}.py"], which, {"TLLIB_RS_COMPOSITE": "1"})
 
-    with begun(request, run) as runs:
-        yield runs
+    yield from begun(request, run)
 
 
 @pytest.mark.parametrize("stem", EXCEPT)

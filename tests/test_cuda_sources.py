@@ -24,8 +24,8 @@ FORMS = {
 }
 #: The tests that every loss goes through.
 EVERY_LOSS = ["test_losses.py", "test_compiled_losses.py", "test_on_device.py"]
-#: The tests that are run once more through the kernels: files, and the selection of tests in them. What takes longest is
-#: first: as many as there are processors run at a time.
+#: The tests that are run once more through the kernels: files, and the selection of tests in them. What takes
+#: longest is first: as many as there are processors run at a time.
 METHODS = {
     # Bad input is rejected before any kernel is chosen, and in that file includes that of other losses.
     "triplet": (
@@ -91,8 +91,7 @@ def compiled(request):
     def run(stem):
         return {(c, d): _core.cuda_compile(stem, d, c) for c in CAPABILITIES for d in DTYPES}
 
-    with begun(request, run) as runs:
-        yield runs
+    yield from begun(request, run)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids=lambda c: f"sm_{c[0]}{c[1]}")
@@ -168,18 +167,14 @@ def emulator(tmp_path_factory):
 def emulated(request, emulator):
     """Runs with CPU tensors treated as CUDA tensors, each of which returns the kernels that it launched."""
 
+    environment = bounds_watch() | {"TLLIB_RS_CUDA": "1", "TLLIB_RS_CUDA_EMULATOR": str(emulator)}
+
     def run(stem):
         launches = emulator.with_name(f"{stem}-launches")
-        environment = bounds_watch() | {
-            "TLLIB_RS_CUDA": "1",
-            "TLLIB_RS_CUDA_EMULATOR": str(emulator),
-            "TLLIB_EMULATED_LAUNCHES": str(launches),
-        }
-        passes_again(*METHODS[stem], environment)
+        passes_again(*METHODS[stem], environment | {"TLLIB_EMULATED_LAUNCHES": str(launches)})
         return {line.split()[0] for line in launches.read_text().splitlines()}
 
-    with begun(request, run) as runs:
-        yield runs
+    yield from begun(request, run)
 
 
 @pytest.mark.parametrize("stem", METHODS)

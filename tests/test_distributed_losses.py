@@ -294,9 +294,9 @@ def dying(rank, world):
 
 
 def test_a_killed_rank_ends_the_others():
-    first, died, *others = run_ranks(4, dying, 4, group_timeout=5.0, dying=[1])
+    first, died, *others = run_ranks(4, dying, 4, group_timeout=3.0, dying=[1])
     assert isinstance(died, Died)
-    assert all(waited is not None and waited < 10.0 for waited in (first, *others))
+    assert all(waited is not None and waited < 6.0 for waited in (first, *others))
 
 
 def refused(rank, world):

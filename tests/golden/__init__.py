@@ -66,8 +66,9 @@ class Case:
         self._check(self.entry["outputs"][name], value, dtype, name)
 
     def check_drawn(self, name, value):
-        """Assert that float32 numbers were drawn as tllib draws them. torch draws the recorded bits on processors with
-        AVX2; on others it rounds elsewhere on the way from uniform to normal numbers (off by 3.6e-7 at most)."""
+        """Assert that float32 numbers were drawn as tllib draws them. torch draws the recorded bits on processors
+        with AVX2 and AVX-512; on others it rounds elsewhere on the way from uniform to normal numbers (off by
+        3.6e-7 at most)."""
         if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             self.check(name, value, torch.float32)
         else:
