@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from benches._memory import peak
 from tests import golden
 from tests.losses import LOSSES, Observed
 from tests.plain import reid_loss as plain
@@ -291,6 +292,38 @@ def test_more_memory_than_is_searched_at_a_time(generator):
     torch.testing.assert_close(
         got, grads_of(lambda f, m: plain.triplet_xbm(f, labels, m, of_memory, 0.4), [f, memory])
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_memory_that_is_kept_by_columns(normalize, dtype, generator):
+    """As a queue of (F, M) that is passed transposed. Nobody has the identity of the last anchor."""
+    f = torch.randn(8, 24, generator=generator, dtype=dtype)
+    by_columns = torch.randn(24, 300, generator=generator, dtype=dtype)
+    labels, of_memory = torch.arange(8), torch.arange(300) % 7
+    module = TripletLossXBM(0.4, normalize)
+
+    def loss(memory):
+        return lambda f: module(f, labels, memory, of_memory)
+
+    got, expected = (grads_of(loss(m), [f]) for m in (by_columns.T, by_columns.T.contiguous()))
+    torch.testing.assert_close(got, expected)
+    exact = [x.double() for x in (f, by_columns.T)]
+    torch.testing.assert_close(
+        [x.double() for x in got],
+        grads_of(lambda f: plain.triplet_xbm(f, labels, exact[1], of_memory, 0.4, normalize), exact[:1]),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    if dtype == torch.float64:
+        torch.autograd.gradgradcheck(loss(by_columns.T), [f.clone().requires_grad_()])
+
+
+def test_a_large_memory_that_is_kept_by_columns_is_read_where_it_is(generator):
+    f = torch.randn(4, 512, generator=generator, requires_grad=True)
+    memory = torch.randn(512, 4096, generator=generator).T
+    labels = [torch.randint(9, (n,), generator=generator) for n in (4, 4096)]
+    assert peak(lambda: TripletLossXBM()(f, labels[0], memory, labels[1]).backward()) < memory.nbytes / 8
 
 
 def test_a_matrix_and_its_constant_copy_share_no_gradient(generator):

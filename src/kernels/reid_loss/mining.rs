@@ -15,6 +15,7 @@
 //! If the candidates are the anchors, the products are symmetric: a tile above the diagonal also serves the anchors of
 //! its columns, and none below is needed.
 
+use super::super::columns::{self, Each};
 use super::super::element::Element;
 use super::super::isa::{Isa, Kernel, dispatch};
 use super::super::parallel::{cut, run, split};
@@ -178,7 +179,7 @@ impl Hardest {
 pub struct Mining<'a, F> {
     /// `u`, contiguous rows.
     pub anchors: Rows<'a, F>,
-    /// `v`, contiguous rows of the same length; at least one.
+    /// `v`, rows of the same length, at least one; fast where they are contiguous.
     pub candidates: Rows<'a, F>,
     /// Their identities.
     pub identities: &'a Identities,
@@ -278,11 +279,28 @@ impl<F: Element<Acc = F> + Real> Mining<'_, F> {
 
 /// `|x_i|^2` of every row.
 pub fn squares<E: Element>(rows: Rows<'_, E>, threads: NonZeroUsize) -> Vec<E::Acc> {
+    // In half types a result does not depend on the layout.
+    if E::EXACT && columns::fit(&rows) {
+        let mut sums = vec![0.0; rows.rows()];
+        let weights = vec![E::Acc::ONE; rows.rows()];
+        columns::sweep::<E, Square, 1>([rows], &weights, &mut sums, [None], threads);
+        return sums.into_iter().map(E::Acc::of).collect();
+    }
     let jobs: Vec<_> = split(rows.rows(), threads)
         .into_iter()
         .map(|range| move || dispatch(Squares(rows.slice(range))))
         .collect();
     run(jobs).concat()
+}
+
+/// `x^2`
+struct Square;
+
+impl Each<1> for Square {
+    #[inline(always)]
+    fn term<I: Isa, F: Real>([x]: [F; 1]) -> (F, F) {
+        (x * x, x + x)
+    }
 }
 
 struct Squares<'a, E>(Rows<'a, E>);
@@ -326,8 +344,9 @@ impl<F: Element<Acc = F> + Real> Kernel for Finish<'_, '_, F> {
             look.run::<I>();
         }
         let mut out = Vec::with_capacity(self.seen.len());
+        let mut room = vec![F::ZERO; self.mining.candidates.cols()];
         for (k, seen) in self.seen.iter().enumerate() {
-            out.push(hardest(&self.mining, self.first + k, seen));
+            out.push(hardest(&self.mining, self.first + k, seen, &mut room));
         }
         out
     }
@@ -339,18 +358,19 @@ fn hardest<F: Element<Acc = F> + Real>(
     mining: &Mining<'_, F>,
     i: usize,
     seen: &Seen<F>,
+    room: &mut [F],
 ) -> Hardest {
     if !seen.finite {
         return Hardest::NAN;
     }
     let (positives, negatives) = mining.identities.of(i);
-    let (index, largest) = best(mining, i, &seen.positive, 1.0);
+    let (index, largest) = best(mining, i, &seen.positive, 1.0, room);
     let positive = Found {
         index,
         square: largest,
         missing: matches!(positives, Who::All),
     };
-    let (index, smallest) = best(mining, i, &seen.negative, -1.0);
+    let (index, smallest) = best(mining, i, &seen.negative, -1.0, room);
     let negative = Found {
         index,
         square: -smallest,
@@ -367,11 +387,12 @@ fn best<F: Element<Acc = F> + Real>(
     i: usize,
     near: &Near<F>,
     sign: f64,
+    room: &mut [F],
 ) -> (usize, f64) {
     let anchor = mining.anchors.row(i, &mut []);
     let mut found = (0, f64::NEG_INFINITY);
     for index in near.indices() {
-        let candidate = mining.candidates.row(index, &mut []);
+        let candidate = mining.candidates.row(index, room);
         let value = sign * clamped(squared_distance(anchor, candidate));
         if value > found.1 {
             found = (index, value);

@@ -10,7 +10,7 @@ use crate::kernels::Loss;
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::real::Real;
 use crate::kernels::reid_loss::SMALLEST_NORM;
-use crate::kernels::reid_loss::mining::{Hardest, Identities};
+use crate::kernels::reid_loss::mining::{Found, Hardest, Identities};
 pub use crate::kernels::reid_loss::triplet::Objective;
 use crate::kernels::reid_loss::triplet::{
     Gradient, Role, loss as pair_loss, normalize, references,
@@ -129,6 +129,44 @@ where
     })
 }
 
+/// How often the candidates must outnumber the anchors for columns to be read where they are: those near each anchor are
+/// then read row by row, which takes longer than copying them.
+const FEW: i64 = 16;
+
+/// Whether the columns of `memory` are adjacent and its rows, few of which are read, need not be copied to be.
+fn in_columns<E: Element + Stored>(memory: &Input<'_>, anchors: &Input<'_>) -> bool {
+    let ([rows, _], [row, column]) = (memory.shape(), memory.strides()) else {
+        return false;
+    };
+    E::EXACT
+        && !memory.wants_grad()
+        && anchors.shape()[0] * FEW <= *rows
+        && *row == 1
+        && *column > 1
+}
+
+/// The candidates that were found, the positives and then the negatives, as contiguous rows.
+struct Picked {
+    rows: Tensor,
+    /// The pairs, with their indices among these.
+    hardest: Vec<Hardest>,
+}
+
+impl Picked {
+    fn of(candidates: &Tensor, hardest: &[Hardest]) -> Result<Self> {
+        let Pairs { index, .. } = Pairs::of(hardest, candidates.kind())?;
+        let at = |index, found| Found { index, ..found };
+        let pairs = hardest.iter().enumerate().map(|(i, pair)| Hardest {
+            positive: at(i, pair.positive),
+            negative: at(hardest.len() + i, pair.negative),
+        });
+        Ok(Self {
+            rows: candidates.f_index_select(0, &index)?,
+            hardest: pairs.collect(),
+        })
+    }
+}
+
 fn fused<E>(call: &Arguments<'_>, inputs: &Inputs<'_>) -> Result<Fused>
 where
     E: Element + Stored,
@@ -136,34 +174,27 @@ where
 {
     let class = call.class;
     let anchors = prepare::<E>(&inputs.features, call.normalize)?;
-    let memory = inputs
-        .memory
-        .as_ref()
-        .map(|(m, _)| prepare::<E>(m, call.normalize))
-        .transpose()?;
-    let view = Input::new(class, call.features.0, &anchors.tensor)?;
-    let rows = view.dense_rows::<E::Acc>()?;
-    let memory_view = memory
-        .as_ref()
-        .map(|m| Input::new(class, "xbm_f", &m.tensor))
-        .transpose()?;
-    let memory_rows = memory_view
-        .as_ref()
-        .map(Input::dense_rows::<E::Acc>)
-        .transpose()?;
+    let in_columns = |m: &Input<'_>| !call.normalize && in_columns::<E>(m, &inputs.features);
+    let memory = match &inputs.memory {
+        None => None,
+        Some((memory, _)) if in_columns(memory) => Some(Prepared {
+            tensor: memory.tensor.f_detach()?,
+            norms: None,
+        }),
+        Some((memory, _)) => Some(prepare::<E>(memory, call.normalize)?),
+    };
+    let candidates = memory.as_ref().unwrap_or(&anchors);
+    let views = [
+        Input::new(class, call.features.0, &anchors.tensor)?,
+        Input::new(class, "xbm_f", &candidates.tensor)?,
+    ];
     let u = Features {
         tensor: &anchors.tensor,
-        rows,
+        rows: views[0].dense_rows::<E::Acc>()?,
     };
-    let v = match (&memory, memory_rows) {
-        (Some(memory), Some(rows)) => Features {
-            tensor: &memory.tensor,
-            rows,
-        },
-        _ => Features {
-            tensor: &anchors.tensor,
-            rows,
-        },
+    let v = Features {
+        tensor: &candidates.tensor,
+        rows: views[1].dense_rows::<E::Acc>()?,
     };
     let memory_labels = inputs
         .memory
@@ -176,7 +207,18 @@ where
         (Some(teacher), Objective::Taught) => taught(teacher, call, &hardest)?,
         _ => Vec::new(),
     };
-    let (value, pulls) = pair_loss(call.objective, &hardest, &reference, v.rows.rows());
+    let picked = (v.rows.column_major())
+        .then(|| Picked::of(v.tensor, &hardest))
+        .transpose()?;
+    let picked_view = picked
+        .as_ref()
+        .map(|picked| Input::new(class, "xbm_f", &picked.rows))
+        .transpose()?;
+    let (candidates, pairs) = match (&picked, &picked_view) {
+        (Some(picked), Some(view)) => (view.dense_rows::<E::Acc>()?, &picked.hardest),
+        _ => (v.rows, &hardest),
+    };
+    let (value, pulls) = pair_loss(call.objective, pairs, &reference, candidates.rows());
     let loss = scalar(value, inputs.out)?;
 
     let both = if memory.is_some() {
@@ -186,7 +228,7 @@ where
     };
     let gradient = Gradient {
         anchors: u.rows,
-        candidates: v.rows,
+        candidates,
         pulls: &pulls,
         role: both,
         norms: None,
