@@ -15,7 +15,8 @@ use super::isa::{Isa, Kernel, dispatch};
 use super::parallel::{cut, run, split, split_classes};
 use super::real::Real;
 use super::reduce;
-use super::rows::Rows;
+use super::rows::{CACHE_LINE, Rows, prefetch};
+use std::array::from_fn;
 use std::num::NonZeroUsize;
 
 /// Lower bound of the logarithms.
@@ -32,8 +33,17 @@ const SUMS: usize = 64;
 const TALL: usize = 64;
 /// Rows of at most as many columns that are not adjacent are summed in registers.
 const NARROW: usize = 8;
-/// Columns whose sums stay in the L1 cache while the rows are read.
-const TILE: usize = 1024;
+/// Columns whose sums stay in the cache while the rows are read: the longer a piece of a row, the better does the
+/// processor foresee what is read. Where rows are converted first there is room for fewer.
+const TILE: usize = 4096;
+const CONVERTED: usize = 1024;
+/// Columns that are worth a thread of their own.
+const PIECE: usize = 1024;
+/// Rows of a thread, for each thread, that take much longer than adding up the threads' sums.
+const SPLIT: usize = 32;
+/// Adjacent columns, of which the next rows' elements are prefetched while these are added: one cache line at a time,
+/// for a long row's at once are more than a processor waits for, and hold up what it reads now.
+const LINE: usize = 32;
 /// Columns whose terms are computed before they are added up.
 const BLOCK: usize = 512;
 
@@ -49,8 +59,7 @@ pub fn column_means<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f6
 /// The sum of each column.
 pub fn column_sums<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64> {
     let mut sums = vec![0.0; p.cols()];
-    let least = if by_columns(&p) { 1 } else { TILE };
-    if p.cols() >= least * threads.get() {
+    if parts_are_columns(&p, threads.get()) {
         let ranges = split(p.cols(), threads);
         let jobs: Vec<_> = cut(&mut sums, &ranges, 1)
             .into_iter()
@@ -83,6 +92,14 @@ pub fn column_sums<E: Element>(p: Rows<'_, E>, threads: NonZeroUsize) -> Vec<f64
         reduce::add(&mut sums, &part);
     }
     sums
+}
+
+/// Whether each thread gets some columns, of all rows, and not some rows, of whose sums one thread makes one.
+fn parts_are_columns<E: Element>(p: &Rows<'_, E>, threads: usize) -> bool {
+    if by_columns(p) {
+        return p.cols() >= threads;
+    }
+    p.cols() >= PIECE * threads && p.rows() < threads * threads * SPLIT
 }
 
 /// Whether a sum takes one column after the other.
@@ -124,9 +141,10 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
             return narrow(p, sums);
         }
         let p = p.slice(start..p.rows());
-        const { assert!(TILE <= Rows::<E>::WIDEST / TOGETHER) };
-        for (k, sums) in sums.chunks_mut(TILE).enumerate() {
-            add_rows(p.columns(k * TILE..k * TILE + sums.len()), sums);
+        const { assert!(CONVERTED <= Rows::<E>::WIDEST / TOGETHER) };
+        let tile = if in_place(&p) { TILE } else { CONVERTED };
+        for (k, sums) in sums.chunks_mut(tile).enumerate() {
+            add_rows(p.columns(k * tile..k * tile + sums.len()), sums);
         }
     }
 }
@@ -160,15 +178,23 @@ fn wide_sum<E: Element>(numbers: &[E::Acc]) -> f64 {
     reduce::sum(&lanes)
 }
 
-/// Adds the rows, of at most [`TILE`] columns, to `sums`.
+/// Whether rows are read where they are.
+#[inline(always)]
+fn in_place<E: Element>(p: &Rows<'_, E>) -> bool {
+    E::EXACT && p.strides().1 == 1
+}
+
+/// Adds the rows, of at most [`CONVERTED`] columns unless they are read in place, to `sums`.
 #[inline(always)]
 fn add_rows<E: Element>(p: Rows<'_, E>, sums: &mut [f64]) {
     let mut scratch = p.scratch();
     let whole = p.rows() / TOGETHER * TOGETHER;
+    let in_place = in_place(&p);
     for i in (0..whole).step_by(TOGETHER) {
-        let [a, b, c, d] = p.several::<TOGETHER>(i, &mut scratch);
-        for ((((sum, &a), &b), &c), &d) in sums.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-            *sum += few::<E>([a, b, c, d]);
+        if in_place {
+            add_in_place(&p, i, sums);
+        } else {
+            add_together::<E>(p.several::<TOGETHER>(i, &mut scratch), sums);
         }
     }
     for i in whole..p.rows() {
@@ -176,6 +202,33 @@ fn add_rows<E: Element>(p: Rows<'_, E>, sums: &mut [f64]) {
             *sum += p.to_f64();
         }
     }
+}
+
+/// Adds [`TOGETHER`] rows to `sums`.
+#[inline(always)]
+fn add_together<E: Element>([a, b, c, d]: [&[E::Acc]; TOGETHER], sums: &mut [f64]) {
+    for ((((sum, &a), &b), &c), &d) in sums.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+        *sum += few::<E>([a, b, c, d]);
+    }
+}
+
+/// Adds [`TOGETHER`] rows from `i` on, which are read in place, to `sums`, and prefetches as many after them.
+#[inline(always)]
+fn add_in_place<E: Element>(p: &Rows<'_, E>, i: usize, sums: &mut [f64]) {
+    let rows: [_; TOGETHER] = from_fn(|k| p.row(i + k, &mut []).as_chunks::<LINE>());
+    let (lines, rest) = sums.as_chunks_mut::<LINE>();
+    for (at, sums) in lines.iter_mut().enumerate() {
+        for next in i + TOGETHER..i + 2 * TOGETHER {
+            for column in (0..LINE).step_by(CACHE_LINE / size_of::<E>()) {
+                prefetch(p.address(next, at * LINE + column));
+            }
+        }
+        let [a, b, c, d] = rows.map(|(lines, _)| &lines[at]);
+        for l in 0..LINE {
+            sums[l] += few::<E>([a[l], b[l], c[l], d[l]]);
+        }
+    }
+    add_together::<E>(rows.map(|(_, rest)| rest), rest);
 }
 
 /// Adds rows of at most [`NARROW`] columns to `sums`.

@@ -14,7 +14,7 @@ use std::ops::Range;
 
 /// Bytes of the next rows that a sweep prefetches while it computes these. Beyond that, long rows are left to
 /// the hardware prefetcher, which stops at each page and starts slowly.
-const AHEAD: usize = 4096;
+const AHEAD: usize = 2048;
 /// Elements that are converted at a time where rows are narrow.
 const GROUP: usize = 4096;
 /// The L1 cache: its minimum number of sets, and of lines per set.
