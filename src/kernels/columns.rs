@@ -21,9 +21,12 @@ const BLOCK: usize = 1024;
 /// Minimum number of rows for which a column is worth a sweep of its own.
 const TALL: usize = 16;
 
+/// Several shorter columns are processed at a time where they are adjacent, as one of about this height.
+const HEIGHT: usize = 128;
+
 /// Whether a matrix should be read by [`sweep`].
 pub fn fit<E: Element>(rows: &Rows<'_, E>) -> bool {
-    rows.column_major() && rows.rows() >= TALL
+    rows.column_major() && (rows.rows() >= TALL || rows.transposed().grouped(1).is_some())
 }
 
 /// The term that is summed, a function of the elements of `N` matrices at one position.
@@ -43,6 +46,36 @@ pub fn sweep<E: Element, T: Each<N>, const N: usize>(
     threads: NonZeroUsize,
 ) {
     let columns = inputs.map(|input| input.transposed());
+    let count = weights.len();
+    let group = HEIGHT
+        .checked_div(count)
+        .map_or(0, |group| group.min(columns[0].rows()));
+    let tall = columns.map(|columns| columns.grouped(group));
+    if group <= 1 || tall.iter().any(Option::is_none) {
+        return each_column::<E, T, N>(columns, weights, sums, grads, threads);
+    }
+    let whole = columns[0].rows() / group * group;
+    let mut parts = grads.map(|grad| grad.map(|grad| grad.split_at_mut(whole * count)).unzip());
+    let rest = columns.map(|columns| columns.slice(whole..columns.rows()));
+    let of_rest = from_fn(|k| parts[k].1.take());
+    each_column::<E, T, N>(rest, weights, sums, of_rest, NonZeroUsize::MIN);
+    let tall = from_fn(|k| tall[k].unwrap_or(columns[k]));
+    let (weights, mut each) = (weights.repeat(group), vec![0.0; group * count]);
+    let of_tall = from_fn(|k| parts[k].0.take());
+    each_column::<E, T, N>(tall, &weights, &mut each, of_tall, threads);
+    for part in each.chunks_exact(count) {
+        reduce::add(sums, part);
+    }
+}
+
+/// [`sweep`] of the columns, which are given as rows, one after the other.
+fn each_column<E: Element, T: Each<N>, const N: usize>(
+    columns: [Rows<'_, E>; N],
+    weights: &[E::Acc],
+    sums: &mut [f64],
+    grads: [Option<&mut [E]>; N],
+    threads: NonZeroUsize,
+) {
     let ranges = split(columns[0].rows(), threads);
     let mut grads = grads.map(|grad| cut_optional(grad, &ranges, weights.len()).into_iter());
     let jobs: Vec<_> = ranges
@@ -224,7 +257,16 @@ mod tests {
 
     #[test]
     fn columns_and_rows_agree() {
-        for shape in [(1, 3), (32, 2), (45, 70), (300, 33), (BLOCK + 7, 3)] {
+        for shape in [
+            (1, 3),
+            (3, 1000),
+            (7, 36),
+            (11, 47),
+            (32, 2),
+            (45, 70),
+            (300, 33),
+            (BLOCK + 7, 3),
+        ] {
             agree::<f64>(shape, 1e-13);
             agree::<f32>(shape, 1e-6);
             agree::<F16>(shape, 2e-3);
@@ -240,10 +282,16 @@ mod tests {
             unsafe { Rows::strided(data.as_ptr(), (32, cols), (1, 32)) }
         };
         assert!(fit(&view(2)) && !fit(&view(2).slice(0..15)));
+        // SAFETY: the transpose of a 20 x 3 matrix.
+        assert!(fit(&unsafe {
+            Rows::strided(data.as_ptr(), (3, 20), (1, 3))
+        }));
         let mut out = vec![9.0; 32];
         entropy_by_columns(view(0), &mut out, None, 1.0, NonZeroUsize::MIN);
         assert!(out.iter().all(|&h| h == 0.0));
         entropy_by_columns(view(2), &mut out, None, 1.0, NonZeroUsize::MIN);
         assert!(out.iter().all(|&h| h > 0.0));
+        let none = view(2).slice(0..0);
+        entropy_by_columns(none, &mut [], None, 1.0, NonZeroUsize::MIN);
     }
 }
