@@ -70,6 +70,8 @@ class Variant:
         if not x.is_floating_point():
             return x
         x = x.to(self.dtype)
+        if x.dim() == 1:
+            return x
         if self.layout == SLICE:
             # Of a matrix three times as wide.
             return x.repeat(1, 3)[:, : x.shape[1]]

@@ -1,5 +1,7 @@
 """The squared distance of two predictions, both differentiated."""
 
+import torch
+
 from benches._case import OURS, PLAIN, TLLIB, Method
 from benches._losses import family, footprint, loss_cases, probabilities
 from benches._providers import original
@@ -23,6 +25,11 @@ def _each(_):
     }
 
 
+def _masked_inputs(generator, rows, classes):
+    """Every third row is masked."""
+    return *probabilities(2)(generator, rows, classes), (torch.arange(rows) % 3 > 0).float()
+
+
 METHOD = Method(
     "pi_model",
     loss_cases(_losses, probabilities(2), limit=1.0, differentiated=BOTH),
@@ -30,5 +37,6 @@ METHOD = Method(
     families=[
         family(_losses, probabilities(2), differentiated=BOTH),
         family(_each, probabilities(2), differentiated=BOTH, loss="each row"),
+        family(_losses, _masked_inputs, differentiated=BOTH, loss="mask"),
     ],
 )

@@ -67,27 +67,31 @@ def _labelled(generator, rows, classes):
     return *logits(1)(generator, rows, classes), torch.randint(classes, (rows,), generator=generator)
 
 
-def _soft_triplet() -> Mapping[str, Callable | None]:
+def _soft_triplet(margin: float | None = None, normalize: bool = False) -> Mapping[str, Callable | None]:
     tllib = original(MODULE, "SoftTripletLoss")
-    return {OURS: ours.SoftTripletLoss(), PLAIN: plain.soft_triplet, TLLIB: tllib and tllib()}
-
-
-def _triplet() -> Mapping[str, Callable | None]:
-    tllib = original(MODULE, "TripletLoss")
     return {
-        OURS: ours.TripletLoss(MARGIN),
-        PLAIN: lambda f, labels: plain.triplet(f, labels, MARGIN),
-        TLLIB: tllib and tllib(MARGIN),
-        "pytorch_metric_learning": _metric_learning(),
+        OURS: ours.SoftTripletLoss(margin, normalize),
+        PLAIN: lambda f, teacher, labels: plain.soft_triplet(f, teacher, labels, margin, normalize),
+        TLLIB: tllib and tllib(margin, normalize),
     }
 
 
-def _memory_triplet() -> Mapping[str, Callable | None]:
+def _triplet(normalize: bool = False) -> Mapping[str, Callable | None]:
+    tllib = original(MODULE, "TripletLoss")
+    return {
+        OURS: ours.TripletLoss(MARGIN, normalize),
+        PLAIN: lambda f, labels: plain.triplet(f, labels, MARGIN, normalize),
+        TLLIB: tllib and tllib(MARGIN, normalize),
+        "pytorch_metric_learning": None if normalize else _metric_learning(),
+    }
+
+
+def _memory_triplet(normalize: bool = False) -> Mapping[str, Callable | None]:
     tllib = original(MODULE, "TripletLossXBM")
     return {
-        OURS: ours.TripletLossXBM(MARGIN),
-        PLAIN: lambda *inputs: plain.triplet_xbm(*inputs, MARGIN),
-        TLLIB: tllib and tllib(MARGIN),
+        OURS: ours.TripletLossXBM(MARGIN, normalize),
+        PLAIN: lambda *inputs: plain.triplet_xbm(*inputs, MARGIN, normalize),
+        TLLIB: tllib and tllib(MARGIN, normalize),
     }
 
 
@@ -166,13 +170,13 @@ def _features(
     }[loss]
 
 
-def _feature_family(loss: str, losses: Mapping[str, Callable | None]) -> Family:
+def _feature_family(loss: str, losses: Mapping[str, Callable | None], called: str = "") -> Family:
     memory = MEMORY if loss == MEMORY_TRIPLET else 0
 
     def inputs(*size):
         return _features(loss, *size, memory)
 
-    return family(lambda _: losses, inputs, loss=loss, largest=MOST, elements=ELEMENTS)
+    return family(lambda _: losses, inputs, loss=called or loss, largest=MOST, elements=ELEMENTS)
 
 
 def _feature_footprint(loss: str, losses: Mapping[str, Callable | None]) -> Footprint:
@@ -204,6 +208,9 @@ METHOD = Method(
         _feature_family(SOFT_TRIPLET, _soft_triplet()),
         _feature_family(TRIPLET, _triplet()),
         _feature_family(MEMORY_TRIPLET, _memory_triplet()),
+        _feature_family(SOFT_TRIPLET, _soft_triplet(0.5, normalize=True), f"{SOFT_TRIPLET}, normalized"),
+        _feature_family(TRIPLET, _triplet(normalize=True), f"{TRIPLET}, normalized"),
+        _feature_family(MEMORY_TRIPLET, _memory_triplet(normalize=True), f"{MEMORY_TRIPLET}, normalized"),
         _feature_family(DISTANCES, _distances(_summed)),
         _feature_family(OWN_DISTANCES, _distances(_weighted)),
     ],

@@ -27,10 +27,12 @@ EVERY_LOSS = ["test_losses.py", "test_compiled_losses.py", "test_on_device.py"]
 #: The tests that are run once more through the kernels: files, and the selection of tests in them. What takes
 #: longest is first: as many as there are processors run at a time.
 METHODS = {
-    # Bad input is rejected before any kernel is chosen, and in that file includes that of other losses.
+    # Bad input is rejected before any kernel is chosen, and in that file includes that of other losses. Features are
+    # always written once as the kernels read them.
     "triplet": (
         ["test_reid_loss.py", "test_reid_loss_on_device.py", *EVERY_LOSS],
-        "(triplet or test_reid_loss) and not half_types_notice and not bad_input and not labels_are_checked",
+        "(triplet or test_reid_loss) and not half_types_notice and not bad_input and not labels_are_checked "
+        "and not read_where_it_is",
     ),
     # Not labels that are no columns: on a device they are not checked for (tests/test_on_device.py).
     "cross_entropy": (
