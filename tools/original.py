@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -38,4 +39,11 @@ def tllib_from(package: pathlib.Path) -> Source:
     for name in ("", ".modules", ".self_training", ".vision", ".vision.models", ".vision.models.reid"):
         module = sys.modules[f"tllib{name}"] = types.ModuleType(f"tllib{name}")
         module.__path__ = [str(package.joinpath(*name.split(".")))]
-    return lambda stem, name: getattr(importlib.import_module(f"tllib.{stem}"), name)
+
+    def source(stem: str, name: str) -> Any:
+        # Backslashes in its docstrings are errors where warnings are.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return getattr(importlib.import_module(f"tllib.{stem}"), name)
+
+    return source
