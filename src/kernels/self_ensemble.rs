@@ -34,8 +34,9 @@ const TALL: usize = 64;
 /// Rows of at most as many columns that are not adjacent are summed in registers.
 const NARROW: usize = 8;
 /// Columns whose sums stay in the cache while the rows are read: the longer a piece of a row, the better does the
-/// processor foresee what is read. Where rows are converted first there is room for fewer.
+/// processor foresee what is read.
 const TILE: usize = 4096;
+/// The same where rows are converted first, for which there is room for fewer.
 const CONVERTED: usize = 1024;
 /// Columns that are worth a thread of their own.
 const PIECE: usize = 1024;
@@ -445,7 +446,7 @@ mod tests {
                 1.0 - f32::EPSILON / 2.0
             }
         };
-        for (rows, cols) in [(40, 2), (400, 3), (1024, 9), (64, 70)] {
+        for (rows, cols) in [(40, 2), (400, 3), (1024, 9), (64, 70), (8, 9001)] {
             let by_columns: Vec<f32> = (0..rows * cols).map(|at| column(at % rows)).collect();
             let by_rows: Vec<f32> = (0..rows * cols).map(|at| column(at / cols)).collect();
             let apart: Vec<f32> = by_rows.iter().flat_map(|&x| [x, 9.0]).collect();
