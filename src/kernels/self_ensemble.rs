@@ -143,7 +143,7 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
         }
         let p = p.slice(start..p.rows());
         const { assert!(CONVERTED <= Rows::<E>::WIDEST / TOGETHER) };
-        let tile = if in_place(&p) { TILE } else { CONVERTED };
+        let tile = if p.in_place(1) { TILE } else { CONVERTED };
         for (k, sums) in sums.chunks_mut(tile).enumerate() {
             add_rows(p.columns(k * tile..k * tile + sums.len()), sums);
         }
@@ -179,18 +179,12 @@ fn wide_sum<E: Element>(numbers: &[E::Acc]) -> f64 {
     reduce::sum(&lanes)
 }
 
-/// Whether rows are read where they are.
-#[inline(always)]
-fn in_place<E: Element>(p: &Rows<'_, E>) -> bool {
-    E::EXACT && p.strides().1 == 1
-}
-
 /// Adds the rows, of at most [`CONVERTED`] columns unless they are read in place, to `sums`.
 #[inline(always)]
 fn add_rows<E: Element>(p: Rows<'_, E>, sums: &mut [f64]) {
     let mut scratch = p.scratch();
     let whole = p.rows() / TOGETHER * TOGETHER;
-    let in_place = in_place(&p);
+    let in_place = p.in_place(1);
     for i in (0..whole).step_by(TOGETHER) {
         if in_place {
             add_in_place(&p, i, sums);

@@ -58,9 +58,9 @@ impl<E: Element> Rows<'_, E> {
         }
     }
 
-    /// Whether `count` rows can be read in place.
+    /// Whether `count` rows at a time can be read in place.
     #[inline(always)]
-    fn in_place(&self, count: usize) -> bool {
+    pub fn in_place(&self, count: usize) -> bool {
         E::EXACT && self.col_stride == 1 && (count == 1 || self.adjacent())
     }
 

@@ -15,6 +15,7 @@ pub use crate::kernels::reid_loss::triplet::Objective;
 use crate::kernels::reid_loss::triplet::{
     Gradient, Role, loss as pair_loss, normalize, references,
 };
+use crate::kernels::rows::Rows;
 use crate::ops::threads;
 use crate::torch::autograd::{StoredGrad, attach};
 use crate::torch::facts::Facts;
@@ -131,18 +132,13 @@ where
 
 /// How often the candidates must outnumber the anchors for columns to be read where they are: those near each anchor are
 /// then read row by row, which takes longer than copying them.
-const FEW: i64 = 16;
+const FEW: usize = 16;
 
 /// Whether the columns of `memory` are adjacent and its rows, few of which are read, need not be copied to be.
 fn in_columns<E: Element + Stored>(memory: &Input<'_>, anchors: &Input<'_>) -> bool {
-    let ([rows, _], [row, column]) = (memory.shape(), memory.strides()) else {
-        return false;
-    };
-    E::EXACT
-        && !memory.wants_grad()
-        && anchors.shape()[0] * FEW <= *rows
-        && *row == 1
-        && *column > 1
+    let count = anchors.shape()[0] as usize;
+    let few = |rows: Rows<'_, E>| rows.column_major() && count * FEW <= rows.rows();
+    E::EXACT && !memory.wants_grad() && memory.rows::<E>().is_some_and(few)
 }
 
 /// The candidates that were found, the positives and then the negatives, as contiguous rows.
@@ -174,13 +170,14 @@ where
 {
     let class = call.class;
     let anchors = prepare::<E>(&inputs.features, call.normalize)?;
-    let in_columns = |m: &Input<'_>| !call.normalize && in_columns::<E>(m, &inputs.features);
     let memory = match &inputs.memory {
         None => None,
-        Some((memory, _)) if in_columns(memory) => Some(Prepared {
-            tensor: memory.tensor.f_detach()?,
-            norms: None,
-        }),
+        Some((memory, _)) if !call.normalize && in_columns::<E>(memory, &inputs.features) => {
+            Some(Prepared {
+                tensor: memory.tensor.f_detach()?,
+                norms: None,
+            })
+        }
         Some((memory, _)) => Some(prepare::<E>(memory, call.normalize)?),
     };
     let candidates = memory.as_ref().unwrap_or(&anchors);
@@ -207,16 +204,13 @@ where
         (Some(teacher), Objective::Taught) => taught(teacher, call, &hardest)?,
         _ => Vec::new(),
     };
-    let picked = (v.rows.column_major())
-        .then(|| Picked::of(v.tensor, &hardest))
-        .transpose()?;
-    let picked_view = picked
-        .as_ref()
-        .map(|picked| Input::new(class, "xbm_f", &picked.rows))
-        .transpose()?;
-    let (candidates, pairs) = match (&picked, &picked_view) {
-        (Some(picked), Some(view)) => (view.dense_rows::<E::Acc>()?, &picked.hardest),
-        _ => (v.rows, &hardest),
+    let (picked, view);
+    let (candidates, pairs) = if v.rows.column_major() {
+        picked = Picked::of(v.tensor, &hardest)?;
+        view = Input::new(class, "xbm_f", &picked.rows)?;
+        (view.dense_rows::<E::Acc>()?, &picked.hardest)
+    } else {
+        (v.rows, &hardest)
     };
     let (value, pulls) = pair_loss(call.objective, pairs, &reference, candidates.rows());
     let loss = scalar(value, inputs.out)?;
