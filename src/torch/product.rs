@@ -12,7 +12,7 @@ use crate::kernels::real::Real;
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::{
     element::{Bf16, Element},
-    product::blocked::{Dot, Product, Target, WIDE, faster},
+    product::blocked::{Dot, Faster, Product, Target, Tiles, WIDE, faster},
 };
 use tch::{Device, Tensor};
 
@@ -56,8 +56,10 @@ pub fn multiply(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<()> {
 /// Whose kernels [`multiply`] chooses.
 pub fn provider() -> &'static str {
     #[cfg(target_arch = "x86_64")]
-    if faster() {
-        return "tllib_rs";
+    match faster() {
+        Faster::All => return "tllib_rs",
+        Faster::Small => return "libtorch, small ones tllib_rs",
+        Faster::None => (),
     }
     "libtorch"
 }
@@ -66,7 +68,7 @@ pub fn provider() -> &'static str {
 /// and on those where libtorch multiplies, and unless both matrices are contiguous along long sums.
 pub fn multiply_bf16(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<bool> {
     #[cfg(target_arch = "x86_64")]
-    if faster() {
+    if faster() == Faster::All {
         let [x, y, out] = matrices([x, y, out])?;
         let product = product::<Bf16>(&x, &y, &out, how);
         return Ok(product.is_some_and(|product| product.compute_dots(max_threads())));
@@ -78,7 +80,18 @@ pub fn multiply_bf16(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<b
 /// Whether all of the product of so many rows with themselves is symmetric to the last bit: libtorch's need not be.
 pub fn symmetric(rows: usize) -> bool {
     #[cfg(target_arch = "x86_64")]
-    return faster() && rows >= WIDE;
+    return faster() == Faster::All && rows >= WIDE;
+    #[cfg(not(target_arch = "x86_64"))]
+    return rows <= 1;
+}
+
+/// Rows of which our own kernels compute half of the products with each other faster at once than in panels.
+const MOST_HALVED: usize = 256;
+
+/// Whether one call of [`multiply`] for all products of so many rows with each other is faster than one for each panel.
+pub fn halved(rows: usize) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return faster() != Faster::None && (WIDE..=MOST_HALVED).contains(&rows);
     #[cfg(not(target_arch = "x86_64"))]
     return rows <= 1;
 }
@@ -87,17 +100,26 @@ pub fn symmetric(rows: usize) -> bool {
 /// tensors.
 fn ours(x: &Tensor, y: &Tensor, out: &Tensor, how: How) -> Result<bool> {
     #[cfg(target_arch = "x86_64")]
-    if faster() {
+    if faster() != Faster::None {
         let [x, y, out] = matrices([x, y, out])?;
-        let limit = max_threads();
         return Ok(match x.dtype() {
-            Some(Dtype::F32) => product::<f32>(&x, &y, &out, how).is_some_and(|p| p.compute(limit)),
-            Some(Dtype::F64) => product::<f64>(&x, &y, &out, how).is_some_and(|p| p.compute(limit)),
+            Some(Dtype::F32) => product::<f32>(&x, &y, &out, how).is_some_and(compute),
+            Some(Dtype::F64) => product::<f64>(&x, &y, &out, how).is_some_and(compute),
             _ => false,
         });
     }
     let _ = (x, y, out, how);
     Ok(false)
+}
+
+/// Computes it, where that is faster than libtorch; false, and nothing is done, elsewhere.
+#[cfg(target_arch = "x86_64")]
+fn compute<F: Element<Acc = F> + Real + Tiles>(product: Product<'_, F>) -> bool {
+    match faster() {
+        Faster::All => product.compute(max_threads()),
+        Faster::Small => product.small() && product.compute_dots(max_threads()),
+        Faster::None => false,
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

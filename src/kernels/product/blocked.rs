@@ -1,5 +1,6 @@
-//! Products on several threads with AVX-512, for processors on which libtorch's library has code for half of their
-//! registers only: MKL's, on any that is not Intel's.
+//! Products on several threads with AVX-512. They serve processors on which libtorch's library has code for half of
+//! their registers only: MKL's, on any that is not Intel's. On Intel's they serve small results, for which MKL's code is
+//! slow on one thread.
 //!
 //! The result is cut into blocks, each of which one thread computes. If both factors are contiguous along the sum,
 //! `out_ij = sum_k x_ik y_kj` is a number of dot products, and what is read needs no other order (`Dots`). If the
@@ -21,16 +22,23 @@ use std::ops::Range;
 
 /// Rows of a block, at most.
 const BLOCK: usize = 128;
-/// Columns of a block are a multiple of this: of the widths of both kinds of tiles.
-const COLUMNS: usize = 48;
-/// Rows and columns of a block of a symmetric product: what is left out is more with smaller ones.
-const SQUARE: Range<usize> = 48..144;
+/// Columns of a block of dot products are a multiple of this, of the width and the height of their tiles.
+const DOTS: usize = 24;
+/// Columns of a block of sums of multiples, of their strips.
+const STRIPS: usize = 48;
+/// Rows and columns of a block of a symmetric product, at most: with smaller ones more is left out.
+const SQUARE: usize = 144;
 /// Blocks for each thread, so that all are done at nearly the same time.
 const BLOCKS: usize = 4;
 /// Multiplications in the time in which an element of the result is written.
 const WRITE: usize = 16;
 /// Multiplications that make another thread worthwhile.
 const GRAIN: usize = 1 << 20;
+/// Dot products that Intel's own library takes longer for, on its processors: a result of 128 x 128. Of rows that do not
+/// begin at cache lines, so that each register is read across two of them, a sixteenth.
+const SMALL: usize = 1 << 14;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// A matrix that is written: contiguous rows, `stride` apart.
 pub struct Target<'a, F> {
@@ -67,9 +75,24 @@ pub struct Product<'a, E: Dot> {
     pub upper: bool,
 }
 
-/// Whether these products are faster than those of libtorch's library.
-pub fn faster() -> bool {
-    level() == Level::Avx512 && !intel()
+/// Which of these products are faster than those of libtorch's library.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Faster {
+    /// All.
+    All,
+    /// Those that are [`Product::small`].
+    Small,
+    /// None.
+    None,
+}
+
+/// Which are on this processor.
+pub fn faster() -> Faster {
+    match level() {
+        Level::Avx512 if intel() => Faster::Small,
+        Level::Avx512 => Faster::All,
+        _ => Faster::None,
+    }
 }
 
 impl<F: Element<Acc = F> + Real + Tiles> Product<'_, F> {
@@ -87,7 +110,7 @@ impl<F: Element<Acc = F> + Real + Tiles> Product<'_, F> {
         let (down, across) = self.y.strides();
         let suitable = down == 1 || across == 1;
         if suitable {
-            self.run(limit, |block| dispatch(Combine(block)));
+            self.run(limit, STRIPS, |block| dispatch(Combine(block)));
         }
         suitable
     }
@@ -100,6 +123,24 @@ impl<E: Element + Dot> Product<'_, E> {
     /// If the shapes do not match: a mistake in a kernel.
     pub fn compute_dots(mut self, limit: usize) -> bool {
         self.fits() && self.dots(limit)
+    }
+
+    /// Whether the result is so small that [`Product::compute_dots`] is faster on an Intel processor as well. Of a
+    /// symmetric one half is computed, and the library takes longer for parts of it than for all.
+    pub fn small(&self) -> bool {
+        let (rows, cols) = self.out.shape;
+        let parts = if self.upper { 4 } else { 1 };
+        let lines = |of: &Rows<'_, E>| {
+            let (down, _) = of.strides();
+            of.address(0, 0).addr().is_multiple_of(LINE)
+                && (down.unsigned_abs() * size_of::<E>()).is_multiple_of(LINE)
+        };
+        let most = if lines(&self.x) && lines(&self.y.transposed()) {
+            SMALL
+        } else {
+            SMALL / 16
+        };
+        rows.saturating_mul(cols) / parts <= most
     }
 
     /// Whether there is room for a tile and the processor can compute it.
@@ -119,19 +160,19 @@ impl<E: Element + Dot> Product<'_, E> {
         let along = self.x.strides().1 == 1 && self.y.strides().0 == 1;
         let suitable = along && self.x.cols() >= short::<E>(self.out.shape);
         if suitable {
-            self.run(limit, |block| dispatch(Dots(block)));
+            self.run(limit, DOTS, |block| dispatch(Dots(block)));
         }
         suitable
     }
 
-    /// Calls `compute` with every block, on at most `limit` threads.
-    fn run(&mut self, limit: usize, compute: impl Fn(Block<'_, E>) + Sync) {
+    /// Calls `compute` with every block, on at most `limit` threads; their columns are a multiple of `unit`.
+    fn run(&mut self, limit: usize, unit: usize, compute: impl Fn(Block<'_, E>) + Sync) {
         let (rows, cols) = self.out.shape;
         let each = self.x.cols().saturating_add(WRITE);
         let work = rows.saturating_mul(cols).saturating_mul(each);
         let threads = threads_for(work, GRAIN, limit);
         let compute = &compute;
-        let jobs: Vec<_> = blocks((rows, cols), self.upper, threads)
+        let jobs: Vec<_> = blocks((rows, cols), self.upper, unit, threads)
             .into_iter()
             .map(|(down, across)| {
                 let block = Block {
@@ -155,24 +196,31 @@ fn short<E: Dot>((rows, cols): (usize, usize)) -> usize {
     (2 * rows.min(cols)).min(most)
 }
 
-/// The rows and columns of each block; with `upper` without those below the diagonal.
+/// The rows and columns of each block, of which a multiple of `unit`; with `upper` without those below the diagonal.
 fn blocks(
     (rows, cols): (usize, usize),
     upper: bool,
+    unit: usize,
     threads: NonZeroUsize,
 ) -> Vec<(Range<usize>, Range<usize>)> {
     let (high, wide) = if upper {
-        let side = (rows / 8).next_multiple_of(COLUMNS);
-        let side = side.clamp(SQUARE.start, SQUARE.end);
+        let side = (rows / 8).next_multiple_of(unit).clamp(unit, SQUARE);
         (side, side)
     } else {
-        let down = rows.div_ceil(BLOCK);
-        let high = rows.div_ceil(down).next_multiple_of(ROWS);
-        let across = match threads.get() {
-            1 => 1,
-            threads => (BLOCKS * threads).div_ceil(down),
+        let count = if threads.get() == 1 {
+            1
+        } else {
+            BLOCKS * threads.get()
         };
-        (high, cols.div_ceil(across).next_multiple_of(COLUMNS))
+        let down = rows.div_ceil(BLOCK);
+        let wide = cols.div_ceil(count.div_ceil(down)).next_multiple_of(unit);
+        // Dot products copy nothing that all rows of a block would share.
+        let down = if unit == DOTS {
+            down.max(count.div_ceil(cols.div_ceil(wide)))
+        } else {
+            down
+        };
+        (rows.div_ceil(down).next_multiple_of(ROWS), wide)
     };
     let pieces = |count: usize, size: usize| {
         (0..count)

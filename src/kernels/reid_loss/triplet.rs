@@ -358,22 +358,26 @@ fn add_all<I: Isa, F: Element<Acc = F> + Real>(
     pulling: &[(Rows<'_, F>, u32, f64)],
 ) {
     let row = |k: usize| pulling[k].0.row(pulling[k].1 as usize, &mut []);
+    let weight = |k: usize| pulling[k].2;
+    let four = |k: usize| {
+        let rows = [row(k), row(k + 1), row(k + 2), row(k + 3)];
+        (rows, [0, 1, 2, 3].map(|j| weight(k + j)))
+    };
     let mut at = match pulling.len() % 4 {
-        0 => {
+        _ if pulling.is_empty() => {
             sum.fill(0.0);
             0
         }
-        1 => add::<I, F, 1, true>(sum, x, [row(0)], [pulling[0].2]),
-        2 => add::<I, F, 2, true>(sum, x, [row(0), row(1)], [pulling[0].2, pulling[1].2]),
-        _ => {
-            let weights = [pulling[0].2, pulling[1].2, pulling[2].2];
-            add::<I, F, 3, true>(sum, x, [row(0), row(1), row(2)], weights)
+        1 => add::<I, F, 1, true>(sum, x, ([row(0)], [weight(0)])),
+        2 => add::<I, F, 2, true>(sum, x, ([row(0), row(1)], [weight(0), weight(1)])),
+        3 => {
+            let weights = [weight(0), weight(1), weight(2)];
+            add::<I, F, 3, true>(sum, x, ([row(0), row(1), row(2)], weights))
         }
+        _ => add::<I, F, 4, true>(sum, x, four(0)),
     };
     while at < pulling.len() {
-        let weights = [0, 1, 2, 3].map(|k| pulling[at + k].2);
-        let rows = [row(at), row(at + 1), row(at + 2), row(at + 3)];
-        at += add::<I, F, 4, false>(sum, x, rows, weights);
+        at += add::<I, F, 4, false>(sum, x, four(at));
     }
 }
 
@@ -382,8 +386,7 @@ fn add_all<I: Isa, F: Element<Acc = F> + Real>(
 fn add<I: Isa, F: Real, const N: usize, const FIRST: bool>(
     sum: &mut [f64],
     x: &[F],
-    y: [&[F]; N],
-    weights: [f64; N],
+    (y, weights): ([&[F]; N], [f64; N]),
 ) -> usize {
     let len = sum.len().min(x.len());
     let (sum, x) = (&mut sum[..len], &x[..len]);

@@ -4,6 +4,7 @@ use super::composite::Search;
 use crate::cuda::{self, triplet::LARGEST};
 use crate::error::Result;
 use crate::kernels::element::Element;
+use crate::kernels::mirror::mirror;
 use crate::kernels::real::Real;
 use crate::kernels::reduce::max;
 use crate::kernels::reid_loss::OFFSET;
@@ -12,7 +13,7 @@ use crate::kernels::reid_loss::mining::{Hardest, Identities, Mining, Tile, squar
 use crate::kernels::rows::Rows;
 use crate::ops::{Place, place, threads};
 use crate::torch::input::Input;
-use crate::torch::product::{How, multiply, panel_height};
+use crate::torch::product::{How, halved, multiply, panel_height};
 use crate::torch::{Dtype, Owned, Stored};
 use tch::Tensor;
 
@@ -142,6 +143,21 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
         largest_square: max(squares.y()),
     };
     let mirrored = anchors.rows.same(&candidates.rows);
+    let mut seen = mining.start();
+    // Besides the last products, two distances or more of each anchor.
+    let last = |keys: usize| threads(keys + 2 * n * dim);
+    if mirrored && halved(n) {
+        let mut products = with_each_other(anchors)?;
+        mirror(products.slice(), n, threads(n * n / 2));
+        let products = products.into_tensor();
+        let view = Input::new(CLASS, "products", &products)?;
+        let tile = Tile {
+            products: view.dense_rows::<F>()?,
+            first: (0, 0),
+            mirrored: false,
+        };
+        return Ok(mining.finish(tile, &mut seen, last(n * n)));
+    }
     let height = if mirrored {
         panel_height(n, dim)
     } else {
@@ -149,7 +165,6 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
     };
     let width = (BLOCK / height).min(m).max(1);
     let buffer = Owned::<F>::new(&[height as i64, width as i64])?.into_tensor();
-    let mut seen = mining.start();
     for top in (0..n).step_by(height) {
         for left in (if mirrored { top } else { 0 }..m).step_by(width) {
             let (high, wide) = (height.min(n - top), width.min(m - left));
@@ -171,13 +186,24 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
             };
             let keys = products.numel();
             if (top + high, left + wide) == (n, m) {
-                // Besides, two distances or more of each anchor.
-                return Ok(mining.finish(tile, &mut seen, threads(keys + 2 * n * dim)));
+                return Ok(mining.finish(tile, &mut seen, last(keys)));
             }
             mining.look(tile, &mut seen, threads(keys));
         }
     }
     Ok(Vec::new())
+}
+
+/// The products of all rows with each other, on and above the diagonal.
+fn with_each_other<F: Element + Stored>(of: &Features<'_, F>) -> Result<Owned<F>> {
+    let n = of.rows.rows() as i64;
+    let how = How {
+        add: false,
+        upper: true,
+    };
+    let write = |out: &Tensor| multiply(of.tensor, &of.tensor.f_tr()?, out, how);
+    // SAFETY: the product keeps nothing.
+    unsafe { Owned::written_by(&[n, n], write) }
 }
 
 /// Some of the rows.

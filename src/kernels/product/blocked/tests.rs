@@ -123,22 +123,74 @@ fn dot_products_of_bfloat16() {
 
 #[test]
 fn blocks_cover_each_place_once() {
-    for (rows, cols) in [(1, 1), (32, 6400), (129, 47), (256, 256), (1000, 1000)] {
+    for (rows, cols) in [
+        (1, 1),
+        (32, 6400),
+        (64, 64),
+        (129, 47),
+        (256, 256),
+        (1000, 1000),
+    ] {
         for (upper, threads) in [(false, 1), (false, 3), (true, 2)] {
-            let mut seen = vec![0; rows * cols];
-            for (down, across) in blocks((rows, cols), upper, NonZeroUsize::new(threads).unwrap()) {
-                for i in down {
-                    for j in across.clone() {
-                        seen[i * cols + j] += 1;
+            for unit in [DOTS, STRIPS] {
+                let mut seen = vec![0; rows * cols];
+                let all = blocks(
+                    (rows, cols),
+                    upper,
+                    unit,
+                    NonZeroUsize::new(threads).unwrap(),
+                );
+                for (down, across) in all {
+                    for i in down {
+                        for j in across.clone() {
+                            seen[i * cols + j] += 1;
+                        }
                     }
                 }
-            }
-            for (at, &seen) in seen.iter().enumerate() {
-                let needed = !upper || at % cols >= at / cols;
-                assert!(seen == 1 || (seen == 0 && !needed), "{at}");
+                for (at, &seen) in seen.iter().enumerate() {
+                    let needed = !upper || at % cols >= at / cols;
+                    assert!(seen == 1 || (seen == 0 && !needed), "{at}");
+                }
             }
         }
     }
+}
+
+#[test]
+fn a_small_square_of_dot_products_is_work_for_many() {
+    for threads in [2, 4] {
+        for upper in [false, true] {
+            let threads = NonZeroUsize::new(threads).unwrap();
+            let all = blocks((64, 64), upper, DOTS, threads);
+            let areas = all.iter().map(|(down, across)| down.len() * across.len());
+            let (most, total) = (areas.clone().max().unwrap(), areas.sum::<usize>());
+            assert!(most * threads.get() <= total, "{most} of {total}");
+        }
+    }
+}
+
+#[test]
+fn small_is_what_an_intel_library_is_slow_for() {
+    let all = vec![1.0f32; 600 * 48];
+    let start = all.as_ptr().align_offset(LINE);
+    let small = |(n, m): (usize, usize), width: usize, upper: bool| {
+        let rows = |count| Rows::contiguous(&all[start..start + count * width], count, width);
+        let mut out = [0.0f32];
+        Product {
+            x: rows(n).unwrap(),
+            y: rows(m).unwrap().transposed(),
+            // SAFETY: nothing is written.
+            out: unsafe { Target::new(out.as_mut_ptr(), (n, m), m) },
+            add: false,
+            upper,
+        }
+        .small()
+    };
+    assert!(small((128, 128), 32, false) && !small((129, 128), 32, false));
+    assert!(small((256, 256), 32, true) && !small((257, 257), 32, true));
+    // Rows that do not begin at cache lines.
+    assert!(small((32, 32), 33, false) && !small((33, 32), 33, false));
+    assert!(small((64, 64), 33, true) && !small((65, 65), 33, true));
 }
 
 #[test]
