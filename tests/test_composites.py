@@ -27,7 +27,7 @@ EXCEPT = {
     "pseudo_label": "",
     # Half types are converted, and nothing needs them after that.
     "reid_loss": "near_duplicates or one_product_serves or (bad_input and IndexError) or half_types_notice"
-    " or labels_are_checked or read_where_it_is",
+    " or labels_are_checked or read_where_it_is or both_layouts",
     "self_ensemble": "large_batch or mean_above_1 or bad_probabilities",
     "uda": "",
     "flexmatch": "bad_update or bad_get_threshold or hundred_million or fork_while or made_in_a_dispatch_mode",

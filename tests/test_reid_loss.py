@@ -326,6 +326,18 @@ def test_a_large_memory_that_is_kept_by_columns_is_read_where_it_is(generator):
     assert peak(lambda: TripletLossXBM()(f, labels[0], memory, labels[1]).backward()) < memory.nbytes / 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_memory_of_half_types_has_one_loss_in_both_layouts(dtype, generator):
+    f = torch.randn(3, 70, generator=generator).to(dtype).requires_grad_()
+    memory = torch.randn(70, 90, generator=generator).to(dtype).T
+    labels = [torch.randint(5, (n,), generator=generator) for n in (3, 90)]
+    results = []
+    for kept in (memory, memory.contiguous()):
+        loss = TripletLossXBM()(f, labels[0], kept, labels[1])
+        results.append((loss.detach(), *torch.autograd.grad(loss, f)))
+    assert all(map(torch.equal, *results))
+
+
 def test_a_matrix_and_its_constant_copy_share_no_gradient(generator):
     x = torch.randn(20, 5, generator=generator)
     for other in (lambda x: x.detach(), lambda x: x.clone(), lambda x: x.detach().clone()):

@@ -144,7 +144,7 @@ fn folded<T: Copy>(lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
 
 /// The same for eight lanes.
 #[inline(always)]
-fn folded_eight<T: Copy>(lanes: [T; 8], f: impl Fn(T, T) -> T) -> T {
+pub fn folded_eight<T: Copy>(lanes: [T; 8], f: impl Fn(T, T) -> T) -> T {
     let lanes: [T; 4] = halved(lanes, &f);
     let lanes: [T; 2] = halved(lanes, &f);
     f(lanes[0], lanes[1])

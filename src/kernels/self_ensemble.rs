@@ -18,6 +18,7 @@ use super::reduce;
 use super::rows::{CACHE_LINE, Rows, prefetch};
 use std::array::from_fn;
 use std::num::NonZeroUsize;
+use std::ops::Add;
 
 /// Lower bound of the logarithms.
 pub const LOG_FLOOR: f64 = -100.0;
@@ -30,7 +31,9 @@ const TOGETHER: usize = 4;
 /// Independent sums of a contiguous column.
 const SUMS: usize = 64;
 /// Contiguous columns are read by the column if they have as many rows.
-const TALL: usize = 64;
+const TALL: usize = 12;
+/// Independent sums of a column of fewer rows than [`SUMS`].
+const FEW_SUMS: usize = 8;
 /// Rows of at most as many columns that are not adjacent are summed in registers.
 const NARROW: usize = 8;
 /// Columns whose sums stay in the cache while the rows are read: the longer a piece of a row, the better does the
@@ -124,7 +127,12 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
             let columns = p.transposed();
             let mut scratch = columns.scratch();
             for (c, sum) in sums.iter_mut().enumerate() {
-                *sum += wide_sum::<E>(columns.in_turn(c, &mut scratch));
+                let column = columns.in_turn(c, &mut scratch);
+                *sum += if column.len() < SUMS {
+                    short_sum(column)
+                } else {
+                    wide_sum::<E>(column)
+                };
             }
             return;
         }
@@ -177,6 +185,23 @@ fn wide_sum<E: Element>(numbers: &[E::Acc]) -> f64 {
         }
     }
     reduce::sum(&lanes)
+}
+
+/// The sum of a few adjacent numbers, for which clearing and adding up many lanes would take longer.
+#[inline(always)]
+fn short_sum<F: Real>(numbers: &[F]) -> f64 {
+    let mut lanes = [0.0; FEW_SUMS];
+    let (chunks, rest) = numbers.as_chunks::<FEW_SUMS>();
+    for chunk in chunks {
+        for k in 0..FEW_SUMS {
+            lanes[k] += chunk[k].to_f64();
+        }
+    }
+    let mut total = 0.0;
+    for x in rest {
+        total += x.to_f64();
+    }
+    total + reduce::folded_eight(lanes, f64::add)
 }
 
 /// Adds the rows, of at most [`CONVERTED`] columns unless they are read in place, to `sums`.
@@ -389,7 +414,15 @@ mod tests {
 
     #[test]
     fn matches_the_formula_and_finite_differences() {
-        for (rows, cols) in [(1, 3), (7, 2), (129, 5), (11, 130), (64, 1), (3, 4001)] {
+        for (rows, cols) in [
+            (1, 3),
+            (7, 2),
+            (129, 5),
+            (11, 130),
+            (63, 40),
+            (64, 1),
+            (3, 4001),
+        ] {
             let p = probabilities(rows, cols);
             for threads in [1, 3] {
                 let threads = NonZeroUsize::new(threads).unwrap();

@@ -138,7 +138,7 @@ const FEW: usize = 16;
 fn in_columns<E: Element + Stored>(memory: &Input<'_>, anchors: &Input<'_>) -> bool {
     let count = anchors.shape()[0] as usize;
     let few = |rows: Rows<'_, E>| rows.column_major() && count * FEW <= rows.rows();
-    E::EXACT && !memory.wants_grad() && memory.rows::<E>().is_some_and(few)
+    !memory.wants_grad() && memory.rows::<E>().is_some_and(few)
 }
 
 /// The candidates that were found, the positives and then the negatives, as contiguous rows.
@@ -174,7 +174,11 @@ where
         None => None,
         Some((memory, _)) if !call.normalize && in_columns::<E>(memory, &inputs.features) => {
             Some(Prepared {
-                tensor: memory.tensor.f_detach()?,
+                // Converted, it is still kept by columns.
+                tensor: memory
+                    .tensor
+                    .f_detach()?
+                    .f_to_kind(<E::Acc as Stored>::KIND)?,
                 norms: None,
             })
         }
