@@ -86,6 +86,7 @@ pub fn symmetric(rows: usize) -> bool {
 }
 
 /// Rows of which our own kernels compute half of the products with each other faster at once than in panels.
+#[cfg(target_arch = "x86_64")]
 const MOST_HALVED: usize = 256;
 
 /// Whether one call of [`multiply`] for all products of so many rows with each other is faster than one for each panel.
