@@ -13,7 +13,7 @@ use super::super::element::Element;
 use super::super::isa::{Level, dispatch, intel, level};
 use super::super::parallel::{run_on, threads_for};
 use super::super::real::Real;
-use super::super::rows::Rows;
+use super::super::rows::{CACHE_LINE, Rows};
 use block::{Block, Combine, Dots, Place};
 pub use block::{Dot, HIGH, ROWS, STRIP, Tiles, WIDE};
 use std::marker::PhantomData;
@@ -37,8 +37,6 @@ const GRAIN: usize = 1 << 20;
 /// Dot products that Intel's own library takes longer for, on its processors: a result of 128 x 128. Of rows that do not
 /// begin at cache lines, so that each register is read across two of them, a sixteenth.
 const SMALL: usize = 1 << 14;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// A matrix that is written: contiguous rows, `stride` apart.
 pub struct Target<'a, F> {
@@ -125,15 +123,15 @@ impl<E: Element + Dot> Product<'_, E> {
         self.fits() && self.dots(limit)
     }
 
-    /// Whether the result is so small that [`Product::compute_dots`] is faster on an Intel processor as well. Of a
-    /// symmetric one half is computed, and the library takes longer for parts of it than for all.
+    /// Whether the result is so small that [`Product::compute_dots`] is faster on an Intel processor as well. A symmetric
+    /// one may be four times as large, for half of it is left out.
     pub fn small(&self) -> bool {
         let (rows, cols) = self.out.shape;
         let parts = if self.upper { 4 } else { 1 };
         let lines = |of: &Rows<'_, E>| {
             let (down, _) = of.strides();
-            of.address(0, 0).addr().is_multiple_of(LINE)
-                && (down.unsigned_abs() * size_of::<E>()).is_multiple_of(LINE)
+            of.address(0, 0).addr().is_multiple_of(CACHE_LINE)
+                && (down.unsigned_abs() * size_of::<E>()).is_multiple_of(CACHE_LINE)
         };
         let most = if lines(&self.x) && lines(&self.y.transposed()) {
             SMALL

@@ -172,7 +172,7 @@ fn a_small_square_of_dot_products_is_work_for_many() {
 #[test]
 fn small_is_what_an_intel_library_is_slow_for() {
     let all = vec![1.0f32; 600 * 48];
-    let start = all.as_ptr().align_offset(LINE);
+    let start = all.as_ptr().align_offset(CACHE_LINE);
     let small = |(n, m): (usize, usize), width: usize, upper: bool| {
         let rows = |count| Rows::contiguous(&all[start..start + count * width], count, width);
         let mut out = [0.0f32];
