@@ -22,10 +22,25 @@ use std::ops::Range;
 
 /// Rows of a block, at most.
 const BLOCK: usize = 128;
-/// Columns of a block of dot products are a multiple of this, of the width and the height of their tiles.
-const DOTS: usize = 24;
-/// Columns of a block of sums of multiples, of their strips.
-const STRIPS: usize = 48;
+/// How the blocks of a product are cut.
+#[derive(Clone, Copy)]
+struct Cut {
+    /// Their columns are a multiple of this.
+    unit: usize,
+    /// Whether low blocks are as fast as high ones, for nothing is copied that all rows of a block would share.
+    low: bool,
+}
+
+/// Of dot products: the unit is a multiple of the width and the height of their tiles.
+const DOTS: Cut = Cut {
+    unit: 24,
+    low: true,
+};
+/// Of sums of multiples: the unit is a multiple of the width of their strips.
+const STRIPS: Cut = Cut {
+    unit: 48,
+    low: false,
+};
 /// Rows and columns of a block of a symmetric product, at most: with smaller ones more is left out.
 const SQUARE: usize = 144;
 /// Blocks for each thread, so that all are done at nearly the same time.
@@ -163,14 +178,14 @@ impl<E: Element + Dot> Product<'_, E> {
         suitable
     }
 
-    /// Calls `compute` with every block, on at most `limit` threads; their columns are a multiple of `unit`.
-    fn run(&mut self, limit: usize, unit: usize, compute: impl Fn(Block<'_, E>) + Sync) {
+    /// Calls `compute` with every block, on at most `limit` threads.
+    fn run(&mut self, limit: usize, cut: Cut, compute: impl Fn(Block<'_, E>) + Sync) {
         let (rows, cols) = self.out.shape;
         let each = self.x.cols().saturating_add(WRITE);
         let work = rows.saturating_mul(cols).saturating_mul(each);
         let threads = threads_for(work, GRAIN, limit);
         let compute = &compute;
-        let jobs: Vec<_> = blocks((rows, cols), self.upper, unit, threads)
+        let jobs: Vec<_> = blocks((rows, cols), self.upper, cut, threads)
             .into_iter()
             .map(|(down, across)| {
                 let block = Block {
@@ -194,26 +209,24 @@ fn short<E: Dot>((rows, cols): (usize, usize)) -> usize {
     (2 * rows.min(cols)).min(most)
 }
 
-/// The rows and columns of each block, of which a multiple of `unit`; with `upper` without those below the diagonal.
+/// The rows and columns of each block; with `upper` without those below the diagonal.
 fn blocks(
     (rows, cols): (usize, usize),
     upper: bool,
-    unit: usize,
+    Cut { unit, low }: Cut,
     threads: NonZeroUsize,
 ) -> Vec<(Range<usize>, Range<usize>)> {
     let (high, wide) = if upper {
         let side = (rows / 8).next_multiple_of(unit).clamp(unit, SQUARE);
         (side, side)
     } else {
-        let count = if threads.get() == 1 {
-            1
-        } else {
-            BLOCKS * threads.get()
+        let count = match threads.get() {
+            1 => 1,
+            threads => BLOCKS * threads,
         };
         let down = rows.div_ceil(BLOCK);
         let wide = cols.div_ceil(count.div_ceil(down)).next_multiple_of(unit);
-        // Dot products copy nothing that all rows of a block would share.
-        let down = if unit == DOTS {
+        let down = if low {
             down.max(count.div_ceil(cols.div_ceil(wide)))
         } else {
             down

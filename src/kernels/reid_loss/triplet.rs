@@ -363,18 +363,17 @@ fn add_all<I: Isa, F: Element<Acc = F> + Real>(
         let rows = [row(k), row(k + 1), row(k + 2), row(k + 3)];
         (rows, [0, 1, 2, 3].map(|j| weight(k + j)))
     };
+    if pulling.is_empty() {
+        return sum.fill(0.0);
+    }
     let mut at = match pulling.len() % 4 {
-        _ if pulling.is_empty() => {
-            sum.fill(0.0);
-            0
-        }
+        0 => add::<I, F, 4, true>(sum, x, four(0)),
         1 => add::<I, F, 1, true>(sum, x, ([row(0)], [weight(0)])),
         2 => add::<I, F, 2, true>(sum, x, ([row(0), row(1)], [weight(0), weight(1)])),
-        3 => {
+        _ => {
             let weights = [weight(0), weight(1), weight(2)];
             add::<I, F, 3, true>(sum, x, ([row(0), row(1), row(2)], weights))
         }
-        _ => add::<I, F, 4, true>(sum, x, four(0)),
     };
     while at < pulling.len() {
         at += add::<I, F, 4, false>(sum, x, four(at));

@@ -147,9 +147,7 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
     // Besides the last products, two distances or more of each anchor.
     let last = |keys: usize| threads(keys + 2 * n * dim);
     if mirrored && halved(n) {
-        let mut products = with_each_other(anchors)?;
-        mirror(products.slice(), n, threads(n * n / 2));
-        let products = products.into_tensor();
+        let products = with_each_other(anchors)?;
         let view = Input::new(CLASS, "products", &products)?;
         let tile = Tile {
             products: view.dense_rows::<F>()?,
@@ -194,16 +192,18 @@ pub fn mine<F: Element<Acc = F> + Real + Stored>(
     Ok(Vec::new())
 }
 
-/// The products of all rows with each other, on and above the diagonal.
-fn with_each_other<F: Element + Stored>(of: &Features<'_, F>) -> Result<Owned<F>> {
-    let n = of.rows.rows() as i64;
+/// The products of all rows with each other, of which those above the diagonal are computed and copied below it.
+fn with_each_other<F: Element + Real + Stored>(of: &Features<'_, F>) -> Result<Tensor> {
+    let n = of.rows.rows();
     let how = How {
         add: false,
         upper: true,
     };
     let write = |out: &Tensor| multiply(of.tensor, &of.tensor.f_tr()?, out, how);
     // SAFETY: the product keeps nothing.
-    unsafe { Owned::written_by(&[n, n], write) }
+    let mut products = unsafe { Owned::<F>::written_by(&[n as i64; 2], write)? };
+    mirror(products.slice(), n, threads(n * n / 2));
+    Ok(products.into_tensor())
 }
 
 /// Some of the rows.

@@ -132,12 +132,12 @@ fn blocks_cover_each_place_once() {
         (1000, 1000),
     ] {
         for (upper, threads) in [(false, 1), (false, 3), (true, 2)] {
-            for unit in [DOTS, STRIPS] {
+            for cut in [DOTS, STRIPS] {
                 let mut seen = vec![0; rows * cols];
                 let all = blocks(
                     (rows, cols),
                     upper,
-                    unit,
+                    cut,
                     NonZeroUsize::new(threads).unwrap(),
                 );
                 for (down, across) in all {
