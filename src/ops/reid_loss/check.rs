@@ -2,6 +2,7 @@
 
 use super::triplet::{Arguments, Objective};
 use crate::error::{Error, Result};
+use crate::kernels::reid_loss::mining::Identities;
 use crate::ops::finite;
 use crate::torch::Dtype;
 use crate::torch::facts::Facts;
@@ -89,6 +90,15 @@ impl<'a> Inputs<'a> {
             return Err(candidates.wrong("hold at least one row to find pairs in"));
         }
         Ok(())
+    }
+
+    /// Who the anchors and the candidates are.
+    pub fn identities(&self) -> Result<Identities> {
+        let memory = match &self.memory {
+            None => None,
+            Some((_, labels)) => Some(labels.integers()?),
+        };
+        Ok(Identities::new(&self.labels.integers()?, memory.as_deref()))
     }
 
     /// Whether the kernels of the CPU may read everything.

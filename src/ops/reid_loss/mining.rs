@@ -95,6 +95,16 @@ pub struct Features<'a, F> {
     pub rows: Rows<'a, F>,
 }
 
+impl<'a, F: Element + Stored> Features<'a, F> {
+    /// Of a matrix that is as described.
+    pub fn of(input: &'a Input<'_>) -> Result<Self> {
+        Ok(Self {
+            tensor: input.tensor,
+            rows: input.dense_rows::<F>()?,
+        })
+    }
+}
+
 /// The squared norms of the rows of two matrices in the computing type, computed once if the two are one.
 pub struct Squares<F> {
     x: Option<Vec<F>>,

@@ -10,7 +10,7 @@ use crate::kernels::Loss;
 use crate::kernels::element::{Element, stored_scale};
 use crate::kernels::real::Real;
 use crate::kernels::reid_loss::SMALLEST_NORM;
-use crate::kernels::reid_loss::mining::{Found, Hardest, Identities};
+use crate::kernels::reid_loss::mining::{Found, Hardest};
 pub use crate::kernels::reid_loss::triplet::Objective;
 use crate::kernels::reid_loss::triplet::{
     Gradient, Role, loss as pair_loss, normalize, references,
@@ -134,11 +134,22 @@ where
 /// then read row by row, which takes longer than copying them.
 const FEW: usize = 16;
 
-/// Whether the columns of `memory` are adjacent and its rows, few of which are read, need not be copied to be.
-fn in_columns<E: Element + Stored>(memory: &Input<'_>, anchors: &Input<'_>) -> bool {
+/// A memory. If its columns are adjacent, and few of its rows are read, it is only converted: it stays in columns.
+fn prepare_memory<E>(memory: &Input<'_>, anchors: &Input<'_>, normalized: bool) -> Result<Prepared>
+where
+    E: Element + Stored,
+    E::Acc: Stored,
+{
     let count = anchors.shape()[0] as usize;
-    let few = |rows: Rows<'_, E>| rows.column_major() && count * FEW <= rows.rows();
-    !memory.wants_grad() && memory.rows::<E>().is_some_and(few)
+    let in_columns = |rows: Rows<'_, E>| rows.column_major() && count * FEW <= rows.rows();
+    if normalized || memory.wants_grad() || !memory.rows::<E>().is_some_and(in_columns) {
+        return prepare::<E>(memory, normalized);
+    }
+    let detached = memory.tensor.f_detach()?;
+    Ok(Prepared {
+        tensor: detached.f_to_kind(<E::Acc as Stored>::KIND)?,
+        norms: None,
+    })
 }
 
 /// The candidates that were found, the positives and then the negatives, as contiguous rows.
@@ -168,42 +179,22 @@ where
     E: Element + Stored,
     E::Acc: Element<Acc = E::Acc> + Real + Stored,
 {
-    let class = call.class;
     let anchors = prepare::<E>(&inputs.features, call.normalize)?;
     let memory = match &inputs.memory {
         None => None,
-        Some((memory, _)) if !call.normalize && in_columns::<E>(memory, &inputs.features) => {
-            Some(Prepared {
-                // Converted, it is still kept by columns.
-                tensor: memory
-                    .tensor
-                    .f_detach()?
-                    .f_to_kind(<E::Acc as Stored>::KIND)?,
-                norms: None,
-            })
-        }
-        Some((memory, _)) => Some(prepare::<E>(memory, call.normalize)?),
+        Some((memory, _)) => Some(prepare_memory::<E>(
+            memory,
+            &inputs.features,
+            call.normalize,
+        )?),
     };
-    let candidates = memory.as_ref().unwrap_or(&anchors);
+    let candidates = &memory.as_ref().unwrap_or(&anchors).tensor;
     let views = [
-        Input::new(class, call.features.0, &anchors.tensor)?,
-        Input::new(class, "xbm_f", &candidates.tensor)?,
+        Input::new(call.class, call.features.0, &anchors.tensor)?,
+        Input::new(call.class, "xbm_f", candidates)?,
     ];
-    let u = Features {
-        tensor: &anchors.tensor,
-        rows: views[0].dense_rows::<E::Acc>()?,
-    };
-    let v = Features {
-        tensor: &candidates.tensor,
-        rows: views[1].dense_rows::<E::Acc>()?,
-    };
-    let memory_labels = inputs
-        .memory
-        .as_ref()
-        .map(|(_, labels)| labels.integers())
-        .transpose()?;
-    let identities = Identities::new(&inputs.labels.integers()?, memory_labels.as_deref());
-    let hardest = mine(&u, &v, &identities)?;
+    let (u, v) = (Features::of(&views[0])?, Features::of(&views[1])?);
+    let hardest = mine(&u, &v, &inputs.identities()?)?;
     let reference = match (&inputs.teacher, call.objective) {
         (Some(teacher), Objective::Taught) => taught(teacher, call, &hardest)?,
         _ => Vec::new(),
@@ -211,49 +202,39 @@ where
     let (picked, view);
     let (candidates, pairs) = if v.rows.column_major() {
         picked = Picked::of(v.tensor, &hardest)?;
-        view = Input::new(class, "xbm_f", &picked.rows)?;
+        view = Input::new(call.class, "xbm_f", &picked.rows)?;
         (view.dense_rows::<E::Acc>()?, &picked.hardest)
     } else {
         (v.rows, &hardest)
     };
     let (value, pulls) = pair_loss(call.objective, pairs, &reference, candidates.rows());
-    let loss = scalar(value, inputs.out)?;
-
-    let both = if memory.is_some() {
-        Role::Anchors
-    } else {
-        Role::Both
-    };
     let gradient = Gradient {
         anchors: u.rows,
         candidates,
         pulls: &pulls,
-        role: both,
-        norms: None,
+        role: if memory.is_some() {
+            Role::Anchors
+        } else {
+            Role::Both
+        },
+        norms: anchors.norms.as_deref(),
     };
-    let store = |input: &Input<'_>, role: Role, norms: &Option<Vec<f64>>| -> Result<_> {
-        if !input.wants_grad() {
-            return Ok(None);
-        }
+    let mut grads = vec![store::<E>(
+        gradient,
+        &inputs.features,
+        value,
+        call.objective,
+    )?];
+    if let (Some((input, _)), Some(memory)) = (&inputs.memory, &memory) {
         let gradient = Gradient {
-            role,
-            norms: norms.as_deref(),
+            role: Role::Candidates,
+            norms: memory.norms.as_deref(),
             ..gradient
         };
-        store::<E>(
-            gradient,
-            input,
-            value,
-            bound(call.objective, norms.as_deref()),
-        )
-        .map(Some)
-    };
-    let mut grads = vec![store(&inputs.features, both, &anchors.norms)?];
-    if let (Some((input, _)), Some(memory)) = (&inputs.memory, &memory) {
-        grads.push(store(input, Role::Candidates, &memory.norms)?);
+        grads.push(store::<E>(gradient, input, value, call.objective)?);
     }
     Ok(Fused {
-        loss,
+        loss: scalar(value, inputs.out)?,
         grads,
         hardest,
         reference,
@@ -275,23 +256,27 @@ pub fn bound(objective: Objective, norms: Option<&[f64]>) -> f64 {
     4.0 * slope / smallest
 }
 
+/// The gradient of `input`, if one is wanted.
 fn store<E>(
     gradient: Gradient<'_, E::Acc>,
     input: &Input<'_>,
     value: f64,
-    bound: f64,
-) -> Result<StoredGrad>
+    objective: Objective,
+) -> Result<Option<StoredGrad>>
 where
     E: Element + Stored,
     E::Acc: Element<Acc = E::Acc> + Real,
 {
+    if !input.wants_grad() {
+        return Ok(None);
+    }
     let loss = Loss {
         value,
-        scale: stored_scale::<E>(bound),
+        scale: stored_scale::<E>(bound(objective, gradient.norms)),
     };
     let mut out = Owned::<E>::new(input.shape())?;
     gradient.store(loss, out.slice(), threads(4 * input.numel()));
-    Ok(StoredGrad::new(out.into_tensor(), loss.scale))
+    Ok(Some(StoredGrad::new(out.into_tensor(), loss.scale)))
 }
 
 /// The teacher's references, from its own features: 2N distances.
