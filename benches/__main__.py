@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("--random draws its settings: not with --case, --device, --save or --quick", file=sys.stderr)
         return 2
     if options.random is not None and not any(method.families for method in chosen):
-        print("no loss of these methods is drawn at random", file=sys.stderr)
+        print("nothing of these methods is drawn at random", file=sys.stderr)
         return 2
     if options.list:
         for method in chosen:

@@ -102,8 +102,8 @@ class Method:
     #: Verdicts from the results of all cases by setting; see :class:`benches._measure.Result`.
     verdicts: Callable[[Mapping[str, Any]], Iterable[Verdict]] = lambda results: ()
     footprints: Sequence[Footprint] = ()
-    #: Its losses, for settings that are drawn at random: see :class:`benches._losses.Family`.
-    families: Sequence[Any] = ()
+    #: Draw settings at random: see :data:`benches._families.Family`.
+    families: Sequence[Callable[[Any], Any]] = ()
 
 
 def seeded() -> torch.Generator:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -166,35 +165,6 @@ def variant_case(
 
     setting = f"{loss} {variant.shape} {variant.name}".strip()
     return Case(setting, set_up, loss=loss, tolerances={OURS: tolerance})
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A loss in any setting, for those that are drawn at random."""
-
-    case: Callable[[Variant], Case]
-    #: The most rows and columns, and elements.
-    largest: tuple[int, int] = (16_384, 8192)
-    elements: int = 1 << 22
-    #: Those in which it is compared.
-    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def family(
-    losses: Losses,
-    inputs: Inputs = ONE,
-    *,
-    loss: str = "",
-    differentiated: Sequence[int] = (0,),
-    **limits: Any,
-) -> Family:
-    """A loss over matrices, within other limits than the default ones of :class:`Family` where given."""
-
-    def case(variant):
-        functions = losses(variant.shape[1])
-        return variant_case(variant, functions, inputs, variant.tolerance, loss, differentiated)
-
-    return Family(case, **limits)
 
 
 def loss_case(

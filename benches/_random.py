@@ -1,31 +1,21 @@
-"""Settings that nobody chose: losses at random shapes, dtypes and layouts, against the plain formulation.
+"""Settings that nobody chose: random shapes, dtypes and layouts, against the plain formulation.
 
 The listed cases are what the kernels were made for. This looks for settings in which they are slow.
 """
 
 import dataclasses
 import itertools
-import math
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from tabulate import tabulate
 
 from benches import _report
 from benches._case import OURS, PLAIN, Case, Disagreement, Method, Provider, Verdict, check
-from benches._losses import CONTIGUOUS, LAYOUTS, Family, Variant
+from benches._families import Drawn, Family
 from benches._measure import FULL, QUICK, Result, measure
 
-#: Drawn as often as they stand here.
-DTYPES = [torch.float32] * 4 + [torch.bfloat16, torch.float16, torch.float64]
-ARRANGED = [CONTIGUOUS] * 4 + LAYOUTS
-GRADIENT = [True, True, True, False]
-#: What is accepted of ours, as :data:`benches._case.TOLERANCE`, against plain in float64: in float32 it loses
-#: digits of small differences (``1 - p``, distances), and with them the hardest example. Half types are timed
-#: and not compared: what they round may be on the other side of a threshold.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 #: Those below are measured again, for long.
 CLOSE = 1.15
 #: The slowest are printed.
@@ -36,12 +26,12 @@ def run(methods: Sequence[Method], seconds: float, seed: int) -> list[Verdict]:
     """Time what is drawn from ``seed`` for so many seconds; print the settings where ours gains least."""
     families = [(method.stem, family) for method in methods for family in method.families]
     end, ratios, wrong = time.monotonic() + seconds, [], []
-    for stem, family, variant in _drawn(families, seed):
+    for stem, drawn in _drawn(families, seed):
         if time.monotonic() >= end:
             break
-        case = family.case(variant)
+        case = drawn.case
         try:
-            providers = _agreeing(family, variant, case)
+            providers = _agreeing(drawn)
         except Disagreement as error:
             wrong.append(Verdict(f"{stem}: {error}", met=False))
             continue
@@ -52,35 +42,21 @@ def run(methods: Sequence[Method], seconds: float, seed: int) -> list[Verdict]:
     return verdicts
 
 
-def _drawn(families: Sequence[tuple[str, Family]], seed: int) -> Iterator[tuple[str, Family, Variant]]:
+def _drawn(families: Sequence[tuple[str, Family]], seed: int) -> Iterator[tuple[str, Drawn]]:
     """Settings without end."""
     for count in itertools.count():
         # By its number, so that a setting does not depend on those before it.
         generator = random.Random(f"{seed} {count}")
         stem, family = generator.choice(families)
-        dtype = generator.choice([dtype for dtype in DTYPES if dtype in family.dtypes])
-        layout, gradient = generator.choice(ARRANGED), generator.choice(GRADIENT)
-        name = ", ".join([str(dtype).removeprefix("torch."), layout, *([] if gradient else ["no gradient"])])
-        tolerance = TOLERANCES.get(dtype, math.inf)
-        yield stem, family, Variant(name, _shape(generator, family), dtype, layout, gradient, tolerance)
+        yield stem, family(generator)
 
 
-def _shape(generator: random.Random, family: Family) -> tuple[int, int]:
-    """Rows and columns, each as likely to be small as large, of no more elements than the family's."""
-    # Of one row, some gradients are rounding noise alone, which cannot be compared.
-    logarithms = [(math.log(2), math.log(most)) for most in family.largest]
-    while True:
-        rows, columns = (round(math.exp(generator.uniform(*limits))) for limits in logarithms)
-        if rows * columns <= family.elements:
-            return rows, columns
-
-
-def _agreeing(family: Family, variant: Variant, case: Case) -> Mapping[str, Provider]:
+def _agreeing(drawn: Drawn) -> Mapping[str, Provider]:
     """Ours and plain, of which ours has been compared."""
-    providers = case.set_up()
-    if variant.tolerance < math.inf:
-        exact = family.case(dataclasses.replace(variant, dtype=torch.float64)).set_up()
-        check(case, {OURS: providers[OURS], PLAIN: exact[PLAIN]})
+    there = drawn.case.set_up()
+    providers = {name: there[name] for name in (OURS, PLAIN)}
+    if drawn.exact is not None:
+        check(drawn.case, {OURS: providers[OURS], PLAIN: drawn.exact.set_up()[PLAIN]})
     return providers
 
 

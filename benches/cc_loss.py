@@ -4,7 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from benches._case import COMPILED, OURS, PLAIN, TLLIB, Footprint, Method
-from benches._losses import FEW_CLASSES, LARGE, MATRIX, family, footprint, half_confident, loss_cases
+from benches._families import family
+from benches._losses import FEW_CLASSES, LARGE, MATRIX, footprint, half_confident, loss_cases
 from benches._providers import original
 from tests.plain.cc_loss import cc_loss as plain
 from tllib_rs.self_training.cc_loss import CCConsistency

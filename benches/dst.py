@@ -1,7 +1,8 @@
 """Worst-case estimation: two pairs of predictions, of which the adversarial ones are differentiated."""
 
 from benches._case import COMPILED, OURS, PLAIN, TLLIB, Method
-from benches._losses import family, footprint, logits, loss_cases
+from benches._families import family
+from benches._losses import footprint, logits, loss_cases
 from benches._providers import original
 from tests.plain.dst import worst_case as plain
 from tllib_rs.self_training.dst import WorstCaseEstimationLoss

@@ -1,15 +1,19 @@
 """FlexMatch: one step is the thresholds of a batch and the update with it."""
 
+import dataclasses
 import itertools
+import random
+from collections.abc import Callable, Mapping
 
 import torch
 
 from benches._case import LIMIT, OURS, PLAIN, TLLIB, Case, Method, Provider, Verdict, faster, seeded, within
+from benches._families import Drawn, log_uniform
 from benches._providers import original
 from tests.plain.flexmatch import DynamicThresholdingModule as Plain
 from tllib_rs.self_training.flexmatch import DynamicThresholdingModule
 
-BATCH, CLASSES, THRESHOLD = 448, 100, 0.95
+THRESHOLD = 0.95
 SAMPLES = [1_000, 10_000, 50_000, 100_000, 1_000_000, 1_281_167, 10_000_000, 100_000_000]
 #: Counting in Python is run up to this many samples.
 COUNTED = 1_281_167
@@ -35,26 +39,35 @@ class Bincount(Plain):
         return counts[1:] / counts.max()
 
 
-def _case(samples: int) -> Case:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The sizes of a step, and how the thresholds begin."""
+
+    samples: int
+    batch: int = 448
+    classes: int = 100
+    warmup: bool = True
+
+
+def _set_up(setting: Setting) -> Callable[[], Mapping[str, Provider]]:
     def set_up():
         generator = seeded()
 
         def integers(high, size):
             return torch.randint(high, (size,), generator=generator)
 
-        def distinct(size):
+        def batch():
             # On a device it is undefined which of equal indices plain keeps.
-            drawn = integers(samples, 2 * size).unique()
-            return drawn[torch.randperm(len(drawn), generator=generator)[:size]]
+            drawn = integers(setting.samples, 2 * setting.batch).unique()
+            drawn = drawn[torch.randperm(len(drawn), generator=generator)[: setting.batch]]
+            return drawn, integers(2, len(drawn)).float(), integers(setting.classes, len(drawn))
 
         # Half of the samples are not selected yet.
-        state = integers(2 * CLASSES, samples).sub_(CLASSES).clamp_(min=-1)
-        batches = [
-            (distinct(BATCH), integers(2, BATCH).float(), integers(CLASSES, BATCH)) for _ in range(BATCHES)
-        ]
+        state = integers(2 * setting.classes, setting.samples).sub_(setting.classes).clamp_(min=-1)
+        batches = [batch() for _ in range(BATCHES)]
 
         def provider(kind):
-            module = kind(THRESHOLD, True, _mapping, CLASSES, samples, state.device)
+            module = kind(THRESHOLD, setting.warmup, _mapping, setting.classes, setting.samples, state.device)
             module.net_outputs.copy_(state)
             forever = itertools.cycle(batches)
 
@@ -71,15 +84,28 @@ def _case(samples: int) -> Case:
             return Provider(step, result)
 
         kinds = {OURS: DynamicThresholdingModule, "bincount": Bincount}
-        if samples <= COUNTED:
+        if setting.samples <= COUNTED:
             tllib = original("self_training.flexmatch", "DynamicThresholdingModule")
             kinds |= {PLAIN: Plain, TLLIB: tllib}
-        status = torch.rand(BATCH, generator=generator)
+        status = torch.rand(setting.batch, generator=generator)
         limit = Provider(lambda: THRESHOLD * _mapping(status), None)
         return {name: provider(kind) for name, kind in kinds.items() if kind} | {LIMIT: limit}
 
+    return set_up
+
+
+def _case(samples: int) -> Case:
     bars = [within(LIMIT, MAPPING_BAR), *BARS.get(samples, ())]
+    set_up = _set_up(Setting(samples))
     return Case(f"N = {samples:,}", set_up, bars, quick=samples < 1_000_000, sizes={"N": samples})
+
+
+def _drawn(generator: random.Random) -> Drawn:
+    largest = {"samples": 1 << 20, "batch": 4096, "classes": 10_000}
+    sizes = {name: log_uniform(generator, 2, most) for name, most in largest.items()}
+    setting = Setting(**sizes, warmup=generator.choice([True, False]))
+    case = Case(f"{setting}".removeprefix("Setting"), _set_up(setting))
+    return Drawn(case, case)
 
 
 def _verdicts(results):
@@ -93,4 +119,4 @@ def _verdicts(results):
         )
 
 
-METHOD = Method("flexmatch", [_case(samples) for samples in SAMPLES], _verdicts)
+METHOD = Method("flexmatch", [_case(samples) for samples in SAMPLES], _verdicts, families=[_drawn])

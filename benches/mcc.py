@@ -4,7 +4,8 @@ import torch
 from torch.nn import functional as F
 
 from benches._case import OURS, PLAIN, TLLIB, Method, faster
-from benches._losses import FEW_CLASSES, MATRIX, VARIANTS, family, footprint, loss_cases
+from benches._families import family
+from benches._losses import FEW_CLASSES, MATRIX, VARIANTS, footprint, loss_cases
 from benches._providers import original, package
 from tests.plain.mcc import mcc as plain
 from tllib_rs.self_training.mcc import MinimumClassConfusionLoss

@@ -1,6 +1,7 @@
 """The moving average of a teacher, over models with the parameters of well-known ones."""
 
 import copy
+import random
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benches._case import LIMIT, OURS, PLAIN, TLLIB, Case, Method, Provider, faster, within
+from benches._families import DTYPES, Drawn, in_some_dtype, log_uniform
 from benches._providers import original, package
 from tests.plain.mean_teacher import EMATeacher as Plain
 from tllib_rs.self_training.mean_teacher import EMATeacher
@@ -20,6 +22,8 @@ FOREACH = "foreach"
 LIMIT_BAR = 1.1
 #: How much faster than ``foreach``, whose lists are made beforehand, the thousand tiny tensors must be.
 TINY_BAR = 1.5
+#: The most numbers of a model that is drawn at random.
+ELEMENTS = 1 << 22
 
 
 def _unit(inputs: int, outputs: int, kernel: int, groups: int = 1) -> nn.Module:
@@ -79,9 +83,12 @@ def vit_l() -> nn.Module:
     return VisionTransformer(1024, 24)
 
 
-def _averages(before: nn.Module, student: nn.Module) -> dict[str, tuple[Callable, Sequence[torch.Tensor]]]:
-    """For each provider the update and the parameters it changes. All start from ``before`` and follow one
-    student."""
+#: The update of each provider, and the parameters that it changes.
+Averages = dict[str, tuple[Callable, Sequence[torch.Tensor]]]
+
+
+def _teachers(before: nn.Module, student: nn.Module) -> Averages:
+    """The class and its equals. All start from ``before`` and follow one student."""
     found = {}
     tllib = original("self_training.mean_teacher", "EMATeacher")
     for name, kind in {OURS: EMATeacher, PLAIN: Plain, TLLIB: tllib}.items():
@@ -89,7 +96,12 @@ def _averages(before: nn.Module, student: nn.Module) -> dict[str, tuple[Callable
             teacher = kind(before, ALPHA)
             teacher.model = student
             found[name] = teacher.update, list(teacher.teacher.parameters())
+    return found
 
+
+def _averages(before: nn.Module, student: nn.Module) -> Averages:
+    """Also those of other packages."""
+    found = _teachers(before, student)
     # The lists are made once, which a class that follows replaced sub-modules cannot do.
     averages = [p.detach() for p in copy.deepcopy(before).parameters()]
     sources = [p.detach() for p in student.parameters()]
@@ -124,25 +136,49 @@ def _ema_pytorch(module: ModuleType, before: nn.Module, student: nn.Module) -> A
     return ema
 
 
+def _provider(step: Callable, parameters: Sequence[torch.Tensor]) -> Provider:
+    def result():
+        step()
+        step()
+        return [p.detach().clone() for p in parameters]
+
+    return Provider(step, result)
+
+
 def _case(name: str, model: Callable[[], nn.Module], **options: Any) -> Case:
     def set_up():
         torch.manual_seed(0)
         before, student = model(), model()
-
-        def provider(step, parameters):
-            def result():
-                step()
-                step()
-                return [p.detach().clone() for p in parameters]
-
-            return Provider(step, result)
-
-        providers = {name: provider(*found) for name, found in _averages(before, student).items()}
+        providers = {name: _provider(*found) for name, found in _averages(before, student).items()}
         size = sum(p.numel() for p in student.parameters())
         target, source = torch.zeros(size), torch.ones(size)
         return providers | {LIMIT: Provider(lambda: target.lerp_(source, 1 - ALPHA), None)}
 
     return Case(name, set_up, **options)
+
+
+def _drawn(generator: random.Random) -> Drawn:
+    """A model of layers with one to four parameters each."""
+    count, largest = log_uniform(generator, 1, 512), log_uniform(generator, 1, 1 << 20)
+    sizes = [log_uniform(generator, 1, largest) for _ in range(count)]
+    while sum(sizes) > ELEMENTS:
+        sizes.pop()
+    width = generator.randint(1, 4)
+
+    def case(dtype, tolerance):
+        def model():
+            parameters = [torch.randn(size).to(dtype) for size in sizes]
+            starts = range(0, len(sizes), width)
+            return nn.ModuleList(nn.ParameterList(parameters[k : k + width]) for k in starts)
+
+        def set_up():
+            torch.manual_seed(0)
+            return {name: _provider(*found) for name, found in _teachers(model(), model()).items()}
+
+        text = f"{len(sizes)} tensors, {sum(sizes):,} numbers, {dtype}"
+        return Case(text, set_up, tolerances={OURS: tolerance})
+
+    return in_some_dtype(case, generator.choice(DTYPES))
 
 
 METHOD = Method(
@@ -159,4 +195,5 @@ METHOD = Method(
         _case("ViT-L", vit_l, quick=False, on_device=True),
         _case("1,000 tiny tensors", tiny, bars=[faster(FOREACH, TINY_BAR)]),
     ],
+    families=[_drawn],
 )

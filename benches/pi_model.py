@@ -3,7 +3,8 @@
 import torch
 
 from benches._case import OURS, PLAIN, TLLIB, Method
-from benches._losses import family, footprint, loss_cases, probabilities
+from benches._families import family
+from benches._losses import footprint, loss_cases, probabilities
 from benches._providers import original
 from tests.plain.pi_model import l2_consistency as plain
 from tllib_rs.self_training.pi_model import L2ConsistencyLoss

@@ -1,7 +1,8 @@
 """Cross entropy with pseudo labels, of which half are confident enough."""
 
 from benches._case import OURS, PLAIN, TLLIB, Method
-from benches._losses import family, footprint, half_confident, loss_cases
+from benches._families import family
+from benches._losses import footprint, half_confident, loss_cases
 from benches._providers import original
 from tests.plain.pseudo_label import pseudo_label as plain
 from tllib_rs.self_training.pseudo_label import ConfidenceBasedSelfTrainingLoss

@@ -18,7 +18,8 @@ from benches._case import (
     seeded,
     within,
 )
-from benches._losses import Family, family, footprint, logits, loss_cases, step_of
+from benches._families import Family, family
+from benches._losses import footprint, logits, loss_cases, step_of
 from benches._providers import compiled, original, package
 from tests.plain import reid_loss as plain
 from tllib_rs.vision.models.reid import loss as ours

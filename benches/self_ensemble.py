@@ -1,7 +1,8 @@
 """Class balance of predictions."""
 
 from benches._case import OURS, PLAIN, TLLIB, Method
-from benches._losses import family, footprint, loss_cases, probabilities
+from benches._families import family
+from benches._losses import footprint, loss_cases, probabilities
 from benches._providers import original
 from tests.plain.self_ensemble import class_balance as plain
 from tllib_rs.self_training.self_ensemble import ClassBalanceLoss

@@ -5,26 +5,34 @@ update has its benchmark in ``mean_teacher``. A fixed gradient stands for the us
 product with the queue, the one of its backward pass, and one pass over the logits.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from benches._case import LIMIT, OURS, PLAIN, TLLIB, Case, Method, Provider, faster, seeded, within
+from benches._families import Drawn, in_some_dtype, log_uniform
 from benches._providers import original
 from tests.plain import self_tuning as plain
 from tllib_rs.self_training.self_tuning import SelfTuning
 
 CLASSES = [10, 100, 200]
-ROWS, DIM, KEYS, TEMPERATURE = 32, 1024, 32, 0.07
+TEMPERATURE = 0.07
+#: The most that plain copies in a setting that is drawn at random.
+ELEMENTS = 1 << 26
 PLAIN_BAR, LIMIT_BAR = 30.0, 1.6
 
 
 class Given(nn.Module):
     """An encoder whose projections are its input."""
 
-    projection_dim = DIM
+    def __init__(self, projection_dim: int):
+        super().__init__()
+        self.projection_dim = projection_dim
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x, x
@@ -36,7 +44,7 @@ class Plain(nn.Module):
     def __init__(self, encoder_q, encoder_k, num_classes, K, T):
         super().__init__()
         self.K, self.T = K, T
-        self.queue_list = torch.empty(encoder_q.projection_dim, K * num_classes)
+        self.register_buffer("queue_list", torch.empty(encoder_q.projection_dim, K * num_classes))
         self.queue_ptr = torch.zeros(num_classes, dtype=torch.long)
 
     def forward(self, im_q, im_k, labels):
@@ -46,20 +54,37 @@ class Plain(nn.Module):
         return out, targets, im_q
 
 
-def _case(classes: int) -> Case:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The sizes of a step."""
+
+    classes: int
+    rows: int = 32
+    dim: int = 1024
+    #: Of each class.
+    keys: int = 32
+
+    @property
+    def queue(self) -> tuple[int, int]:
+        """Its shape."""
+        return self.dim, self.keys * self.classes
+
+
+def _set_up(setting: Setting, dtype: torch.dtype = torch.float32) -> Callable[[], Mapping[str, Provider]]:
     def set_up():
         generator = seeded()
 
         def unit(*shape, dim):
-            return F.normalize(torch.randn(*shape, generator=generator), dim=dim)
+            return F.normalize(torch.randn(*shape, generator=generator).to(dtype), dim=dim)
 
-        queue = unit(DIM, KEYS * classes, dim=0)
-        queries, keys = unit(ROWS, DIM, dim=1), unit(ROWS, DIM, dim=1)
-        labels = torch.randint(classes, (ROWS,), generator=generator)
-        gradient = torch.randn(ROWS, 1 + KEYS * classes, generator=generator) / ROWS
+        queue = unit(*setting.queue, dim=0)
+        queries, keys = (unit(setting.rows, setting.dim, dim=1) for _ in range(2))
+        labels = torch.randint(setting.classes, (setting.rows,), generator=generator)
+        gradient = torch.randn(setting.rows, 1 + queue.shape[1], generator=generator).to(dtype) / setting.rows
 
         def provider(kind):
-            module = kind(Given(), Given(), classes, K=KEYS, T=TEMPERATURE)
+            encoders = (Given(setting.dim), Given(setting.dim))
+            module = kind(*encoders, setting.classes, K=setting.keys, T=TEMPERATURE).to(dtype)
             module.queue_list.copy_(queue)
             h_q = queries.clone().requires_grad_()
 
@@ -88,9 +113,28 @@ def _case(classes: int) -> Case:
         providers = {name: provider(kind) for name, kind in kinds.items() if kind}
         return providers | {LIMIT: Provider(limit, None)}
 
+    return set_up
+
+
+def _case(classes: int) -> Case:
     # Every row of the plain formulation copies the queue, and C = 10 has no bar.
     bars: Sequence = [faster(PLAIN, PLAIN_BAR), within(LIMIT, LIMIT_BAR)] if classes > CLASSES[0] else ()
+    set_up = _set_up(Setting(classes))
     return Case(f"C = {classes}", set_up, bars, quick=classes == CLASSES[0], sizes={"C": classes})
 
 
-METHOD = Method("self_tuning", [_case(classes) for classes in CLASSES])
+def _drawn(generator: random.Random) -> Drawn:
+    def case(dtype, tolerance):
+        text = f"{setting}, {dtype}".removeprefix("Setting")
+        return Case(text, _set_up(setting, dtype), tolerances={OURS: tolerance})
+
+    # An own key and one of another class are the least that there is to tell apart.
+    largest = {"classes": 1000, "rows": 256, "dim": 2048, "keys": 64}
+    while True:
+        setting = Setting(**{name: log_uniform(generator, 2, most) for name, most in largest.items()})
+        # The plain formulation copies the queue for each row.
+        if setting.rows * math.prod(setting.queue) <= ELEMENTS:
+            return in_some_dtype(case, generator.choice([torch.float32] * 3 + [torch.float64]))
+
+
+METHOD = Method("self_tuning", [_case(classes) for classes in CLASSES], families=[_drawn])

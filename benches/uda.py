@@ -1,7 +1,8 @@
 """Strong-weak consistency, where half of the weak predictions are confident enough."""
 
 from benches._case import OURS, PLAIN, TLLIB, Method
-from benches._losses import family, footprint, half_confident, loss_cases
+from benches._families import family
+from benches._losses import footprint, half_confident, loss_cases
 from benches._providers import original
 from tests.plain.uda import uda as plain
 from tllib_rs.self_training.uda import StrongWeakConsistencyLoss

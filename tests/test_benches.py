@@ -16,7 +16,7 @@ from torch.utils.benchmark import Measurement, TaskSpec
 import tllib_rs
 from benches import (
     _draw,
-    _losses,
+    _families,
     _memory,
     _pages,
     _providers,
@@ -142,11 +142,11 @@ def test_scaling_measures_and_projects(capsys):
 def test_random_settings(capsys):
     """The same ones for the same seed, of all kinds."""
     families = [(method.stem, family) for method in methods().values() for family in method.families]
-    assert len(families) > 12
+    assert len(families) > 15
     drawn = [
         [
-            f"{stem}: {family.case(variant).setting}"
-            for stem, family, variant in itertools.islice(_random._drawn(families, seed), 200)
+            f"{stem}: {found.case.setting}"
+            for stem, found in itertools.islice(_random._drawn(families, seed), 200)
         ]
         for seed in (0, 0, 1)
     ]
@@ -159,14 +159,17 @@ def test_random_settings(capsys):
     printed = capsys.readouterr().out
     assert re.search(r"^entropy: .*\(\d+, \d+\)", printed, re.MULTILINE)
     assert "slower than plain in " in printed
-    for wrong in (["flexmatch"], ["entropy", "--case", "x"], ["entropy", "--quick"]):
+    for wrong in (["semilearn"], ["entropy", "--case", "x"], ["entropy", "--quick"]):
         assert main([*wrong, "--random", "1"]) == 2
 
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_random_setting_that_is_wrong_is_no_gain(capsys):
-    family = _losses.family(lambda _: {OURS: lambda p: 0 * p.sum(), PLAIN: lambda p: (p * p).sum()})
-    family = dataclasses.replace(family, largest=(9, 9), dtypes=[torch.float32])
+    family = _families.family(
+        lambda _: {OURS: lambda p: 0 * p.sum(), PLAIN: lambda p: (p * p).sum()},
+        largest=(9, 9),
+        dtypes=[torch.float32],
+    )
     verdicts = _random.run([Method("broken", [], families=[family])], 0.5, 0)
     assert len(verdicts) > 1
     assert not any(verdict.met for verdict in verdicts)
