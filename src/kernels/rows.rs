@@ -45,6 +45,22 @@ impl<'a, E: Element> Rows<'a, E> {
         })
     }
 
+    /// The first `cols` columns of each whole row of `data`, whose rows are `width` long.
+    ///
+    /// # Panics
+    /// If there are more columns: a mistake in a kernel.
+    pub fn padded(data: &'a [E], width: usize, cols: usize) -> Self {
+        assert!(cols <= width && width > 0, "columns");
+        Self {
+            data: data.as_ptr(),
+            height: data.len() / width,
+            cols,
+            row_stride: width as isize,
+            col_stride: 1,
+            owner: PhantomData,
+        }
+    }
+
     /// A matrix with strides.
     ///
     /// # Safety
@@ -140,6 +156,12 @@ impl<'a, E: Element> Rows<'a, E> {
     /// Whether the elements of a column, and not those of a row, follow each other in memory.
     pub fn column_major(&self) -> bool {
         self.row_stride == 1 && self.col_stride != 1
+    }
+
+    /// Whether every row begins at a cache line.
+    pub fn at_cache_lines(&self) -> bool {
+        let bytes = self.row_stride.unsigned_abs() * size_of::<E>();
+        self.data.addr().is_multiple_of(CACHE_LINE) && bytes.is_multiple_of(CACHE_LINE)
     }
 
     /// The distances from one row to the next, and from one column to the next.
@@ -246,8 +268,11 @@ impl<'a, E: Element> Rows<'a, E> {
     }
 
     /// The memory of row `i`, whose elements are adjacent.
+    ///
+    /// # Panics
+    /// If they are not, or there is no row `i`: a mistake in a kernel.
     #[inline(always)]
-    fn adjacent_row(&self, i: usize) -> &[E] {
+    pub fn adjacent_row(&self, i: usize) -> &[E] {
         assert!(i < self.height && self.col_stride == 1, "row index");
         // SAFETY: the constructor's contract covers every element of row `i < rows`, and at stride 1
         // they are adjacent.
@@ -266,6 +291,15 @@ pub fn prefetch<T>(address: *const T) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
+}
+
+/// The same into the second cache, where the first is full of what is needed before.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub fn prefetch_far<T>(address: *const T) {
+    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+    // SAFETY: as above.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) };
 }
 
 /// Stores `values`, times `scale`, into `out`.

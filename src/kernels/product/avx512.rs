@@ -3,6 +3,7 @@
 //! LLVM would not keep so many sums in registers.
 
 use super::super::element::Bf16;
+use super::super::rows::prefetch_far;
 use super::blocked::{Dot, HIGH, ROWS, STRIP, Tiles, WIDE};
 use std::arch::is_x86_feature_detected;
 use std::arch::x86_64::{
@@ -33,10 +34,12 @@ macro_rules! dots {
                 x: [*const Self; HIGH],
                 y: [*const Self; WIDE],
                 count: usize,
+                ahead: *const Self,
             ) -> [[$f; WIDE]; HIGH] {
                 let mut sums = [[$zero(); WIDE]; HIGH];
                 let whole = count / $lanes * $lanes;
                 for c in (0..whole).step_by($lanes) {
+                    prefetch_far(ahead.wrapping_add(c));
                     // SAFETY: `c + LANES <= count`, and so many elements are behind each address.
                     let mut of_y = [unsafe { $load(y[0].add(c).cast()) }; WIDE];
                     for s in 1..WIDE {

@@ -13,7 +13,7 @@ use super::super::element::Element;
 use super::super::isa::{Level, dispatch, intel, level};
 use super::super::parallel::{run_on, threads_for};
 use super::super::real::Real;
-use super::super::rows::{CACHE_LINE, Rows};
+use super::super::rows::Rows;
 use block::{Block, Combine, Dots, Place};
 pub use block::{Dot, HIGH, ROWS, STRIP, Tiles, WIDE};
 use std::marker::PhantomData;
@@ -49,9 +49,12 @@ const BLOCKS: usize = 4;
 const WRITE: usize = 16;
 /// Multiplications that make another thread worthwhile.
 const GRAIN: usize = 1 << 20;
-/// Dot products that Intel's own library takes longer for, on its processors: a result of 128 x 128. Of rows that do not
-/// begin at cache lines, so that each register is read across two of them, a sixteenth.
+/// Numbers in a result whose dot products Intel's own library takes longer for, on its processors: 128 x 128.
 const SMALL: usize = 1 << 14;
+/// The same of few rows and any columns, if the dot products are long: the library packs all of `y` for them.
+const FEW: usize = 64;
+/// Bytes of a long row.
+const LONG: usize = 1 << 11;
 
 /// A matrix that is written: contiguous rows, `stride` apart.
 pub struct Target<'a, F> {
@@ -138,22 +141,19 @@ impl<E: Element + Dot> Product<'_, E> {
         self.fits() && self.dots(limit)
     }
 
-    /// Whether the result is so small that [`Product::compute_dots`] is faster on an Intel processor as well. A symmetric
-    /// one may be four times as large, for half of it is left out.
+    /// Whether the result is so small, or has so few rows, that [`Product::compute_dots`] is faster on an Intel processor as
+    /// well. A symmetric one may be four times as large, for half of it is left out, and one of short rows that do not
+    /// begin at cache lines only a quarter.
     pub fn small(&self) -> bool {
         let (rows, cols) = self.out.shape;
         let parts = if self.upper { 4 } else { 1 };
-        let lines = |of: &Rows<'_, E>| {
-            let (down, _) = of.strides();
-            of.address(0, 0).addr().is_multiple_of(CACHE_LINE)
-                && (down.unsigned_abs() * size_of::<E>()).is_multiple_of(CACHE_LINE)
-        };
-        let most = if lines(&self.x) && lines(&self.y.transposed()) {
+        let long = self.x.cols().saturating_mul(size_of::<E>()) >= LONG;
+        let most = if long || (self.x.at_cache_lines() && self.y.transposed().at_cache_lines()) {
             SMALL
         } else {
-            SMALL / 16
+            SMALL / 4
         };
-        rows.saturating_mul(cols) / parts <= most
+        (long && rows <= FEW) || rows.saturating_mul(cols) / parts <= most
     }
 
     /// Whether there is room for a tile and the processor can compute it.

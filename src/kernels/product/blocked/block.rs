@@ -4,7 +4,7 @@
 use super::super::super::element::Element;
 use super::super::super::isa::{Isa, Kernel};
 use super::super::super::real::Real;
-use super::super::super::rows::{Rows, prefetch};
+use super::super::super::rows::{CACHE_LINE, Rows, prefetch};
 use std::array::from_fn;
 
 /// Rows and columns of the result that [`Dot::dots`] computes together.
@@ -16,11 +16,12 @@ pub const ROWS: usize = 8;
 /// See [`ROWS`].
 pub const STRIP: usize = 3;
 
-/// Bytes of a row that the dot products of a block are computed over at a time: the rows of a tile stay in the first
-/// cache, those of a block in the second.
+/// Bytes of a row that the dot products of a block are computed over at a time, about: the rows of a tile stay in the
+/// first cache, those of a block in the second.
 const PIECE: usize = 1 << 12;
 /// Rows of `y` whose multiples are added at a time: a strip of them stays in the first cache.
 const DEPTH: usize = 192;
+
 /// Dot products as AVX-512 computes them at a time.
 pub trait Dot: Sized {
     /// The type of the sums.
@@ -29,15 +30,17 @@ pub trait Dot: Sized {
     /// Whether the processor has the instructions, if it has AVX-512.
     fn there() -> bool;
 
-    /// `sum_c x_rc y_sc` over `count` columns.
+    /// `sum_c x_rc y_sc` over `count` columns. Meanwhile `ahead`, which may be any address, and what follows is
+    /// prefetched.
     ///
     /// # Safety
-    /// The processor has AVX-512 as [`Level::Avx512`](super::super::super::isa::Level) says and what [`Dot::there`] asks for, and behind each address there
-    /// are `count` elements.
+    /// The processor has AVX-512 as [`Level::Avx512`](super::super::super::isa::Level) says and what [`Dot::there`]
+    /// asks for, and behind each address of `x` and `y` there are `count` elements.
     unsafe fn dots(
         x: [*const Self; HIGH],
         y: [*const Self; WIDE],
         count: usize,
+        ahead: *const Self,
     ) -> [[Self::Sum; WIDE]; HIGH];
 }
 
@@ -102,17 +105,27 @@ impl<E: Element + Dot> Kernel for Dots<'_, E> {
     #[inline(always)]
     fn run<I: Isa>(self) {
         let Block { x, y, out, add } = self.0;
-        let (y, depth, piece) = (y.transposed(), x.cols(), PIECE / size_of::<E>());
+        let (y, depth) = (y.transposed(), x.cols());
+        let piece = piece::<E>(depth);
+        let mut x_lines = Lines::new(&x, (x.rows(), piece), y.rows().div_ceil(WIDE));
+        let mut y_lines = Lines::new(&y, (WIDE, piece), x.rows().div_ceil(HIGH));
         for start in (0..depth).step_by(piece) {
-            let count = piece.min(depth - start);
+            let here = start..depth.min(start + piece);
+            let x = at_lines(&mut x_lines, x.columns(here.clone()));
             for left in (0..y.rows()).step_by(WIDE) {
-                let of_y = starts::<E, WIDE>(&y, left, start);
-                for top in (0..x.rows()).step_by(HIGH) {
-                    let of_x = starts::<E, HIGH>(&x, top, start);
-                    // SAFETY: there are `count` columns from `start`, contiguous in both; `fits` looked at the
-                    // instruction set.
-                    let sums = unsafe { E::dots(of_x, of_y, count) };
-                    let wide = WIDE.min(y.rows() - left);
+                // Each row is in another page than the last one, so that the processor would not foresee it.
+                let ahead: [_; WIDE] = if left + WIDE < y.rows() {
+                    starts(&y, left + WIDE, start)
+                } else {
+                    starts(&y, 0, here.end)
+                };
+                let wide = WIDE.min(y.rows() - left);
+                let some = y.slice(left..left + wide).columns(here.clone());
+                let of_y = starts(&at_lines(&mut y_lines, some), 0, 0);
+                for (tile, top) in (0..x.rows()).step_by(HIGH).enumerate() {
+                    let (of_x, ahead) = (starts(&x, top, 0), ahead[tile.min(WIDE - 1)]);
+                    // SAFETY: there are so many columns, contiguous in both; `fits` looked at the instruction set.
+                    let sums = unsafe { E::dots(of_x, of_y, here.len(), ahead) };
                     let high = HIGH.min(x.rows() - top);
                     for (r, sums) in sums.iter().enumerate().take(high) {
                         let to = out.at(top + r, left).start;
@@ -125,6 +138,60 @@ impl<E: Element + Dot> Kernel for Dots<'_, E> {
                 }
             }
         }
+    }
+}
+
+/// Columns of all pieces but the last, which is not longer: as equal as may be, in whole cache lines.
+fn piece<E>(depth: usize) -> usize {
+    let most = PIECE / size_of::<E>();
+    // One that is an eighth longer is faster than one more.
+    let count = depth.saturating_sub(most / 8).div_ceil(most).max(1);
+    depth
+        .div_ceil(count)
+        .next_multiple_of(CACHE_LINE / size_of::<E>())
+}
+
+/// How many tiles must read a row for a copy to be faster than reading registers across two cache lines.
+const READERS: usize = 5;
+
+/// Room for rows that begin at cache lines.
+struct Lines<E> {
+    room: Vec<E>,
+    /// The first element at a cache line.
+    first: usize,
+    /// Elements of a row.
+    width: usize,
+}
+
+impl<E: Element> Lines<E> {
+    /// For so many rows of `of`, and columns in whole cache lines, that so many tiles read. `None` if a copy gains nothing.
+    fn new(of: &Rows<'_, E>, (rows, width): (usize, usize), tiles: usize) -> Option<Self> {
+        if tiles < READERS || of.at_cache_lines() {
+            return None;
+        }
+        let zero = E::store(E::Acc::ZERO);
+        let room = vec![zero; rows * width + CACHE_LINE / size_of::<E>()];
+        let first = room.as_ptr().align_offset(CACHE_LINE);
+        Some(Self { room, first, width })
+    }
+
+    /// A copy of contiguous rows that there is room for.
+    #[inline(always)]
+    fn copy(&mut self, from: &Rows<'_, E>) -> Rows<'_, E> {
+        let room = &mut self.room[self.first..][..from.rows() * self.width];
+        for (i, to) in room.chunks_exact_mut(self.width).enumerate() {
+            to[..from.cols()].copy_from_slice(from.adjacent_row(i));
+        }
+        Rows::padded(room, self.width, from.cols())
+    }
+}
+
+/// The copy of a piece, or the piece itself where there is no room for one.
+#[inline(always)]
+fn at_lines<'a, E: Element>(lines: &'a mut Option<Lines<E>>, piece: Rows<'a, E>) -> Rows<'a, E> {
+    match lines {
+        Some(lines) => lines.copy(&piece),
+        None => piece,
     }
 }
 

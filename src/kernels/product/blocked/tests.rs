@@ -1,4 +1,5 @@
 use super::super::super::element::Bf16;
+use super::super::super::rows::CACHE_LINE;
 use super::*;
 
 fn numbers<F: Real>(count: usize, step: usize) -> Vec<F> {
@@ -7,14 +8,26 @@ fn numbers<F: Real>(count: usize, step: usize) -> Vec<F> {
         .collect()
 }
 
-/// Whole numbers, so that sums in any order are exact.
+/// The numbers, `offset` elements behind a cache line, and where they begin.
+fn placed<E: Element>(numbers: &[E], offset: usize) -> (Vec<E>, usize) {
+    let room = vec![E::store(E::Acc::ZERO); CACHE_LINE / size_of::<E>() + offset];
+    let mut all = [&room, numbers].concat();
+    let start = all.as_ptr().align_offset(CACHE_LINE) + offset;
+    all.copy_within(room.len().., start);
+    (all, start)
+}
+
+/// Whole numbers, so that sums in any order are exact. Rows begin at cache lines if the offset is 0 and `k` a multiple of
+/// 16.
 fn matches_loops<F: Element<Acc = F> + Real + Tiles>(
     (n, k, m): (usize, usize, usize),
     threads: usize,
+    offset: usize,
 ) {
-    let (x, y) = (numbers::<F>(n * (k + 2), 7), numbers::<F>(k * m, 3));
+    let width = k + 16;
+    let (x, y) = (numbers::<F>(n * width, 7), numbers::<F>(k * m, 3));
     let expected = |i: usize, j: usize| -> f64 {
-        let term = |c: usize| x[i * (k + 2) + c].to_f64() * y[c * m + j].to_f64();
+        let term = |c: usize| x[i * width + c].to_f64() * y[c * m + j].to_f64();
         (0..k).map(term).sum()
     };
     let turned = |x: &[F], rows: usize, cols: usize| -> Vec<F> {
@@ -22,10 +35,12 @@ fn matches_loops<F: Element<Acc = F> + Real + Tiles>(
             .map(|at| x[at % rows * cols + at / rows])
             .collect()
     };
-    let (x_turned, y_turned) = (turned(&x, n, k + 2), turned(&y, k, m));
-    let x_turned = Rows::contiguous(&x_turned, k + 2, n).unwrap().transposed();
-    let y_turned = Rows::contiguous(&y_turned, m, k).unwrap().transposed();
-    let x = Rows::contiguous(&x, n, k + 2).unwrap();
+    let (x_turned, y_turned) = (turned(&x, n, width), turned(&y, k, m));
+    let ((x, x_at), (y_turned, y_at)) = (placed(&x, offset), placed(&y_turned, offset));
+    let (x, y_turned) = (&x[x_at..][..n * width], &y_turned[y_at..][..m * k]);
+    let x_turned = Rows::contiguous(&x_turned, width, n).unwrap().transposed();
+    let y_turned = Rows::contiguous(y_turned, m, k).unwrap().transposed();
+    let x = Rows::contiguous(x, n, width).unwrap();
     let rows = Rows::contiguous(&y, k, m).unwrap();
     for (x, y) in [(x, y_turned), (x, rows), (x_turned, rows)] {
         for (add, upper) in [(false, false), (true, false), (true, true)] {
@@ -70,12 +85,13 @@ fn products_match_loops_in_every_size() {
         (9, 5, 5),
         (8, 0, 8),
         (33, 1100, 97),
+        (26, 1216, 50),
         (150, 30, 150),
         (300, 3, 100),
     ] {
-        for threads in [1, 3] {
-            matches_loops::<f32>(sizes, threads);
-            matches_loops::<f64>(sizes, threads);
+        for (threads, offset) in [(1, 0), (3, 0), (1, 1)] {
+            matches_loops::<f32>(sizes, threads, offset);
+            matches_loops::<f64>(sizes, threads, offset);
         }
     }
 }
@@ -171,7 +187,7 @@ fn a_small_square_of_dot_products_is_work_for_many() {
 
 #[test]
 fn small_is_what_an_intel_library_is_slow_for() {
-    let all = vec![1.0f32; 600 * 48];
+    let all = vec![1.0f32; 600 * 528];
     let start = all.as_ptr().align_offset(CACHE_LINE);
     let small = |(n, m): (usize, usize), width: usize, upper: bool| {
         let rows = |count| Rows::contiguous(&all[start..start + count * width], count, width);
@@ -189,8 +205,12 @@ fn small_is_what_an_intel_library_is_slow_for() {
     assert!(small((128, 128), 32, false) && !small((129, 128), 32, false));
     assert!(small((256, 256), 32, true) && !small((257, 257), 32, true));
     // Rows that do not begin at cache lines.
-    assert!(small((32, 32), 33, false) && !small((33, 32), 33, false));
-    assert!(small((64, 64), 33, true) && !small((65, 65), 33, true));
+    assert!(small((64, 64), 33, false) && !small((65, 64), 33, false));
+    assert!(small((128, 128), 33, true) && !small((129, 129), 33, true));
+    assert!(small((128, 128), 513, false) && !small((129, 128), 513, false));
+    // Few rows, and long ones.
+    assert!(small((64, 600), 513, false) && !small((65, 600), 513, false));
+    assert!(!small((64, 600), 511, false));
 }
 
 #[test]
