@@ -18,7 +18,7 @@ use super::isa::{Isa, Kernel, dispatch};
 use super::parallel::{cut, run, split};
 use super::real::Real;
 use super::reduce;
-use super::rows::Rows;
+use super::rows::{Rows, prefetch};
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
@@ -204,6 +204,74 @@ impl<E: Element> Kernel for Finite<'_, E> {
     }
 }
 
+/// Rows of the queue that are written together: a key's elements for them are in one cache line or two.
+const TILE: usize = 16;
+
+/// Puts each of the `keys` into its column of the queue, whose rows are `width` long. What was there goes to `replaced`,
+/// in the order of the keys. No column occurs twice.
+///
+/// # Panics
+/// If the sizes do not match: a mistake in a kernel.
+pub fn exchange<E: Element>(
+    queue: &mut [E],
+    width: usize,
+    keys: &[E],
+    columns: &[usize],
+    replaced: &mut [E],
+    threads: NonZeroUsize,
+) {
+    let dim = queue.len() / width;
+    assert_eq!(
+        (columns.len() * dim, replaced.len()),
+        (keys.len(), keys.len()),
+        "one key for each column"
+    );
+    let ranges = split(dim, threads);
+    let mut parts: Vec<_> = ranges
+        .iter()
+        .map(|_| Vec::with_capacity(columns.len()))
+        .collect();
+    for row in replaced.chunks_exact_mut(dim.max(1)) {
+        for (part, row) in parts.iter_mut().zip(cut(row, &ranges, 1)) {
+            part.push(row);
+        }
+    }
+    let jobs: Vec<_> = cut(queue, &ranges, width)
+        .into_iter()
+        .zip(ranges)
+        .zip(parts)
+        .map(|((queue, range), mut replaced)| {
+            let keys = keys.chunks_exact(dim).map(move |key| &key[range.clone()]);
+            move || {
+                for (k, rows) in queue.chunks_mut(TILE * width).enumerate() {
+                    let here = k * TILE..k * TILE + rows.len() / width;
+                    let keys = keys.clone().map(|key| &key[here.clone()]);
+                    let replaced = replaced.iter_mut().map(|row| &mut row[here.clone()]);
+                    exchange_tile(rows, width, keys.zip(replaced).zip(columns));
+                }
+            }
+        })
+        .collect();
+    run(jobs);
+}
+
+/// [`exchange`] for a few rows, and those after them are prefetched: the processor would not foresee single numbers, each in
+/// a page of its own.
+fn exchange_tile<'a, E: Element>(
+    rows: &mut [E],
+    width: usize,
+    columns: impl Iterator<Item = ((&'a [E], &'a mut [E]), &'a usize)>,
+) {
+    let next = rows.as_ptr().wrapping_add(rows.len());
+    for ((key, replaced), &column) in columns {
+        let places = rows.chunks_exact_mut(width).zip(key).zip(replaced);
+        for (i, ((row, &new), old)) in places.enumerate() {
+            prefetch(next.wrapping_add(i * width + column));
+            *old = std::mem::replace(&mut row[column], new);
+        }
+    }
+}
+
 /// A key of the batch that stays in the queue, and its column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -347,6 +415,29 @@ mod tests {
             x[at] = old;
         }
         assert!(finite(Rows::contiguous(&[f32::MAX; 256], 1, 256).unwrap()));
+    }
+
+    #[test]
+    fn keys_and_what_they_replace_change_places() {
+        for (dim, width) in [(1, 1), (5, 9), (16, 4), (37, 11), (64, 40)] {
+            let columns: Vec<usize> = (0..width).rev().step_by(3).collect();
+            let (before, keys) = (numbers(dim * width, 3), numbers(columns.len() * dim, 17));
+            for threads in [1, 2, 3] {
+                let (mut queue, mut replaced) = (before.clone(), vec![f64::NAN; keys.len()]);
+                let threads = NonZeroUsize::new(threads).unwrap();
+                exchange(&mut queue, width, &keys, &columns, &mut replaced, threads);
+                for (at, (&now, &old)) in queue.iter().zip(&before).enumerate() {
+                    let (d, column) = (at / width, at % width);
+                    match columns.iter().position(|&c| c == column) {
+                        None => assert_eq!(now, old),
+                        Some(k) => {
+                            assert_eq!((now, replaced[k * dim + d]), (keys[k * dim + d], old));
+                        }
+                    }
+                }
+            }
+        }
+        exchange::<f32>(&mut [1.0, 2.0], 2, &[], &[], &mut [], NonZeroUsize::MIN);
     }
 
     #[test]

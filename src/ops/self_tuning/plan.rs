@@ -1,10 +1,16 @@
 //! Where the keys of a batch go in the queue, from labels on the host or on a device.
 
+use super::CLASS;
 use crate::error::Result;
-use crate::kernels::self_tuning::enqueue;
-use crate::ops::counting;
-use crate::torch::no_grad;
+use crate::kernels::element::Element;
+use crate::kernels::self_tuning::{enqueue, exchange};
+use crate::ops::{counting, threads};
+use crate::torch::input::Input;
+use crate::torch::{Owned, Stored, bump_version, by_dtype, no_grad};
 use tch::{Kind, Tensor};
+
+/// Elements that are read in order in the time in which one is exchanged, alone in its cache line.
+const WEIGHT: usize = 16;
 
 /// Where the keys of a batch go.
 pub struct Plan {
@@ -60,12 +66,66 @@ impl Plan {
     /// Writes `keys` (minibatch, D) into `queue` (D, N) and moves the pointers.
     pub fn apply(&self, keys: &Tensor, queue: &Tensor, pointers: &Tensor) -> Result<()> {
         no_grad(|| {
-            let keys = keys.f_detach()?.f_index_select(0, &self.rows)?;
-            let columns = keys.f_to_kind(queue.f_kind()?)?.f_tr()?;
-            let (mut queue, mut target) = (queue.shallow_clone(), pointers.shallow_clone());
-            let _ = queue.f_index_copy_(1, &self.columns, &columns)?;
-            target.f_copy_(&self.pointers)?;
-            Ok(())
+            let columns = self.entering(keys, queue)?.f_tr()?;
+            let _ = queue
+                .shallow_clone()
+                .f_index_copy_(1, &self.columns, &columns)?;
+            self.advance(pointers)
         })
     }
+
+    /// The same, and returns what was in the columns, one row for each. The plan is one from the host.
+    pub fn exchange(&self, keys: &Tensor, queue: &Tensor, pointers: &Tensor) -> Result<Tensor> {
+        no_grad(|| {
+            let place = Input::new(CLASS, "queue_list", queue)?;
+            if !(place.on_cpu() && place.contiguous()) {
+                let replaced = queue.f_index_select(1, &self.columns)?.f_tr()?;
+                self.apply(keys, queue, pointers)?;
+                return Ok(replaced);
+            }
+            let entering = self.entering(keys, queue)?.f_contiguous()?;
+            if entering.numel() == 0 {
+                return Ok(entering);
+            }
+            let columns = Input::new(CLASS, "columns", &self.columns)?.integers()?;
+            let columns: Vec<_> = columns.into_iter().map(|column| column as usize).collect();
+            let replaced =
+                by_dtype!(place.floating()?, E => exchanged::<E>(&place, &entering, &columns)?);
+            bump_version(queue);
+            self.advance(pointers)?;
+            Ok(replaced)
+        })
+    }
+
+    /// The keys that stay, in the type of the queue.
+    fn entering(&self, keys: &Tensor, queue: &Tensor) -> Result<Tensor> {
+        let keys = keys.f_detach()?.f_index_select(0, &self.rows)?;
+        Ok(keys.f_to_kind(queue.f_kind()?)?)
+    }
+
+    fn advance(&self, pointers: &Tensor) -> Result<()> {
+        pointers.shallow_clone().f_copy_(&self.pointers)?;
+        Ok(())
+    }
+}
+
+/// Puts the `entering` keys, which are contiguous, into their columns of a contiguous queue.
+fn exchanged<E: Element + Stored>(
+    queue: &Input<'_>,
+    entering: &Tensor,
+    columns: &[usize],
+) -> Result<Tensor> {
+    let keys = Input::new(CLASS, "h_k", entering)?;
+    let keys = keys.dense_rows::<E>()?;
+    let mut replaced = Owned::<E>::new(&entering.size())?;
+    let Some(keys) = keys.whole() else {
+        return Err(queue.wrong("be contiguous"));
+    };
+    let width = queue.shape()[1] as usize;
+    let work = threads(WEIGHT * keys.len());
+    // SAFETY: a contiguous tensor of this type on the CPU, whose memory no other tensor here has: `entering` was just
+    // made. As in any operation that writes a tensor, whoever calls sees to it that nobody else uses it meanwhile.
+    let places = unsafe { std::slice::from_raw_parts_mut(queue.data().cast::<E>(), queue.numel()) };
+    exchange(places, width, keys, columns, replaced.slice(), work);
+    Ok(replaced.into_tensor())
 }

@@ -19,7 +19,7 @@ use tch::Tensor;
 struct Change {
     queue: Tensor,
     columns: Tensor,
-    /// (D, columns)
+    /// (columns, D)
     replaced: Tensor,
     /// Whether all values written are finite.
     finite: bool,
@@ -77,16 +77,14 @@ impl History {
             change.queue.data_ptr() == queue.data_ptr() && change.version == version(queue)
         });
         if previous.is_none() && !wanted {
-            plan.apply(keys, queue, pointers)?;
+            let _ = plan.exchange(keys, queue, pointers)?;
             return Ok((out, None));
         }
-        let columns = plan.columns.shallow_clone();
-        let replaced = queue.f_index_select(1, &columns)?;
         let finite = all_finite(keys)?;
-        plan.apply(keys, queue, pointers)?;
+        let replaced = plan.exchange(keys, queue, pointers)?;
         let change = Arc::new(Change {
             queue: queue.shallow_clone(),
-            columns,
+            columns: plan.columns.shallow_clone(),
             replaced,
             finite,
             version: version(queue),
@@ -165,7 +163,7 @@ impl Snapshot {
         }
         multiply(grad, &queue.f_tr()?, &out, How::default())?;
         for (part, change) in taken.iter().zip(&changes) {
-            multiply(part, &change.replaced.f_tr()?, &out, How::ADDED)?;
+            multiply(part, &change.replaced, &out, How::ADDED)?;
         }
         Ok(out)
     }
@@ -197,7 +195,7 @@ fn restored(changes: &[&Change]) -> Result<Tensor> {
     let mut queue = first.queue.f_detach_copy()?;
     // The earliest change is applied last, so that it wins.
     for change in changes.iter().rev() {
-        let _ = queue.f_index_copy_(1, &change.columns, &change.replaced)?;
+        let _ = queue.f_index_copy_(1, &change.columns, &change.replaced.f_tr()?)?;
     }
     Ok(queue)
 }
