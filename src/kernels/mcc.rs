@@ -296,8 +296,8 @@ impl<E: Element> Kernel for Gradient<'_, E> {
 /// Bytes after which a processor that compares only the low bits of addresses takes a load for one of a recent store.
 const PAGE: usize = 4096;
 
-/// `count` numbers of `room`, which has [`PAGE`] bytes more, so that storing them does not delay loads of `other` at the
-/// same index or behind it.
+/// `count` numbers of `room`, which has [`PAGE`] bytes more, so that storing them does not delay loads of `other` at
+/// the same index or behind it.
 #[inline(always)]
 fn apart<'a, F>(room: &'a mut [F], count: usize, other: &[F]) -> &'a mut [F] {
     let distance = (other.as_ptr() as usize).wrapping_sub(room.as_ptr() as usize + CACHE_LINE);

@@ -95,7 +95,8 @@ impl<F: Real> Square<F> {
     unsafe fn whole(self, top: usize, left: usize) {
         for i in (top..top + TILE).step_by(STEP) {
             for j in (left..left + TILE).step_by(STEP) {
-                // SAFETY: `STEP` elements of row `j + k`, which are above the diagonal: `j + k < i`. Nobody writes them.
+                // SAFETY: `STEP` elements of row `j + k`, which are above the diagonal: `j + k < i`. Nobody writes
+                // them.
                 let quad = |k: usize| unsafe { &*self.at(j + k, i).cast::<Quad<F>>() };
                 let rows = F::transposed([quad(0), quad(1), quad(2), quad(3)]);
                 for (k, row) in rows.into_iter().enumerate() {

@@ -44,8 +44,8 @@ pub trait Multiply<F> {
 }
 
 /// Zeros to add products to, which are in memory. Those of `vec![0; n]` may be pages that the system makes when they
-/// are written; a product that is added reads them first, and then each takes two faults, of which the second interrupts
-/// the other processors.
+/// are written; a product that is added reads them first, and then each takes two faults, of which the second
+/// interrupts the other processors.
 pub fn zeros<F: Real>(count: usize) -> Vec<F> {
     let mut zeros = Vec::with_capacity(count);
     // Not seen to be 0, or the allocator would be asked for zeros again.

@@ -158,8 +158,8 @@ impl<E: Element> Kernel for ColumnSums<'_, '_, E> {
     }
 }
 
-/// The sum of a few numbers, in f64: for a mean near 1, `1 - mean` is in the last digits. Only of half types, which have
-/// fewer digits than f32, are so few added in f32, which saves conversions.
+/// The sum of a few numbers, in f64: for a mean near 1, `1 - mean` is in the last digits. Only of half types, which
+/// have fewer digits than f32, are so few added in f32, which saves conversions.
 #[inline(always)]
 fn few<E: Element>([a, b, c, d]: [E::Acc; TOGETHER]) -> f64 {
     if E::EXACT {

@@ -207,8 +207,8 @@ impl<E: Element> Kernel for Finite<'_, E> {
 /// Rows of the queue that are written together: a key's elements for them are in one cache line or two.
 const TILE: usize = 16;
 
-/// Puts each of the `keys` into its column of the queue, whose rows are `width` long. What was there goes to `replaced`,
-/// in the order of the keys. No column occurs twice.
+/// Puts each of the `keys` into its column of the queue, whose rows are `width` long. What was there goes to
+/// `replaced`, in the order of the keys. No column occurs twice.
 ///
 /// # Panics
 /// If the sizes do not match: a mistake in a kernel.
@@ -255,8 +255,8 @@ pub fn exchange<E: Element>(
     run(jobs);
 }
 
-/// [`exchange`] for a few rows, and those after them are prefetched: the processor would not foresee single numbers, each in
-/// a page of its own.
+/// [`exchange`] for a few rows, and those after them are prefetched: the processor would not foresee single numbers,
+/// each in a page of its own.
 fn exchange_tile<'a, E: Element>(
     rows: &mut [E],
     width: usize,

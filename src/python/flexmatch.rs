@@ -86,7 +86,8 @@ impl FlexMatch {
     }
 
     /// Dropping a tensor that Python has seen may run code that calls the module: those that were replaced are dropped
-    /// after the lock is released. Code that libtorch runs under the lock may call it as well, and would wait for itself.
+    /// after the lock is released. Code that libtorch runs under the lock may call it as well, and would wait for
+    /// itself.
     fn with_state<'a, T>(
         &'a self,
         lock: impl FnOnce(&'a Mutex<ops::FlexMatch>) -> LockResult<MutexGuard<'a, ops::FlexMatch>>,

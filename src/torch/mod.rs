@@ -119,7 +119,8 @@ pub fn held(tensor: &Tensor) -> bool {
     unsafe { tllib_held(tensor.as_ptr()) }
 }
 
-/// Runs `body` with grad mode off, and leaves it as it was even if `body` unwinds: tch's function of this name does not.
+/// Runs `body` with grad mode off, and leaves it as it was even if `body` unwinds: tch's function of this name does
+/// not.
 pub fn no_grad<T>(body: impl FnOnce() -> T) -> T {
     let _guard = tch::no_grad_guard();
     body()

@@ -1,5 +1,5 @@
-//! The innermost loops of [`super::blocked`]: as many sums as fill 24 of the 32 registers of AVX-512, which is more than
-//! hide the latency of a sum, and few enough that all factors of a step are in registers too. Written out, because
+//! The innermost loops of [`super::blocked`]: as many sums as fill 24 of the 32 registers of AVX-512, which is more
+//! than hide the latency of a sum, and few enough that all factors of a step are in registers too. Written out, because
 //! LLVM would not keep so many sums in registers.
 
 use super::super::element::Bf16;

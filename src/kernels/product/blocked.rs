@@ -1,6 +1,6 @@
 //! Products on several threads with AVX-512. They serve processors on which libtorch's library has code for half of
-//! their registers only: MKL's, on any that is not Intel's. On Intel's they serve small results, for which MKL's code is
-//! slow on one thread.
+//! their registers only: MKL's, on any that is not Intel's. On Intel's they serve small results and few long rows,
+//! for which MKL's code is slow.
 //!
 //! The result is cut into blocks, each of which one thread computes. If both factors are contiguous along the sum,
 //! `out_ij = sum_k x_ik y_kj` is a number of dot products, and what is read needs no other order (`Dots`). If the
@@ -141,9 +141,9 @@ impl<E: Element + Dot> Product<'_, E> {
         self.fits() && self.dots(limit)
     }
 
-    /// Whether the result is so small, or has so few rows, that [`Product::compute_dots`] is faster on an Intel processor as
-    /// well. A symmetric one may be four times as large, for half of it is left out, and one of short rows that do not
-    /// begin at cache lines only a quarter.
+    /// Whether the result is so small, or has so few rows, that [`Product::compute_dots`] is faster on an Intel
+    /// processor as well. A symmetric one may be four times as large, for half of it is left out, and one of short rows
+    /// that do not begin at cache lines only a quarter.
     pub fn small(&self) -> bool {
         let (rows, cols) = self.out.shape;
         let parts = if self.upper { 4 } else { 1 };
@@ -202,8 +202,8 @@ impl<E: Element + Dot> Product<'_, E> {
 }
 
 /// How many elements a dot product has, at least. Across the lanes of a register, a sum takes many instructions, and
-/// sums of multiples need none; but for these the columns of `y` are copied, which must serve many rows. (Of bfloat16 both
-/// factors would have to be converted first.)
+/// sums of multiples need none; but for these the columns of `y` are copied, which must serve many rows. (Of bfloat16
+/// both factors would have to be converted first.)
 fn short<E: Dot>((rows, cols): (usize, usize)) -> usize {
     let most = 160 * size_of::<E>() / size_of::<E::Sum>();
     (2 * rows.min(cols)).min(most)

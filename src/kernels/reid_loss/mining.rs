@@ -9,8 +9,8 @@
 //! The products `u_i.v_j` come from the caller, a tile at a time; nothing of size `N x N` is kept. `|u_i|^2` is
 //! constant in a row, so candidates are ranked by `key_j = |v_j|^2 - 2 u_i.v_j`. The formula cancels: rounding may
 //! reorder close candidates. Those within its error of the best one, if they are few, are remembered, and compared at
-//! the end by distances computed from differences, so that the pair, its distance and its gradient depend neither on how
-//! the product was rounded nor on the tiles. Of equal distances the first index wins.
+//! the end by distances computed from differences, so that the pair, its distance and its gradient depend neither on
+//! how the product was rounded nor on the tiles. Of equal distances the first index wins.
 //!
 //! If the candidates are the anchors, the products are symmetric: a tile above the diagonal also serves the anchors of
 //! its columns, and none below is needed.

@@ -127,8 +127,8 @@ impl<E: Element> Rows<'_, E> {
         &scratch.values[first * self.cols..(first + range.len()) * self.cols]
     }
 
-    /// `N` rows from `i` on, for sweeps that take so many at a time. `scratch` comes from this matrix, whose rows have at
-    /// most `WIDEST / N` elements.
+    /// `N` rows from `i` on, for sweeps that take so many at a time. `scratch` comes from this matrix, whose rows have
+    /// at most `WIDEST / N` elements.
     ///
     /// # Panics
     /// If there are not so many rows, or they are too long: a mistake in a kernel.

@@ -130,8 +130,8 @@ where
     })
 }
 
-/// How often the candidates must outnumber the anchors for columns to be read where they are: those near each anchor are
-/// then read row by row, which takes longer than copying them.
+/// How often the candidates must outnumber the anchors for columns to be read where they are: those near each anchor
+/// are then read row by row, which takes longer than copying them.
 const FEW: usize = 16;
 
 /// A memory. If its columns are adjacent, and few of its rows are read, it is only converted: it stays in columns.

@@ -140,8 +140,8 @@ impl<E: Element<Acc = E> + Real + Stored> Backward for Node<E> {
     }
 }
 
-/// The gradient of the queries. `times_transposed` multiplies that of the queue's scores, which it may overwrite, by the
-/// transposed queue. `out` is contiguous and of type `E`, as are the keys.
+/// The gradient of the queries. `times_transposed` multiplies that of the queue's scores, which it may overwrite, by
+/// the transposed queue. `out` is contiguous and of type `E`, as are the keys.
 pub fn fused<E: Element<Acc = E> + Real + Stored>(
     incoming: Rows<'_, E>,
     out: &Tensor,

@@ -164,7 +164,8 @@ struct Lines<E> {
 }
 
 impl<E: Element> Lines<E> {
-    /// For so many rows of `of`, and columns in whole cache lines, that so many tiles read. `None` if a copy gains nothing.
+    /// For so many rows of `of`, and columns in whole cache lines, that so many tiles read. `None` if a copy gains
+    /// nothing.
     fn new(of: &Rows<'_, E>, (rows, width): (usize, usize), tiles: usize) -> Option<Self> {
         if tiles < READERS || of.at_cache_lines() {
             return None;

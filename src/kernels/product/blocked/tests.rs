@@ -17,8 +17,8 @@ fn placed<E: Element>(numbers: &[E], offset: usize) -> (Vec<E>, usize) {
     (all, start)
 }
 
-/// Whole numbers, so that sums in any order are exact. Rows begin at cache lines if the offset is 0 and `k` a multiple of
-/// 16.
+/// Whole numbers, so that sums in any order are exact. Rows begin at cache lines if the offset is 0 and `k` a multiple
+/// of 16.
 fn matches_loops<F: Element<Acc = F> + Real + Tiles>(
     (n, k, m): (usize, usize, usize),
     threads: usize,
