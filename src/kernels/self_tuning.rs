@@ -208,7 +208,7 @@ impl<E: Element> Kernel for Finite<'_, E> {
 const TILE: usize = 16;
 
 /// Puts each of the `keys` into its column of the queue, whose rows are `width` long. What was there goes to
-/// `replaced`, in the order of the keys. No column occurs twice.
+/// `replaced`, in the order of the keys. No column occurs twice, and the queue is not empty.
 ///
 /// # Panics
 /// If the sizes do not match: a mistake in a kernel.
@@ -231,7 +231,7 @@ pub fn exchange<E: Element>(
         .iter()
         .map(|_| Vec::with_capacity(columns.len()))
         .collect();
-    for row in replaced.chunks_exact_mut(dim.max(1)) {
+    for row in replaced.chunks_exact_mut(dim) {
         for (part, row) in parts.iter_mut().zip(cut(row, &ranges, 1)) {
             part.push(row);
         }

@@ -238,6 +238,13 @@ impl<'a> Input<'a> {
             .ok_or_else(|| self.wrong("be a dense matrix"))
     }
 
+    /// All elements of a contiguous matrix, or a [`Error::Value`] about this argument.
+    pub fn whole<E: Element + Stored>(&self) -> Result<&[E]> {
+        self.rows::<E>()
+            .and_then(|rows| rows.whole())
+            .ok_or_else(|| self.wrong("be contiguous"))
+    }
+
     /// A view of a two-dimensional CPU tensor. `None` unless [`Input::on_cpu`], of type `E`, and of
     /// two dimensions.
     pub fn rows<E: Element + Stored>(&self) -> Option<Rows<'_, E>> {

@@ -27,7 +27,8 @@ const BLOCK: usize = 128;
 struct Cut {
     /// Their columns are a multiple of this.
     unit: usize,
-    /// Whether low blocks are as fast as high ones, for nothing is copied that all rows of a block would share.
+    /// Whether low blocks are as fast as high ones: what all rows of a block share is not copied, or only where it does
+    /// not begin at cache lines.
     low: bool,
 }
 

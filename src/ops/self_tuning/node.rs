@@ -166,8 +166,7 @@ fn scores_gradient<E: Element<Acc = E> + Real + Stored>(
 ) -> Result<Tensor> {
     let mut scores = Owned::<E>::new(&[incoming.rows() as i64, incoming.cols() as i64])?;
     let out = Input::new(CLASS, "pgc_logits", out)?;
-    let values = out.rows::<E>().and_then(|rows| rows.whole());
-    let values = values.ok_or_else(|| out.wrong("be contiguous"))?;
+    let values = out.whole::<E>()?;
     log_probabilities_backward(
         incoming,
         values,

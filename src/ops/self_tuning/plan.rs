@@ -116,11 +116,8 @@ fn exchanged<E: Element + Stored>(
     columns: &[usize],
 ) -> Result<Tensor> {
     let keys = Input::new(CLASS, "h_k", entering)?;
-    let keys = keys.dense_rows::<E>()?;
+    let keys = keys.whole::<E>()?;
     let mut replaced = Owned::<E>::new(&entering.size())?;
-    let Some(keys) = keys.whole() else {
-        return Err(queue.wrong("be contiguous"));
-    };
     let width = queue.shape()[1] as usize;
     let work = threads(WEIGHT * keys.len());
     // SAFETY: a contiguous tensor of this type on the CPU, whose memory no other tensor here has: `entering` was just
