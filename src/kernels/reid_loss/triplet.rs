@@ -25,10 +25,14 @@ use super::super::rows::{Rows, store_row};
 use super::mining::{Found, Hardest};
 use super::{CLAMP, OFFSET, SMALLEST_NORM, distance, squared_distance};
 use std::num::NonZeroUsize;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 /// Independent sums of an inner product.
 const SUMS: usize = 32;
+/// So many pulls on a row are added up in the computing type, in which the differences were rounded already.
+const FEW: usize = 16;
+/// Weights whose products neither overflow nor underflow in any computing type.
+const MODERATE: RangeInclusive<f64> = 1e-30..=1e30;
 
 /// Which loss.
 #[derive(Clone, Copy, Debug)]
@@ -273,8 +277,7 @@ impl<F: Element<Acc = F> + Real, E: Element<Acc = F>> Kernel for Sweep<'_, '_, F
             norms,
         } = self.gradient;
         let dim = self.side.cols();
-        // One row may be the candidate of every anchor: in f64 its sum keeps every contribution.
-        let mut sum = vec![0.0f64; dim];
+        let (mut few, mut many) = (vec![F::ZERO; dim], Vec::new());
         let mut spare = vec![F::ZERO; dim];
         let mut pulling: Vec<(Rows<'_, F>, u32, f64)> = Vec::new();
         let rows = self.range.zip(self.out.chunks_exact_mut(dim));
@@ -290,26 +293,65 @@ impl<F: Element<Acc = F> + Real, E: Element<Acc = F>> Kernel for Sweep<'_, '_, F
                 let pairs = pairs.iter().map(|&p| pulls.pairs[p as usize]);
                 pulling.extend(pairs.map(|p| (anchors, p.anchor, p.weight)));
             }
-            add_all::<I, _>(&mut sum, own, &pulling);
-            let (mut along, mut divisor) = (0.0, 1.0);
-            if let Some(&norm) = norms.and_then(|norms| norms.get(k)) {
-                divisor = if norm < SMALLEST_NORM {
-                    SMALLEST_NORM
-                } else {
-                    norm
-                };
-                if !(norm < SMALLEST_NORM) {
-                    along = inner(&sum, own);
-                }
-            }
-            let factor = self.scale / divisor;
-            let last = Last { along, factor };
-            if let Some(out) = E::exact_mut(out) {
-                last.store(&sum, own, out);
+            let row = Pulled {
+                own,
+                pulling: &pulling,
+                norm: norms.and_then(|norms| norms.get(k)).copied(),
+                scale: self.scale,
+            };
+            let (exact, to) = match E::exact_mut(out) {
+                Some(out) => (true, out),
+                None => (false, &mut spare[..]),
+            };
+            if row.moderate() {
+                row.store::<I, F>(&mut few, to);
             } else {
-                last.store(&sum, own, &mut spare);
+                // One row may be the candidate of every anchor: in f64 its sum keeps every contribution.
+                many.resize(dim, 0.0);
+                row.store::<I, f64>(&mut many, to);
+            }
+            if !exact {
                 store_row(&spare, F::ONE, out);
             }
+        }
+    }
+}
+
+/// A row and what pulls on it.
+struct Pulled<'a, F> {
+    own: &'a [F],
+    /// Rows, of a matrix, with their weights.
+    pulling: &'a [(Rows<'a, F>, u32, f64)],
+    /// What it was before it was normalized, if it was.
+    norm: Option<f64>,
+    scale: f64,
+}
+
+impl<F: Element<Acc = F> + Real> Pulled<'_, F> {
+    /// Whether the computing type does for their sum.
+    fn moderate(&self) -> bool {
+        let fits = |&(_, _, weight): &(_, _, f64)| MODERATE.contains(&weight.abs());
+        (1..=FEW).contains(&self.pulling.len()) && self.pulling.iter().all(fits)
+    }
+
+    /// Writes the gradient of the row into `out`; `sum` is room for the sum of the pulls.
+    #[inline(always)]
+    fn store<I: Isa, S: Real>(&self, sum: &mut [S], out: &mut [F]) {
+        add_all::<I, S, F>(sum, self.own, self.pulling);
+        let (mut along, mut divisor) = (0.0, 1.0);
+        if let Some(norm) = self.norm {
+            divisor = if norm < SMALLEST_NORM {
+                SMALLEST_NORM
+            } else {
+                norm
+            };
+            if !(norm < SMALLEST_NORM) {
+                along = inner(sum, self.own);
+            }
+        }
+        let (along, factor) = (S::of(along), S::of(self.scale / divisor));
+        for ((o, &s), u) in out.iter_mut().zip(&*sum).zip(self.own) {
+            *o = F::of(((s - along * S::of(u.to_f64())) * factor).to_f64());
         }
     }
 }
@@ -319,81 +361,67 @@ fn starts(starts: &[u32], k: usize) -> Range<usize> {
     starts[k] as usize..starts[k + 1] as usize
 }
 
-/// The last step for the sum of a row's pulls: `factor (sum - along u)`.
-#[derive(Clone, Copy)]
-struct Last {
-    along: f64,
-    factor: f64,
-}
-
-impl Last {
-    #[inline(always)]
-    fn store<F: Real>(self, sum: &[f64], u: &[F], out: &mut [F]) {
-        for ((o, s), u) in out.iter_mut().zip(sum).zip(u) {
-            *o = F::of((s - self.along * u.to_f64()) * self.factor);
-        }
-    }
-}
-
 /// `sum_j x_j u_j` in f64.
 #[inline(always)]
-fn inner<F: Real>(x: &[f64], u: &[F]) -> f64 {
+fn inner<S: Real, F: Real>(x: &[S], u: &[F]) -> f64 {
     let mut sums = [0.0; SUMS];
     let (x_chunks, x_rest) = x.as_chunks::<SUMS>();
     let (u_chunks, u_rest) = u.as_chunks::<SUMS>();
     for (x, u) in x_chunks.iter().zip(u_chunks) {
         for k in 0..SUMS {
-            sums[k] += x[k] * u[k].to_f64();
+            sums[k] += x[k].to_f64() * u[k].to_f64();
         }
     }
-    let rest: f64 = x_rest.iter().zip(u_rest).map(|(x, u)| x * u.to_f64()).sum();
+    let rest = x_rest.iter().zip(u_rest);
+    let rest: f64 = rest.map(|(x, u)| x.to_f64() * u.to_f64()).sum();
     sums.iter().sum::<f64>() + rest
 }
 
 /// `sum = sum_k weight_k (x - y_k)`, a few `y_k` at a time: accesses to `sum` take most of the time.
 #[inline(always)]
-fn add_all<I: Isa, F: Element<Acc = F> + Real>(
-    sum: &mut [f64],
+fn add_all<I: Isa, S: Real, F: Element<Acc = F> + Real>(
+    sum: &mut [S],
     x: &[F],
     pulling: &[(Rows<'_, F>, u32, f64)],
 ) {
     let row = |k: usize| pulling[k].0.row(pulling[k].1 as usize, &mut []);
-    let weight = |k: usize| pulling[k].2;
+    let weight = |k: usize| S::of(pulling[k].2);
     let four = |k: usize| {
         let rows = [row(k), row(k + 1), row(k + 2), row(k + 3)];
         (rows, [0, 1, 2, 3].map(|j| weight(k + j)))
     };
     if pulling.is_empty() {
-        return sum.fill(0.0);
+        return sum.fill(S::ZERO);
     }
     let mut at = match pulling.len() % 4 {
-        0 => add::<I, F, 4, true>(sum, x, four(0)),
-        1 => add::<I, F, 1, true>(sum, x, ([row(0)], [weight(0)])),
-        2 => add::<I, F, 2, true>(sum, x, ([row(0), row(1)], [weight(0), weight(1)])),
+        0 => add::<I, S, F, 4, true>(sum, x, four(0)),
+        1 => add::<I, S, F, 1, true>(sum, x, ([row(0)], [weight(0)])),
+        2 => add::<I, S, F, 2, true>(sum, x, ([row(0), row(1)], [weight(0), weight(1)])),
         _ => {
             let weights = [weight(0), weight(1), weight(2)];
-            add::<I, F, 3, true>(sum, x, ([row(0), row(1), row(2)], weights))
+            add::<I, S, F, 3, true>(sum, x, ([row(0), row(1), row(2)], weights))
         }
     };
     while at < pulling.len() {
-        at += add::<I, F, 4, false>(sum, x, four(at));
+        at += add::<I, S, F, 4, false>(sum, x, four(at));
     }
 }
 
 /// Adds `sum_k weight_k (x - y_k)` to `sum`, or overwrites `sum` with it if it is the `FIRST`. Returns `N`.
 #[inline(always)]
-fn add<I: Isa, F: Real, const N: usize, const FIRST: bool>(
-    sum: &mut [f64],
+fn add<I: Isa, S: Real, F: Real, const N: usize, const FIRST: bool>(
+    sum: &mut [S],
     x: &[F],
-    (y, weights): ([&[F]; N], [f64; N]),
+    (y, weights): ([&[F]; N], [S; N]),
 ) -> usize {
     let len = sum.len().min(x.len());
     let (sum, x) = (&mut sum[..len], &x[..len]);
     let y = y.map(|y| &y[..len]);
     for j in 0..len {
-        let mut total = if FIRST { 0.0 } else { sum[j] };
+        let mut total = if FIRST { S::ZERO } else { sum[j] };
         for k in 0..N {
-            total = Real::mul_add::<I>((x[j] - y[k][j]).to_f64(), weights[k], total);
+            let difference = S::of((x[j] - y[k][j]).to_f64());
+            total = difference.mul_add::<I>(weights[k], total);
         }
         sum[j] = total;
     }
@@ -482,5 +510,59 @@ mod tests {
         // Far apart the loss is the small probability, not what rounding leaves of 1.
         let (value, slope) = term(Objective::Margin(0.0), -50.0, 0.0);
         assert!((value / (-50f64).exp() - 1.0).abs() < 1e-12 && slope == value);
+    }
+
+    #[test]
+    fn gradients_of_few_and_many_pulls_and_of_tiny_ones() {
+        let (rows, dim) = (40, 37);
+        let data: Vec<f32> = (0..rows * dim)
+            .map(|k| (k * 7919 % 101) as f32 / 64.0)
+            .collect();
+        let x = Rows::contiguous(&data, rows, dim).unwrap();
+        let row = |i: usize| &data[i * dim..(i + 1) * dim];
+        let found = |i: usize, index: usize| Found {
+            index,
+            square: squared_distance(row(i), row(index)),
+            missing: false,
+        };
+        // The first row is a candidate of all others.
+        let hardest: Vec<_> = (0..rows)
+            .map(|i| Hardest {
+                positive: found(i, i ^ 1),
+                negative: found(i, if i == 0 { 2 } else { 0 }),
+            })
+            .collect();
+        for tiny in [1.0, 1e-42] {
+            let (value, mut pulls) = loss(Objective::Hinge(9.0), &hardest, &[], rows);
+            for pull in &mut pulls.pairs {
+                pull.weight *= tiny;
+            }
+            let mut expected = vec![0.0f64; rows * dim];
+            for pull in &pulls.pairs {
+                let (i, j) = (pull.anchor as usize, pull.candidate as usize);
+                for c in 0..dim {
+                    let pulled = pull.weight * f64::from(row(i)[c] - row(j)[c]);
+                    expected[i * dim + c] += pulled;
+                    expected[j * dim + c] -= pulled;
+                }
+            }
+            let mut out = vec![9.0f32; rows * dim];
+            let gradient = Gradient {
+                anchors: x,
+                candidates: x,
+                pulls: &pulls,
+                role: Role::Both,
+                norms: None,
+            };
+            let scale = 1.0 / tiny;
+            gradient.store(Loss { value, scale }, &mut out, NonZeroUsize::MIN);
+            for (out, expected) in out.chunks(dim).zip(expected.chunks(dim)) {
+                let largest = expected.iter().fold(0.0, |most: f64, g| most.max(g.abs()));
+                for (&g, e) in out.iter().zip(expected) {
+                    let error = (f64::from(g) - scale * e).abs();
+                    assert!(error < 4e-7 * scale * largest, "{tiny}: {g} {e}");
+                }
+            }
+        }
     }
 }
