@@ -68,7 +68,7 @@ wheel: $(STAMPS)/venv  ## one abi3 wheel in dist/, its links checked
 	$(BIN)/maturin build --release --quiet --out dist
 	$(BIN)/python tools/check_wheel.py dist/*.whl
 
-wheel-check: wheel  ## install the wheel for every Python 3.10+ at hand and use it
+wheel-check: wheel  ## install the wheel for the oldest and the newest Python 3.10+ at hand and use it
 	$(PYTHON) tools/try_wheel.py dist/*.whl
 
 .PHONY: docs

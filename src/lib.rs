@@ -11,7 +11,8 @@
 //! | `python` | `PyO3`: extract, release the GIL, call, wrap; errors mapped in one place | |
 //!
 //! A method has one stem in all of them: `kernels/mcc.rs`, `ops/mcc.rs`, `python/mcc.rs`,
-//! `python/tllib_rs/self_training/mcc.py`, `tests/test_mcc.py`.
+//! `python/tllib_rs/self_training/mcc.py`, `tests/test_mcc.py`. (Not quite the re-identification losses: `reid_loss` in
+//! Rust, `vision/models/reid/loss.py` in Python, sources of their own in `cuda`.)
 //! `cargo test --no-default-features` builds and tests the kernels alone. One exception to the order: the autograd
 //! node, in `torch`, has gradients on CUDA scaled by `cuda`.
 

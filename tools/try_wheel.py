@@ -1,4 +1,5 @@
-"""Install a wheel beside torch in a fresh environment of each Python at hand, and train a step with it.
+"""Install a wheel beside torch in fresh environments of the oldest and the newest Python at hand (of all, if
+TLLIB_RS_ALL_PYTHONS is 1), and train a step with it.
 
 python tools/try_wheel.py dist/tllib_rs-*.whl
 """

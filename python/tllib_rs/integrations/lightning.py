@@ -17,8 +17,8 @@ class EMATeacherCallback(Callback):
     """Keeps an :class:`~tllib_rs.self_training.mean_teacher.EMATeacher` of the module that is trained.
 
     The teacher is in evaluation mode and exists from the start of the fit (:meth:`of` finds it). It is
-    updated after each optimizer step, which with gradient accumulation is not each batch, and is saved in and
-    loaded from the checkpoints, with alpha and step. A checkpoint's ``state_dict`` stays the student's.
+    updated once after each batch in which the optimizer stepped, and is saved in and loaded from the
+    checkpoints, with alpha and step. A checkpoint's ``state_dict`` stays the student's.
 
     Args:
         alpha (float): decay factor in [0, 1].

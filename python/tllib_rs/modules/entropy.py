@@ -28,7 +28,8 @@ def entropy(predictions: torch.Tensor, reduction: str | None = "none") -> torch.
             ``'sum'`` returns rows too, as in tllib. Default: ``'none'``
 
     Returns:
-        (minibatch, ...), or a scalar for ``'mean'``, in the dtype of the predictions.
+        (minibatch, ...), or a scalar for ``'mean'``, in the dtype of the predictions (float32 under
+        autocast on devices other than the CPU).
 
     Raises:
         TypeError: predictions are not a floating-point tensor, or the reduction is not a str.

@@ -46,7 +46,8 @@ class MinimumClassConfusionLoss(nn.Module):
           (minibatch, C), float32, float64, float16 or bfloat16.
 
     Returns:
-        A scalar in the dtype of the logits (float32 in an autocast region). NaN for an empty batch.
+        A scalar in the dtype of the logits (float32 for half types in an autocast region). NaN for an empty
+        batch.
 
     Raises:
         TypeError: logits are not a floating-point tensor.

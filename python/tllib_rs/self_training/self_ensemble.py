@@ -62,7 +62,8 @@ class ClassBalanceLoss(nn.Module):
         - p (tensor): probabilities, (minibatch, C), float32, float64, float16 or bfloat16 (tllib: float32).
 
     Returns:
-        A scalar in the dtype of the probabilities (float32 in an autocast region). NaN for an empty batch.
+        A scalar in the dtype of the probabilities (float32 for half types in an autocast region). NaN for an
+        empty batch.
 
     Raises:
         TypeError: p is not a floating-point tensor, or num_classes is not an integer.

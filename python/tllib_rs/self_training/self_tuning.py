@@ -363,7 +363,7 @@ def _copy_parameters(encoder_q: nn.Module, encoder_k: nn.Module) -> None:
 
 
 def _check_mode(name: str, encoder: nn.Module) -> None:
-    """Raise before anything changes, for a module whose mode determines what it will return."""
+    """Raise before the queue changes, for a module whose mode determines what it will return."""
     if isinstance(encoder, Classifier) and not encoder.training:
         raise ValueError(
             f"SelfTuning: {name} must return (projections, predictions), as in training mode, "

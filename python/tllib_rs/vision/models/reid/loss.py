@@ -254,7 +254,8 @@ class CrossEntropyLossWithLabelSmooth(nn.Module):
         - labels (tensor): (minibatch, ...), int64 or int32.
 
     Returns:
-        A scalar in the dtype of the predictions (float32 in an autocast region). NaN for an empty batch.
+        A scalar in the dtype of the predictions (float32 for half types in an autocast region). NaN for an
+        empty batch.
 
     Raises:
         TypeError: y is not a floating-point tensor, or labels are neither int64 nor int32.
@@ -314,8 +315,8 @@ class CrossEntropyLoss(nn.Module):
         - labels (tensor): unnormalized predictions of the other network, same shape.
 
     Returns:
-        A scalar in the dtype that both are promoted to (float32 in an autocast region). NaN for an empty
-        batch.
+        A scalar in the dtype that both are promoted to (float32 for half types in an autocast region). NaN
+        for an empty batch.
 
     Raises:
         TypeError: an input is not a floating-point tensor.
