@@ -59,7 +59,8 @@ class ClassBalanceLoss(nn.Module):
             Default: ``None``, the batch of this process alone
 
     Inputs:
-        - p (tensor): probabilities, (minibatch, C), float32, float64, float16 or bfloat16 (tllib: float32).
+        - p (tensor): probabilities, (minibatch, C), float32, float64, float16 or bfloat16 (tllib: torch's
+          default dtype).
 
     Returns:
         A scalar in the dtype of the probabilities (float32 for half types in an autocast region). NaN for an

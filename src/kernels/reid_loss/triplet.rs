@@ -299,18 +299,10 @@ impl<F: Element<Acc = F> + Real, E: Element<Acc = F>> Kernel for Sweep<'_, '_, F
                 norm: norms.and_then(|norms| norms.get(k)).copied(),
                 scale: self.scale,
             };
-            let (exact, to) = match E::exact_mut(out) {
-                Some(out) => (true, out),
-                None => (false, &mut spare[..]),
-            };
-            if row.moderate() {
-                row.store::<I, F>(&mut few, to);
+            if let Some(out) = E::exact_mut(out) {
+                row.gradient::<I>(&mut few, &mut many, out);
             } else {
-                // One row may be the candidate of every anchor: in f64 its sum keeps every contribution.
-                many.resize(dim, 0.0);
-                row.store::<I, f64>(&mut many, to);
-            }
-            if !exact {
+                row.gradient::<I>(&mut few, &mut many, &mut spare);
                 store_row(&spare, F::ONE, out);
             }
         }
@@ -331,24 +323,30 @@ impl<F: Element<Acc = F> + Real> Pulled<'_, F> {
     /// Whether the computing type does for their sum.
     fn moderate(&self) -> bool {
         let fits = |&(_, _, weight): &(_, _, f64)| MODERATE.contains(&weight.abs());
-        (1..=FEW).contains(&self.pulling.len()) && self.pulling.iter().all(fits)
+        self.pulling.len() <= FEW && self.pulling.iter().all(fits)
     }
 
-    /// Writes the gradient of the row into `out`; `sum` is room for the sum of the pulls.
+    /// Writes the gradient of the row into `out`; `few` and `many` are room for the sum of the pulls.
+    #[inline(always)]
+    fn gradient<I: Isa>(&self, few: &mut [F], many: &mut Vec<f64>, out: &mut [F]) {
+        if self.moderate() {
+            self.store::<I, F>(few, out);
+        } else {
+            // One row may be the candidate of every anchor: in f64 its sum keeps every contribution.
+            many.resize(out.len(), 0.0);
+            self.store::<I, f64>(many, out);
+        }
+    }
+
+    /// The same by way of `sum`.
     #[inline(always)]
     fn store<I: Isa, S: Real>(&self, sum: &mut [S], out: &mut [F]) {
         add_all::<I, S, F>(sum, self.own, self.pulling);
-        let (mut along, mut divisor) = (0.0, 1.0);
-        if let Some(norm) = self.norm {
-            divisor = if norm < SMALLEST_NORM {
-                SMALLEST_NORM
-            } else {
-                norm
-            };
-            if !(norm < SMALLEST_NORM) {
-                along = inner(sum, self.own);
-            }
-        }
+        let (along, divisor) = match self.norm {
+            None => (0.0, 1.0),
+            Some(norm) if norm < SMALLEST_NORM => (0.0, SMALLEST_NORM),
+            Some(norm) => (inner(sum, self.own), norm),
+        };
         let (along, factor) = (S::of(along), S::of(self.scale / divisor));
         for ((o, &s), u) in out.iter_mut().zip(&*sum).zip(self.own) {
             *o = F::of(((s - along * S::of(u.to_f64())) * factor).to_f64());
